@@ -1,0 +1,1 @@
+"""Configurations and models: Perceptio, the depth codec, and the grammar of their spatial tokens."""
