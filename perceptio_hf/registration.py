@@ -1,7 +1,9 @@
-"""Makes transformers' Auto classes know Perceptio, without importing them before somebody uses them.
+"""Makes transformers' Auto classes know Perceptio, without importing a class before somebody uses it.
 
-`from transformers import AutoModel` loads a module of transformers; only then are our classes loaded and registered.
-That keeps `import perceptio_hf` cheap: the classes themselves cost seconds.
+transformers finds its own classes by name: tables of strings, resolved when a checkpoint asks for them. Perceptio joins
+these tables, with this package as the module that has the names. `AutoModel.register` would need the classes
+themselves, which cost seconds to import and may not be imported while transformers is half loaded. The tables are
+filled as soon as their module has been loaded, so that `import perceptio_hf` does not have to load it.
 """
 
 import functools
@@ -11,85 +13,59 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
-
-def _register_configs(auto: ModuleType) -> None:
-    from .modeling.configuration_depth_vqvae import DepthVQVAEConfig
-    from .modeling.configuration_perceptio import PerceptioConfig
-
-    for config in (PerceptioConfig, DepthVQVAEConfig):
-        auto.AutoConfig.register(config.model_type, config, exist_ok=True)
-
-
-def _register_models(auto: ModuleType) -> None:
-    from .modeling.configuration_depth_vqvae import DepthVQVAEConfig
-    from .modeling.configuration_perceptio import PerceptioConfig
-    from .modeling.modeling_depth_vqvae import DepthVQVAE
-    from .modeling.modeling_perceptio import PerceptioForConditionalGeneration
-
-    for auto_class in (auto.AutoModel, auto.AutoModelForImageTextToText, auto.AutoModelForMultimodalLM):
-        auto_class.register(PerceptioConfig, PerceptioForConditionalGeneration, exist_ok=True)
-    auto.AutoModel.register(DepthVQVAEConfig, DepthVQVAE, exist_ok=True)
-
-
-def _register_processors(auto: ModuleType) -> None:
-    from .modeling.configuration_perceptio import PerceptioConfig
-    from .processing.processing_perceptio import PerceptioProcessor
-
-    auto.AutoProcessor.register(PerceptioConfig, PerceptioProcessor, exist_ok=True)
-
-
-_REGISTER: dict[str, Callable[[ModuleType], None]] = {
-    "transformers.models.auto.configuration_auto": _register_configs,
-    "transformers.models.auto.modeling_auto": _register_models,
-    "transformers.models.auto.processing_auto": _register_processors,
+_CONFIGS = {"perceptio": "PerceptioConfig", "perceptio_depth_vqvae": "DepthVQVAEConfig"}
+_MODEL = {"perceptio": "PerceptioForConditionalGeneration"}
+# Per module of transformers: its lazy mapping and the names that join it (seen in 5.17 and 5.23).
+_TABLES = {
+    "transformers.models.auto.modeling_auto": {
+        "MODEL_MAPPING": _MODEL | {"perceptio_depth_vqvae": "DepthVQVAE"},
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING": _MODEL,
+        "MODEL_FOR_MULTIMODAL_LM_MAPPING": _MODEL,
+    },
+    "transformers.models.auto.processing_auto": {"PROCESSOR_MAPPING": {"perceptio": "PerceptioProcessor"}},
 }
+_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 
 
-class _RegisterAfterImport(importlib.abc.MetaPathFinder):
-    """Import hook: lets the modules above load as ever, and registers once none of them is half loaded.
+def _register(name: str, module: ModuleType) -> None:
+    if name == _CONFIG_MODULE:
+        module.CONFIG_MAPPING._mapping.update(_CONFIGS)
+        return
+    for mapping_name, classes in _TABLES[name].items():
+        mapping = getattr(module, mapping_name)
+        mapping._model_mapping.update(classes)
+        mapping._config_mapping.update(_CONFIGS)
+        mapping._reverse_config_mapping.update({config: kind for kind, config in _CONFIGS.items()})
 
-    They import one another, and our classes import them: registering in between would meet half loaded modules.
-    """
 
-    def __init__(self) -> None:
-        self.waiting = set(_REGISTER)
-        self.loaded: list[str] = []
-        self.depth = 0
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Import hook: lets the modules above load as ever and registers afterwards."""
+
+    def __init__(self, names: set[str]):
+        self.names = names
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname not in self.waiting:
+        if fullname not in self.names:
             return None
-        self.waiting.remove(fullname)  # first: the next line asks this finder again
+        self.names.remove(fullname)  # first: the next line asks this finder again
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader.exec_module = functools.partial(self._execute, fullname, spec.loader.exec_module)
+            spec.loader.exec_module = functools.partial(_execute, fullname, spec.loader.exec_module)
         return spec
 
-    def _execute(self, name: str, execute: Callable[[ModuleType], None], module: ModuleType) -> None:
-        self.depth += 1
-        try:
-            execute(module)
-        finally:
-            self.depth -= 1
-        self.loaded.append(name)
-        self.register_loaded()
 
-    def register_loaded(self) -> None:
-        """Register what is waiting, unless a module is being loaded or another call is at it."""
-        while self.loaded and not self.depth:
-            name = self.loaded.pop(0)
-            self.depth += 1
-            try:
-                _REGISTER[name](sys.modules[name])
-            finally:
-                self.depth -= 1
+def _execute(name: str, execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+    execute(module)
+    _register(name, module)
 
 
 def register() -> None:
-    """Register now what transformers has loaded already, and the rest as soon as it is loaded."""
-    hook = _RegisterAfterImport()
-    hook.loaded = [name for name in _REGISTER if name in sys.modules]
-    hook.waiting -= set(hook.loaded)
-    if hook.waiting:
-        sys.meta_path.insert(0, hook)
-    hook.register_loaded()
+    """Register now where transformers' tables are loaded already, and elsewhere as soon as they are."""
+    for kind in _CONFIGS:  # where transformers looks for the classes of a model type
+        sys.modules.setdefault(f"transformers.models.{kind}", sys.modules[__package__])
+    names = {_CONFIG_MODULE, *_TABLES}
+    for name in sorted(names & set(sys.modules)):
+        names.remove(name)
+        _register(name, sys.modules[name])
+    if names:
+        sys.meta_path.insert(0, _AfterImport(names))

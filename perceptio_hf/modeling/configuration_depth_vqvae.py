@@ -15,6 +15,7 @@ class DepthVQVAEConfig(PreTrainedConfig):
         code_dim: Length d of a codebook entry.
         base_channels: Channels of the finest layer. They double with every halving of the resolution.
         num_residual_blocks: Residual blocks at the coarsest resolution, in the encoder and in the decoder each.
+        activation: Non-linearity after every layer, a name of transformers' `ACT2FN`.
         value_low, value_high: What relative inverse depth 0 (farthest) and 1 (nearest) are inside the network. The
             published VQ-VAE reads grey levels scaled to -1..1.
         commitment_weight: Weight of the commitment loss.
@@ -35,6 +36,7 @@ class DepthVQVAEConfig(PreTrainedConfig):
     code_dim: int = 512
     base_channels: int = 16
     num_residual_blocks: int = 2
+    activation: str = "relu"
     value_low: float = -1.0
     value_high: float = 1.0
     commitment_weight: float = 0.25

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
 from .configuration_depth_vqvae import DepthVQVAEConfig
@@ -58,14 +59,15 @@ class DepthVQVAEOutput(ModelOutput):
 class DepthResidualBlock(nn.Module):
     """3x3, ReLU, 3x3, ReLU, 1x1, added to the input."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, activation: str):
         super().__init__()
+        self.activation = ACT2FN[activation]
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv3 = nn.Conv2d(channels, channels, 1)
 
     def forward(self, hidden: Tensor) -> Tensor:  # (B, C, h, w) -> the same
-        return hidden + self.conv3(F.relu(self.conv2(F.relu(self.conv1(hidden)))))
+        return hidden + self.conv3(self.activation(self.conv2(self.activation(self.conv1(hidden)))))
 
 
 class DepthEncoder(nn.Module):
@@ -73,16 +75,17 @@ class DepthEncoder(nn.Module):
 
     def __init__(self, config: DepthVQVAEConfig):
         super().__init__()
+        self.activation = ACT2FN[config.activation]
         stages = config.downsample.bit_length() - 1
         widths = [1] + [config.base_channels * 2**i for i in range(stages)]
         self.down = nn.ModuleList(nn.Conv2d(widths[i], widths[i + 1], 4, 2, 1) for i in range(stages))
-        self.blocks = nn.ModuleList(DepthResidualBlock(widths[-1]) for _ in range(config.num_residual_blocks))
+        self.blocks = nn.ModuleList(DepthResidualBlock(widths[-1], config.activation) for _ in range(config.num_residual_blocks))
         self.project = nn.Conv2d(widths[-1], config.code_dim, 1)
 
     def forward(self, depth: Tensor) -> Tensor:
         hidden = depth
         for layer in self.down:
-            hidden = F.relu(layer(hidden))
+            hidden = self.activation(layer(hidden))
         for block in self.blocks:
             hidden = block(hidden)
         return self.project(hidden)
@@ -93,20 +96,21 @@ class DepthDecoder(nn.Module):
 
     def __init__(self, config: DepthVQVAEConfig):
         super().__init__()
+        self.activation = ACT2FN[config.activation]
         stages = config.downsample.bit_length() - 1
         top = config.base_channels * 2 ** (stages - 1)
         widths = [top] + [top // 2**i for i in range(stages)]
         self.project = nn.Conv2d(config.code_dim, top, 1)
-        self.blocks = nn.ModuleList(DepthResidualBlock(top) for _ in range(config.num_residual_blocks))
+        self.blocks = nn.ModuleList(DepthResidualBlock(top, config.activation) for _ in range(config.num_residual_blocks))
         self.up = nn.ModuleList(nn.ConvTranspose2d(widths[i], widths[i + 1], 4, 2, 1) for i in range(stages))
         self.out = nn.Conv2d(widths[-1], 1, 1)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        hidden = F.relu(self.project(vectors))
+        hidden = self.activation(self.project(vectors))
         for block in self.blocks:
             hidden = block(hidden)
         for layer in self.up:
-            hidden = F.relu(layer(hidden))
+            hidden = self.activation(layer(hidden))
         return self.out(hidden)
 
 

@@ -6,7 +6,7 @@ Every part is the stock class with small numbers: InternVL's ViT and Qwen2, SAM2
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GotOcr2ImageProcessor, PreTrainedTokenizerFast, Qwen2Config, Sam2Config
+from transformers import GotOcr2ImageProcessorPil, PreTrainedTokenizerFast, Qwen2Config, Sam2Config
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 
 from ..modeling.configuration_depth_vqvae import DepthVQVAEConfig
@@ -60,7 +60,7 @@ def tiny_tokenizer(corpus: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
 
 def tiny_processor(tokenizer: PreTrainedTokenizerFast, depth_config: DepthVQVAEConfig) -> PerceptioProcessor:
     """The processor of the tiny model: one tile of 128 x 128 per picture."""
-    image_processor = GotOcr2ImageProcessor(
+    image_processor = GotOcr2ImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         image_mean=[0.485, 0.456, 0.406],
         image_std=[0.229, 0.224, 0.225],

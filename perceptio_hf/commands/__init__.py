@@ -1,0 +1,1 @@
+"""The command `perceptio`: one file per sub-command, all of them light to import."""

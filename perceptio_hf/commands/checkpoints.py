@@ -1,0 +1,73 @@
+"""Loads the checkpoint a command names, with errors that a user can act on."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from perceptio_hf import tiny_checkpoint
+
+if TYPE_CHECKING:
+    from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor
+
+TINY_NOTE = (
+    "The embedded tiny checkpoint knows only rendered scenes: on photographs it shows that everything runs, not that "
+    "it sees. Name another checkpoint with --model."
+)
+
+
+def resolve(model: str | None) -> str:
+    """The folder or Hub name to load; None means the embedded tiny checkpoint.
+
+    Raises:
+        ValueError: for a folder that is missing or holds no Perceptio checkpoint.
+        FileNotFoundError: where the package was installed without its tiny checkpoint.
+    """
+    if model is None:
+        return tiny_checkpoint()
+    folder = os.path.expanduser(model)
+    if os.path.isdir(folder):
+        if not os.path.isfile(os.path.join(folder, "config.json")):
+            raise ValueError(f"{model} has no config.json, so it is not a saved checkpoint; name the folder that does.")
+        return folder
+    if os.path.exists(folder):
+        raise ValueError(f"{model} is a file; --model is the folder that save_pretrained wrote.")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")) or not all(model.split("/")):
+        raise ValueError(f"There is no folder {model!r}; --model is a checkpoint's folder or its Hub name, owner/name.")
+    return model
+
+
+def is_tiny(folder: str) -> bool:
+    """Whether `folder` is the embedded tiny checkpoint."""
+    try:
+        return Path(folder).resolve() == Path(tiny_checkpoint()).resolve()
+    except FileNotFoundError:
+        return False
+
+
+def load(folder: str) -> "tuple[PerceptioForConditionalGeneration, PerceptioProcessor]":
+    """Model (in evaluation mode, on the GPU where there is one) and processor of a checkpoint.
+
+    Raises:
+        ValueError: where the checkpoint is of another kind, incomplete, damaged, or not to be had.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoProcessor
+
+    _quieten()
+    try:
+        kind = AutoConfig.from_pretrained(folder).model_type
+        if kind != "perceptio":
+            raise ValueError(f"it is a {kind!r} model")
+        model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    except Exception as error:  # whatever transformers, safetensors or the Hub raise: the user named a wrong checkpoint
+        raise ValueError(f"{folder} cannot be loaded as a Perceptio checkpoint: {error}") from error
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
+def _quieten() -> None:
+    """Keep transformers' progress bars and load reports out of the command's output, unless somebody debugs."""
+    from transformers.utils import logging
+
+    if not os.environ.get("PERCEPTIO_DEBUG"):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()

@@ -1,0 +1,270 @@
+"""Reading and writing depth maps, whatever unit they come in.
+
+Inside the package depth is relative inverse depth in [0, 1], 1 = nearest, float32, (height, width):
+(1/z - 1/z_far) / (1/z_near - 1/z_far) over the valid pixels of one map. The caller says what a file holds:
+
+    unit          values                                        not valid
+    "mm", "m"     distance along the optical axis               0, negative, NaN, infinite, and the largest value of
+                                                                an integer type (sensors write it for "no reading")
+    "disparity"   any affine function of 1/z, larger = nearer   NaN, infinite
+    "relative"    0..1 (8/16-bit integers: 0..255 / 0..65535)   NaN, infinite
+"""
+
+import os
+import warnings
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+UNITS = ("mm", "m", "disparity", "relative")
+SUFFIXES = (".png", ".npy", ".npz")
+MAX_PIXELS = 80_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class DepthMap:
+    """One depth map.
+
+    Args:
+        relative: (H, W) float32 in [0, 1], 1 = nearest, 0 where not valid.
+        valid: (H, W) bool, True where the map has a reading.
+        metric: (H, W) float32 distance in metres, 0 where not valid; None when the scale is unknown.
+    """
+
+    relative: np.ndarray
+    valid: np.ndarray
+    metric: np.ndarray | None = None
+
+    @classmethod
+    def from_metric(cls, depth_m: np.ndarray, valid: np.ndarray | None = None) -> "DepthMap":
+        """Wrap distances in metres. Arguments and errors as `relative_from_metric`."""
+        depth_m, valid = _checked_metric(depth_m, valid)
+        return cls(relative_from_metric(depth_m, valid), valid, np.where(valid, depth_m, 0.0).astype(np.float32))
+
+
+def relative_from_metric(depth_m: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
+    """Convert distances to relative inverse depth.
+
+    Args:
+        depth_m: (H, W) distances in any one unit. 0, negative and non-finite ones count as holes.
+        valid: (H, W) bool; False marks further holes.
+
+    Returns:
+        (H, W) float32 in [0, 1], 1 = nearest, 0 in holes.
+
+    Raises:
+        ValueError: No valid pixel, or the same depth everywhere.
+    """
+    depth_m, valid = _checked_metric(depth_m, valid)
+    inverse = np.zeros(depth_m.shape, np.float64)
+    np.divide(1.0, depth_m, out=inverse, where=valid)
+    return _stretch(inverse, valid)
+
+
+def relative_from_disparity(disparity: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
+    """Convert disparity, or any affine function of inverse depth, to relative inverse depth.
+
+    Args, result and errors as `relative_from_metric`, but only non-finite values count as holes.
+    """
+    disparity = _as_plane(disparity, "disparity")
+    return _stretch(disparity, _joined_valid(np.isfinite(disparity), valid))
+
+
+def read_depth(path: str | os.PathLike, unit: str) -> DepthMap:
+    """Read a depth map from a grey 8/16-bit .png, a .npy, or a .npz with one array or one named "depth".
+
+    Args:
+        path: The file.
+        unit: What its values are: "mm", "m", "disparity" or "relative" (see the table above).
+
+    Raises:
+        ValueError: The file is missing, damaged, too large, of another kind or shape; the unit is unknown; no pixel is
+            valid, or all hold the same depth.
+    """
+    if unit not in UNITS:
+        raise ValueError(f"Unknown depth unit {unit!r}; say which one the file holds: {', '.join(UNITS)}.")
+    path = Path(path)
+    values = _read_array(path)
+    try:
+        return _convert(values, unit)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def write_depth_png(path: str | os.PathLike, relative: np.ndarray, valid: np.ndarray | None = None) -> None:
+    """Write relative inverse depth as a 16-bit grey PNG: 65535 = nearest, 0 = farthest or not valid.
+
+    The file appears complete or not at all.
+
+    Raises:
+        ValueError: `relative` is not (H, W), or a valid pixel lies outside [0, 1].
+    """
+    relative = _as_plane(relative, "relative depth")
+    valid = _joined_valid(np.ones(relative.shape, bool), valid)
+    _check_unit_interval(relative, valid)
+    grey = np.where(valid, np.round(np.clip(np.where(valid, relative, 0.0), 0.0, 1.0) * 65535.0), 0.0)
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        Image.fromarray(grey.astype(np.uint16)).save(temporary, format="PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def list_depth_folder(folder: str | os.PathLike, pattern: str | None = None) -> list[Path]:
+    """List the depth maps of a folder, sorted by name.
+
+    Args:
+        folder: The folder; sub-folders are searched only where the pattern says so.
+        pattern: Which files, such as "*.depth.png"; None takes every .png, .npy and .npz.
+
+    Raises:
+        ValueError: The folder is missing, or nothing in it matches.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder of depth maps.")
+    paths = sorted(p for p in folder.glob(pattern or "*") if p.is_file() and p.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise ValueError(f"{folder} holds no depth map matching {pattern or ', '.join(SUFFIXES)!r}.")
+    return paths
+
+
+def iter_depth_folder(
+    folder: str | os.PathLike, unit: str, pattern: str | None = None
+) -> Iterator[tuple[Path, DepthMap]]:
+    """Read the depth maps of a folder one by one, in order of their names. Arguments and errors as above."""
+    for path in list_depth_folder(folder, pattern):
+        yield path, read_depth(path, unit)
+
+
+def _convert(values: np.ndarray, unit: str) -> DepthMap:
+    if unit in ("mm", "m"):
+        full = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else np.inf
+        return DepthMap.from_metric(values.astype(np.float64) * (0.001 if unit == "mm" else 1.0), values != full)
+    if unit == "disparity":
+        return DepthMap(relative_from_disparity(values), np.isfinite(values))
+    if values.dtype.kind in "iu":
+        if values.dtype not in (np.uint8, np.uint16):
+            raise ValueError(f"relative depth as {values.dtype} has no known full scale; use uint8, uint16 or float.")
+        values = values / np.iinfo(values.dtype).max
+    valid = np.isfinite(values)
+    _check_spread(values, valid)
+    _check_unit_interval(values, valid)
+    return DepthMap(np.where(valid, np.clip(values, 0.0, 1.0), 0.0).astype(np.float32), valid)
+
+
+def _checked_metric(depth_m: np.ndarray, valid: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    depth_m = _as_plane(depth_m, "depth")
+    with np.errstate(invalid="ignore"):
+        return depth_m, _joined_valid(np.isfinite(depth_m) & (depth_m > 0.0), valid)
+
+
+def _stretch(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Min-max over valid pixels -> float32 in [0, 1], 0 elsewhere."""
+    low, high = _check_spread(values, valid)
+    stretched = (np.where(valid, values, low) - low) / (high - low)
+    return stretched.astype(np.float32)
+
+
+def _check_spread(values: np.ndarray, valid: np.ndarray) -> tuple[float, float]:
+    if not valid.any():
+        raise ValueError("no pixel holds a valid depth (all are 0, negative, NaN or infinite, or masked).")
+    low, high = float(values[valid].min()), float(values[valid].max())
+    if high - low <= 1e-7 * max(abs(low), abs(high)):
+        raise ValueError("every valid pixel has the same depth; relative depth is undefined for a constant picture.")
+    return low, high
+
+
+def _check_unit_interval(values: np.ndarray, valid: np.ndarray) -> None:
+    wrong = valid & ~((values >= -1e-6) & (values <= 1.0 + 1e-6))
+    if wrong.any():
+        raise ValueError(
+            f"relative depth must lie in [0, 1], found {values[wrong][0]:g}; "
+            "if these are distances or disparities, give their unit instead."
+        )
+
+
+def _joined_valid(own: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
+    if valid is None:
+        return own
+    if np.shape(valid) != own.shape:
+        raise ValueError(f"the validity mask is {np.shape(valid)}, the depth map {own.shape}; give the same shape.")
+    return own & np.asarray(valid, dtype=bool)
+
+
+def _as_plane(values: np.ndarray, name: str) -> np.ndarray:
+    values = np.asarray(values)
+    if values.ndim != 2 or values.size == 0 or values.dtype.kind not in "iuf":
+        raise ValueError(f"{name} is {values.dtype} of shape {values.shape}; expected (height, width) numbers.")
+    return values.astype(np.float64)
+
+
+def _read_array(path: Path) -> np.ndarray:
+    """The numbers of a file as they stand, (H, W), or a ValueError that names the file."""
+    readers = {".png": _read_png, ".npy": _read_npy, ".npz": _read_npz}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"{path} is not a depth map this package reads; expected {', '.join(SUFFIXES)}.")
+    if not path.is_file():
+        raise ValueError(f"There is no depth map {path}.")
+    try:
+        values = readers[path.suffix.lower()](path)
+    except (OSError, EOFError, SyntaxError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read as {path.suffix}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return _checked_array(values, path)
+
+
+def _checked_array(values: np.ndarray, path: Path) -> np.ndarray:
+    if values.dtype.kind not in "iuf":
+        raise ValueError(f"{path} holds {values.dtype} values; expected integers or floating point numbers.")
+    shape = values.shape
+    if values.ndim == 3 and 1 in (shape[0], shape[2]):  # one channel, first or last
+        values = values[0] if shape[0] == 1 else values[..., 0]
+    if values.ndim != 2 or values.size == 0:
+        raise ValueError(f"{path} holds an array of shape {shape}; expected (height, width).")
+    if values.size > MAX_PIXELS:
+        raise ValueError(f"{path} has {values.size} pixels; more than {MAX_PIXELS} are not read.")
+    return values
+
+
+def _read_png(path: Path) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
+        try:
+            picture = Image.open(path, formats=["PNG"])
+        except Image.DecompressionBombError as error:
+            raise ValueError(str(error)) from None
+    with picture:
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(f"{picture.width} x {picture.height} pixels; more than {MAX_PIXELS} are not read.")
+        if picture.mode == "L":
+            return np.array(picture)
+        if picture.mode == "I" or picture.mode.startswith("I;16"):
+            return np.array(picture).astype(np.uint16)
+        raise ValueError(f"a picture of mode {picture.mode}; depth is one grey channel of 8 or 16 bits, not colour.")
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    _check_bytes(path.stat().st_size)
+    return np.load(path, allow_pickle=False)
+
+
+def _read_npz(path: Path) -> np.ndarray:
+    with np.load(path, allow_pickle=False) as archive:
+        key = archive.files[0] if len(archive.files) == 1 else "depth"
+        if key not in archive.files:
+            raise ValueError(f"holds {archive.files}; expected one array, or one of them named 'depth'.")
+        _check_bytes(archive.zip.getinfo(f"{key}.npy").file_size)
+        return archive[key]
+
+
+def _check_bytes(size: int) -> None:
+    if size > MAX_PIXELS * 8 + 4096:
+        raise ValueError(f"{size} bytes; more than {MAX_PIXELS} pixels are not read.")

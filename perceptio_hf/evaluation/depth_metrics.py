@@ -1,0 +1,93 @@
+"""How good a relative depth map is, and how much of a codebook is in use.
+
+Relative depth has no scale, so it is first fitted to the reference, as is usual for affine-invariant depth: scale and
+shift in inverse depth by least squares over the valid pixels (Ranftl et al. 2020, "Towards Robust Monocular Depth
+Estimation"). Errors are then measured on distances in metres.
+"""
+
+import numpy as np
+
+
+def align_scale_shift(prediction: np.ndarray, reference: np.ndarray, valid: np.ndarray) -> tuple[float, float]:
+    """Find a, b that minimise sum((a * prediction + b - reference)^2) over the valid pixels.
+
+    Args:
+        prediction, reference: Arrays of one shape, both linear in inverse depth.
+        valid: Boolean array of that shape.
+
+    Returns:
+        (a, b). A constant prediction gives a = 0 and b = the mean of the reference.
+
+    Raises:
+        ValueError: No valid pixel, shapes differ, or a valid value is not finite.
+    """
+    prediction, reference, valid = np.asarray(prediction), np.asarray(reference), np.asarray(valid, dtype=bool)
+    if not prediction.shape == reference.shape == valid.shape:
+        raise ValueError(
+            f"prediction {prediction.shape}, reference {reference.shape} and valid {valid.shape} must have one shape."
+        )
+    if not valid.any():
+        raise ValueError("no pixel is valid, so there is nothing to compare.")
+    x, y = prediction[valid].astype(np.float64), reference[valid].astype(np.float64)
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError("a valid pixel is NaN or infinite in the prediction or the reference.")
+    spread = np.square(x - x.mean()).sum()
+    scale = float(((x - x.mean()) * (y - y.mean())).sum() / spread) if spread > 1e-12 * x.size else 0.0
+    return scale, float(y.mean() - scale * x.mean())
+
+
+def depth_metrics(
+    prediction_relative: np.ndarray, reference_metric: np.ndarray, valid: np.ndarray | None = None
+) -> dict[str, float]:
+    """Compare relative inverse depth with distances.
+
+    The prediction is aligned to 1/z, clamped to the smallest and largest 1/z of the reference (the least squares fit
+    may leave them, and at or below zero it has no distance), and inverted.
+
+    Args:
+        prediction_relative: (H, W) relative inverse depth, larger = nearer.
+        reference_metric: (H, W) distances in metres; 0, negative and non-finite ones are left out.
+        valid: (H, W) bool; False leaves further pixels out.
+
+    Returns:
+        "absrel": mean of |z' - z| / z. "delta1": share of pixels with max(z'/z, z/z') < 1.25. "rmse": in metres.
+
+    Raises:
+        ValueError: As `align_scale_shift`.
+    """
+    reference = np.asarray(reference_metric, dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        usable = np.isfinite(reference) & (reference > 0.0)
+    usable = usable if valid is None else usable & np.asarray(valid, dtype=bool)
+    inverse = np.divide(1.0, reference, out=np.zeros_like(reference), where=usable)
+    scale, shift = align_scale_shift(prediction_relative, inverse, usable)
+    true = inverse[usable]
+    fitted = np.clip(scale * np.asarray(prediction_relative)[usable] + shift, true.min(), true.max())
+    z, z_true = 1.0 / fitted, 1.0 / true
+    return {
+        "absrel": float(np.mean(np.abs(z - z_true) / z_true)),
+        "delta1": float(np.mean(np.maximum(z / z_true, z_true / z) < 1.25)),
+        "rmse": float(np.sqrt(np.mean(np.square(z - z_true)))),
+    }
+
+
+def codebook_usage(codes: np.ndarray, num_codes: int) -> dict[str, float]:
+    """Count how many codes occur, and how evenly.
+
+    Args:
+        codes: Integers in [0, num_codes), any shape, not empty.
+        num_codes: Size K of the codebook.
+
+    Returns:
+        "codes_used": how many of them occur. "perplexity": exp of the entropy of their frequencies, 1 to K.
+
+    Raises:
+        ValueError: No codes, or one outside [0, num_codes).
+    """
+    codes = np.asarray(codes).reshape(-1)
+    if codes.size == 0 or codes.min() < 0 or codes.max() >= num_codes:
+        found = "none" if codes.size == 0 else f"{codes.min()} to {codes.max()}"
+        raise ValueError(f"expected codes 0 to {num_codes - 1}, found {found}.")
+    counts = np.bincount(codes, minlength=num_codes)
+    share = counts[counts > 0] / codes.size
+    return {"codes_used": int((counts > 0).sum()), "perplexity": float(np.exp(-(share * np.log(share)).sum()))}

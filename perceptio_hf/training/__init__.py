@@ -1,0 +1,1 @@
+"""Training: the depth codebook, the objectives and the trainer."""
