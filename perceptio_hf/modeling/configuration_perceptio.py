@@ -86,7 +86,7 @@ class PerceptioConfig(InternVLConfig):
             )
         if len(self.depth_token_ids) != self.num_depth_codes:
             raise ValueError(
-                f"depth_token_ids has {len(self.depth_token_ids)} ids, expected num_depth_codes = {self.num_depth_codes}."
+                f"depth_token_ids has {len(self.depth_token_ids)} ids, expected num_depth_codes={self.num_depth_codes}."
             )
         ids += self.depth_token_ids
         if len(set(ids)) != len(ids) or not 0 <= min(ids) <= max(ids) < self.text_config.vocab_size:

@@ -35,7 +35,7 @@ from .configuration_depth_vqvae import DepthVQVAEConfig
 
 @dataclass
 class DepthVQVAEOutput(ModelOutput):
-    """What one pass through the codec gives. S = image_size, N = number of codes, d = code_dim.
+    """One pass through the codec. S = image_size, N = number of codes, d = code_dim.
 
     Args:
         loss: Weighted sum of the three parts below, a scalar.
@@ -57,7 +57,7 @@ class DepthVQVAEOutput(ModelOutput):
 
 
 class DepthResidualBlock(nn.Module):
-    """3x3, ReLU, 3x3, ReLU, 1x1, added to the input."""
+    """Convolutions 3x3, 3x3 and 1x1, added to the input."""
 
     def __init__(self, channels: int, activation: str):
         super().__init__()
@@ -70,6 +70,10 @@ class DepthResidualBlock(nn.Module):
         return hidden + self.conv3(self.activation(self.conv2(self.activation(self.conv1(hidden)))))
 
 
+def _residual_blocks(channels: int, config: DepthVQVAEConfig) -> nn.ModuleList:
+    return nn.ModuleList(DepthResidualBlock(channels, config.activation) for _ in range(config.num_residual_blocks))
+
+
 class DepthEncoder(nn.Module):
     """(B, 1, S, S) scaled depth -> (B, d, g, g) latents."""
 
@@ -79,7 +83,7 @@ class DepthEncoder(nn.Module):
         stages = config.downsample.bit_length() - 1
         widths = [1] + [config.base_channels * 2**i for i in range(stages)]
         self.down = nn.ModuleList(nn.Conv2d(widths[i], widths[i + 1], 4, 2, 1) for i in range(stages))
-        self.blocks = nn.ModuleList(DepthResidualBlock(widths[-1], config.activation) for _ in range(config.num_residual_blocks))
+        self.blocks = _residual_blocks(widths[-1], config)
         self.project = nn.Conv2d(widths[-1], config.code_dim, 1)
 
     def forward(self, depth: Tensor) -> Tensor:
@@ -101,7 +105,7 @@ class DepthDecoder(nn.Module):
         top = config.base_channels * 2 ** (stages - 1)
         widths = [top] + [top // 2**i for i in range(stages)]
         self.project = nn.Conv2d(config.code_dim, top, 1)
-        self.blocks = nn.ModuleList(DepthResidualBlock(top, config.activation) for _ in range(config.num_residual_blocks))
+        self.blocks = _residual_blocks(top, config)
         self.up = nn.ModuleList(nn.ConvTranspose2d(widths[i], widths[i + 1], 4, 2, 1) for i in range(stages))
         self.out = nn.Conv2d(widths[-1], 1, 1)
 
@@ -149,6 +153,8 @@ class DepthVQVAE(PreTrainedModel):
     config_class = DepthVQVAEConfig
     base_model_prefix = "depth_codec"
     main_input_name = "depth"
+    # It has no attention, so that every implementation a surrounding model asks for is fine.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     # Half precision moves latents across cell borders: other codes would come out.
     _keep_in_fp32_modules_strict = ["depth_encoder", "depth_decoder", "depth_codebook"]  # noqa: RUF012
 
@@ -280,23 +286,9 @@ class DepthVQVAE(PreTrainedModel):
         )
 
     def prepare(self, depth: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Check depth, resample it to the codec's size and fill its holes from their surroundings.
-
-        Args and errors as `encode`.
-
-        Returns:
-            (B, 1, S, S) relative inverse depth without holes, and the share of valid pixels behind each of its pixels,
-            (B, 1, S, S) in [0, 1].
-        """
-        depth, valid = _as_batch(depth, "depth"), None if valid is None else _as_batch(valid, "valid").bool()
-        valid = torch.ones_like(depth, dtype=torch.bool) if valid is None else valid.to(depth.device)
-        _check_depth(depth, valid)
-        weight = valid.to(self.device, torch.float32)
-        values = torch.where(valid, depth, 0.0).to(self.device, torch.float32).clamp(0.0, 1.0)
-        size = (self.config.image_size, self.config.image_size)
-        if depth.shape[-2:] != size:
-            values, weight = (F.interpolate(x, size=size, mode="bilinear", antialias=True) for x in (values, weight))
-        return fill_holes(values, weight).to(self.dtype), weight.to(self.dtype)
+        """`prepare_depth` at this codec's size, precision and device."""
+        filled, weight = prepare_depth(depth, valid, self.config.image_size)
+        return filled.to(self.device, self.dtype), weight.to(self.device, self.dtype)
 
     def encode_latents(self, filled: Tensor) -> Tensor:
         """(B, 1, S, S) depth without holes, as `prepare` gives it -> (B, N, d), what is quantised."""
@@ -316,9 +308,8 @@ class DepthVQVAE(PreTrainedModel):
         pixel = (weight * error.abs()).sum() / weight.sum()
         total, pairs = error.new_zeros(()), error.new_zeros(())
         for axis in (2, 3):
-            both = torch.minimum(
-                weight.narrow(axis, 1, weight.shape[axis] - 1), weight.narrow(axis, 0, weight.shape[axis] - 1)
-            )
+            pairs_along = weight.shape[axis] - 1
+            both = torch.minimum(weight.narrow(axis, 0, pairs_along), weight.narrow(axis, 1, pairs_along))
             total, pairs = total + (both * error.diff(dim=axis).abs()).sum(), pairs + both.sum()
         return pixel, total / pairs.clamp_min(1e-6)
 
@@ -337,6 +328,26 @@ class DepthVQVAE(PreTrainedModel):
             value = int(codes[wrong][0])
             raise ValueError(f"Row {row} of `codes` holds {value}; codes are 0 to {self.config.num_codes - 1}.")
         return codes
+
+
+def prepare_depth(depth: Tensor, valid: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
+    """Check depth, resample it to a square and fill its holes from their surroundings.
+
+    Args and errors as `DepthVQVAE.encode`; `size` is the side S of the square.
+
+    Returns:
+        (B, 1, S, S) float32 relative inverse depth without holes, and the share of valid pixels behind each of its
+        pixels, (B, 1, S, S) in [0, 1].
+    """
+    depth = _as_batch(depth, "depth")
+    valid = torch.ones_like(depth, dtype=torch.bool) if valid is None else _as_batch(valid, "valid").bool()
+    valid = valid.to(depth.device)
+    _check_depth(depth, valid)
+    weight = valid.float()
+    values = torch.where(valid, depth, 0.0).float().clamp(0.0, 1.0)
+    if depth.shape[-2:] != (size, size):
+        values, weight = (F.interpolate(x, (size, size), mode="bilinear", antialias=True) for x in (values, weight))
+    return fill_holes(values, weight), weight
 
 
 def fill_holes(values: Tensor, weight: Tensor, tiny: float = 1e-8) -> Tensor:
@@ -396,4 +407,4 @@ def _check_depth(depth: Tensor, valid: Tensor) -> None:
         )
 
 
-__all__ = ["DepthVQVAE", "DepthVQVAEOutput", "fill_holes"]
+__all__ = ["DepthVQVAE", "DepthVQVAEOutput", "fill_holes", "prepare_depth"]

@@ -1,6 +1,7 @@
 """Perceptio: InternVL whose language model also writes masks ([SEG]) and depth (a span of codes)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -53,10 +54,10 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
 
     config: PerceptioConfig
     config_class = PerceptioConfig
-    _keep_in_fp32_modules_strict = ["mask_model", "depth_model", "seg_projector"]
-    _no_split_modules = [*(InternVLForConditionalGeneration._no_split_modules or []), "Sam2MultiScaleBlock"]
+    _keep_in_fp32_modules_strict: ClassVar = ["mask_model", "depth_model", "seg_projector"]
+    _no_split_modules: ClassVar = [*(InternVLForConditionalGeneration._no_split_modules or []), "Sam2MultiScaleBlock"]
     # A full SAM2 checkpoint also holds its video memory, which still pictures do not use.
-    _keys_to_ignore_on_load_unexpected = [
+    _keys_to_ignore_on_load_unexpected: ClassVar = [
         rf"mask_model\.{name}"
         for name in ("memory_", "mask_downsample", "object_pointer_proj", "temporal_positional_encoding_projection")
     ]

@@ -1,6 +1,7 @@
 """The processor: pictures and conversations in, `SpatialAnswer`s out."""
 
 import copy
+import inspect
 import os
 import re
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from .pictures import load_picture
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 _IGNORED_LABEL = -100
+# Options of `__call__` that `apply_chat_template` hands on.
+_CALL_OPTIONS = {"padding", "padding_side", "crop_to_patches", "max_length", "truncation", "min_patches", "max_patches"}
 
 
 @dataclass(frozen=True)
@@ -191,9 +194,18 @@ class PerceptioProcessor(InternVLProcessor):
         Raises:
             ValueError: for a picture that cannot be read or a user's turn without words.
         """
-        batched = isinstance(conversation, (list, tuple)) and conversation and isinstance(conversation[0], (list, tuple))
+        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
         chats = conversation if batched else [conversation]
         chats = [[_prepare_message(message) for message in chat] for chat in chats]
+        options = dict(kwargs.pop("processor_kwargs", None) or {})
+        for name in _CALL_OPTIONS & set(kwargs):
+            options[name] = kwargs.pop(name)
+        if batched and kwargs.get("tokenize"):
+            options.setdefault("padding", True)  # rows of a batch differ in length
+        if "processor_kwargs" in inspect.signature(ProcessorMixin.apply_chat_template).parameters:
+            kwargs["processor_kwargs"] = options
+        else:
+            kwargs |= options
         return super().apply_chat_template(chats if batched else chats[0], chat_template, **kwargs)
 
     def encode_conversations(
@@ -233,7 +245,9 @@ class PerceptioProcessor(InternVLProcessor):
     def _mask_labels(self, labels: torch.Tensor, masks: Sequence[np.ndarray]) -> list[torch.Tensor]:
         counts = (labels == self.seg_token_id).sum(1).tolist()
         if len(masks) != len(counts):
-            raise ValueError(f"Got masks for {len(masks)} of {len(counts)} conversations; pass an empty array for none.")
+            raise ValueError(
+                f"Got masks for {len(masks)} of {len(counts)} conversations; pass an empty array for none."
+            )
         for index, (count, mask) in enumerate(zip(counts, masks, strict=True)):
             if len(mask) != count:
                 raise ValueError(f"Conversation {index} has {count} [SEG] tokens but {len(mask)} masks.")
@@ -265,7 +279,9 @@ class PerceptioProcessor(InternVLProcessor):
         ]
 
     def _words(self, ids: list[int]) -> str:
-        text = self.tokenizer.decode([token for token in ids if token not in self._spatial_ids], skip_special_tokens=True)
+        text = self.tokenizer.decode(
+            [token for token in ids if token not in self._spatial_ids], skip_special_tokens=True
+        )
         return " ".join(text.replace("\n", " \n ").split(" ")).replace(" \n ", "\n").strip()
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):

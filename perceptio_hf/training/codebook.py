@@ -6,21 +6,17 @@ encoder outputs that are served badly. At the end the codes are numbered by the 
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from perceptio_hf.data.depth_maps import DepthMap
 from perceptio_hf.modeling.configuration_depth_vqvae import DepthVQVAEConfig
-from perceptio_hf.modeling.modeling_depth_vqvae import DepthCodebook, DepthVQVAE, DepthVQVAEOutput
-
-TRAIN_SEED = 0
-HELD_OUT_SEED = 1_000_000_000  # rendered scenes from here on are for evaluation
+from perceptio_hf.modeling.modeling_depth_vqvae import DepthCodebook, DepthVQVAE, DepthVQVAEOutput, prepare_depth
 
 
 @dataclass
@@ -36,17 +32,22 @@ class DepthBank:
     weight: Tensor
 
     @classmethod
-    def gather(cls, maps: Iterator[DepthMap], config: DepthVQVAEConfig) -> "DepthBank":
+    def gather(cls, maps: Iterable[DepthMap], config: DepthVQVAEConfig) -> "DepthBank":
         """Resample depth maps to the size of a codec and keep them.
 
         Raises:
             ValueError: There are none.
         """
-        codec = DepthVQVAE(config)
-        pairs = [codec.prepare(torch.from_numpy(m.relative), torch.from_numpy(m.valid)) for m in maps]
+        size = config.image_size
+        pairs = [prepare_depth(torch.from_numpy(m.relative), torch.from_numpy(m.valid), size) for m in maps]
         if not pairs:
             raise ValueError("there are no depth maps to train on.")
         return cls(*(torch.cat(parts)[:, 0] for parts in zip(*pairs, strict=True)))
+
+    def head(self, count: int) -> Iterator[DepthMap]:
+        """The first maps of the bank, at its size."""
+        for relative, weight in zip(self.relative[:count], self.weight[:count], strict=True):
+            yield DepthMap(relative.numpy(), weight.numpy() >= 0.5)
 
     def draw(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A random batch, (size, S, S) twice, each map mirrored left to right half of the time."""
@@ -56,73 +57,116 @@ class DepthBank:
         return tuple(torch.where(mirror, x.flip(-1), x) for x in pair)
 
 
+@dataclass(frozen=True)
+class CodebookOptions:
+    """How a codec is trained.
+
+    Args:
+        batch_size: Maps per step.
+        learning_rate: Peak of a one-cycle schedule for AdamW.
+        continuous_share: Share of the training without quantisation, before the codebook starts.
+        decay: Of the moving averages of the codebook, per step.
+        kmeans_start: Start the codebook from k-means over encoder outputs; False leaves it random.
+        restart_every: Steps between two moves of unused codes; 0 never moves them.
+        settled_share: Share of the training at whose end unused codes are left where they are.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    batch_size: int = 8
+    learning_rate: float = 3e-3
+    continuous_share: float = 0.15
+    decay: float = 0.99
+    kmeans_start: bool = True
+    restart_every: int = 20
+    settled_share: float = 0.2
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.restart_every < 0 or self.learning_rate <= 0.0:
+            raise ValueError(f"batch_size >= 1, restart_every >= 0 and learning_rate > 0 are needed, got {self}.")
+        for name in ("continuous_share", "decay", "settled_share"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be in [0, 1).")
+
+
 def train_codebook(
     config: DepthVQVAEConfig,
     bank: DepthBank,
     *,
     steps: int | None = None,
     minutes: float | None = None,
-    batch_size: int = 32,
-    learning_rate: float = 2e-3,
-    continuous_share: float = 0.15,
-    decay: float = 0.99,
-    kmeans_start: bool = True,
-    restart_every: int = 20,
     seed: int = 0,
-    progress: bool = True,
+    options: CodebookOptions = CodebookOptions(),
+    progress: Callable[[float, float], None] | None = None,
 ) -> DepthVQVAE:
-    """Train a depth codec from scratch.
+    """Train a depth codec from scratch, on the processor.
 
     Args:
         config: The codec to make.
         bank: Depth maps at the codec's size.
         steps, minutes: When to stop: give exactly one. Only `steps` makes two runs equal.
-        batch_size: Maps per step.
-        learning_rate: Peak of a one-cycle schedule for AdamW.
-        continuous_share: Share of the training without quantisation, before the codebook starts.
-        decay: Of the moving averages of the codebook, per step.
-        kmeans_start: Start the codebook from k-means over encoder outputs rather than from noise.
-        restart_every: Steps between two moves of unused codes; 0 never moves them.
         seed: Of weights, batches and restarts. The caller's random state is left as it was.
-        progress: Show a progress bar.
+        options: The rest.
+        progress: Called now and then with the share of the training done and the reconstruction loss.
 
     Returns:
         The codec in evaluation mode, codes numbered by mean depth: 0 farthest, K - 1 nearest.
 
     Raises:
-        ValueError: Not exactly one of `steps` and `minutes`, or an option out of range.
+        ValueError: Not exactly one of `steps` and `minutes`.
         RuntimeError: The loss is no longer finite.
     """
     clock = _Clock(steps, minutes)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = DepthVQVAE(config).train().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-4)
-    quantised = False
-    with clock.bar(progress) as bar:
-        while clock.running():
-            share = clock.share()
-            if not quantised and share >= continuous_share:
-                if kmeans_start:
-                    start_codebook_(model, bank, generator=generator)
-                quantised = True
-            optimizer.param_groups[0]["lr"] = learning_rate * _one_cycle(share)
-            relative, weight = bank.draw(batch_size, generator)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                output = model.losses(relative[:, None], weight[:, None], quantise=quantised)
-            optimizer.zero_grad(set_to_none=True)
-            output.loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            if quantised:
-                update_codebook_(model.depth_codebook, output.latents, output.codes, decay=decay)
-                if restart_every and clock.step % restart_every == 0 and share < 0.8:
-                    restart_unused_(model.depth_codebook, output.latents, output.codes, generator=generator)
-            clock.advance(bar, output)
+        model = DepthVQVAE(config).train().to(memory_format=torch.channels_last)  # twice as fast here
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=1e-4)
+    quantise = False
+    while (share := clock.share()) < 1.0:
+        if not quantise and share >= options.continuous_share:
+            if options.kmeans_start:
+                start_codebook_(model, bank, generator=generator)
+            quantise = True
+        optimizer.param_groups[0]["lr"] = options.learning_rate * _one_cycle(share)
+        output = _step(model, optimizer, bank.draw(options.batch_size, generator), quantise)
+        if quantise:
+            _move_codes_(model.depth_codebook, output, clock, options, generator)
+        clock.step += 1
+        if progress is not None and clock.step % 10 == 0:
+            progress(share, output.reconstruction_loss.item())
     model = model.eval().to(memory_format=torch.contiguous_format)
     reorder_codes_(model, code_depths(model, bank).argsort())
     return model
+
+
+def _step(
+    model: DepthVQVAE, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], quantise: bool
+) -> DepthVQVAEOutput:
+    filled, weight = (x[:, None].to(memory_format=torch.channels_last) for x in batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # 1.5 times as fast, with the same result
+        output = model.losses(filled, weight, quantise=quantise)
+    if not bool(output.loss.isfinite()):
+        raise RuntimeError(f"The loss is {output.loss.item()}; lower the learning rate.")
+    optimizer.zero_grad(set_to_none=True)
+    output.loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return output
+
+
+def _move_codes_(
+    book: DepthCodebook,
+    output: DepthVQVAEOutput,
+    clock: "_Clock",
+    options: CodebookOptions,
+    generator: torch.Generator,
+) -> None:
+    update_codebook_(book, output.latents, output.codes, decay=options.decay)
+    settled = clock.share() > 1.0 - options.settled_share
+    if options.restart_every and clock.step % options.restart_every == 0 and not settled:
+        restart_unused_(book, output.latents, output.codes, generator=generator)
 
 
 @torch.no_grad()
@@ -141,7 +185,7 @@ def start_codebook_(model: DepthVQVAE, bank: DepthBank, *, generator: torch.Gene
 
 
 def kmeans(points: Tensor, k: int, *, generator: torch.Generator, iterations: int = 12) -> tuple[Tensor, Tensor]:
-    """Lloyd's algorithm from random points; an empty cluster restarts at the point served worst.
+    """Lloyd's algorithm from k-means++ seeds; an empty cluster restarts at the point served worst.
 
     Args:
         points: (P, d), P >= 1.
@@ -149,7 +193,7 @@ def kmeans(points: Tensor, k: int, *, generator: torch.Generator, iterations: in
     Returns:
         (k, d) centres and (k,) how many points each has, in the dtype of the points.
     """
-    centres = points[torch.randint(len(points), (k,), generator=generator)]
+    centres = _spread_points(points, k, generator)
     for _ in range(iterations):
         distance, nearest = torch.cdist(points, centres).min(1)
         counts = torch.bincount(nearest, minlength=k).to(points.dtype)
@@ -160,6 +204,16 @@ def kmeans(points: Tensor, k: int, *, generator: torch.Generator, iterations: in
         centres[empty[: len(worst)]] = points[worst]
     nearest = torch.cdist(points, centres).argmin(1)
     return centres, torch.bincount(nearest, minlength=k).to(points.dtype)
+
+
+def _spread_points(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """k of the points, each drawn by its squared distance to those before (Arthur and Vassilvitskii 2007)."""
+    chosen = [points[torch.randint(len(points), (1,), generator=generator)]]
+    distance = torch.full((len(points),), torch.inf, dtype=points.dtype)
+    for _ in range(k - 1):
+        distance = torch.minimum(distance, (points - chosen[-1]).square().sum(1))
+        chosen.append(points[torch.multinomial(distance + 1e-12, 1, generator=generator)])
+    return torch.cat(chosen)
 
 
 @torch.no_grad()
@@ -241,29 +295,14 @@ class _Clock:
     """Counts steps against a limit in steps or in minutes."""
 
     def __init__(self, steps: int | None, minutes: float | None):
-        if (steps is None) == (minutes is None):
-            raise ValueError("say when training stops: give either `steps` or `minutes`.")
-        if (steps if minutes is None else minutes) <= 0:
-            raise ValueError(f"training must last; got steps={steps}, minutes={minutes}.")
-        self.steps, self.seconds = steps, None if minutes is None else 60.0 * minutes
+        limit = steps if minutes is None else minutes
+        if (steps is None) == (minutes is None) or limit <= 0:
+            raise ValueError(f"give either `steps` or `minutes`, above 0; got steps={steps}, minutes={minutes}.")
+        self.steps, self.minutes = steps, minutes
         self.step, self.start = 0, time.monotonic()
 
     def share(self) -> float:
         """How much of the training is behind, 0 to 1."""
-        spent = self.step / self.steps if self.seconds is None else (time.monotonic() - self.start) / self.seconds
-        return min(1.0, spent)
-
-    def running(self) -> bool:
-        return self.share() < 1.0
-
-    def bar(self, show: bool) -> tqdm:
-        return tqdm(total=self.steps, disable=not show, desc="codebook", unit="step")
-
-    def advance(self, bar: tqdm, output: DepthVQVAEOutput) -> None:
-        self.step += 1
-        if self.step % 10 == 0 or self.step == 1:
-            loss = output.loss.item()
-            if not np.isfinite(loss):
-                raise RuntimeError(f"the loss is {loss} at step {self.step}; lower the learning rate.")
-            bar.set_postfix(error=f"{output.reconstruction_loss.item():.4f}")
-        bar.update()
+        if self.minutes is None:
+            return min(1.0, self.step / self.steps)
+        return min(1.0, (time.monotonic() - self.start) / (60.0 * self.minutes))

@@ -1,7 +1,7 @@
-"""Rendered scenes as training sequences: one picture, many question turns in one row.
+"""Rendered scenes as training batches: every picture is shown once and asked many questions.
 
-A row is the picture's prefix and then the turns. Every turn sees the prefix and itself, never another turn, and its
-positions start right behind the prefix: to the model each turn is a conversation of its own, at a fraction of the cost.
+All questions about a picture share its prefix, whose keys and values are computed once; each question and its answer
+is a row of its own behind that prefix. Questions never see one another, as if each were a conversation of its own.
 """
 
 from collections.abc import Iterator
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..data.world import Question, Scene, ask, draw_points, render_scene
@@ -58,45 +60,41 @@ def choose_responses(questions: list[Question], rng: np.random.Generator) -> lis
 
 
 @dataclass
-class PackedScene:
-    """One row: token ids, the turn each token belongs to (0: the prefix), positions, labels, and the targets."""
+class AskedScene:
+    """One scene with its questions: token ids of every turn (question, answer), and the targets."""
 
     image: np.ndarray  # (H, W, 3) uint8, with marked points if any
     depth: np.ndarray  # (H, W) float32 metres
     instances: np.ndarray  # (H, W) uint8
-    cells: np.ndarray  # (g * g, 4) shape, colour, size, material of what each image token sees; 0 = background
-    ids: np.ndarray
-    turns: np.ndarray
-    positions: np.ndarray
-    labels: np.ndarray
-    masks: list[int]  # instance ids in the order of the [SEG] tokens
+    kinds: np.ndarray  # (objects + 1, 4) shape, colour, size, material of each instance id; 0 = background
+    cells: np.ndarray  # (g * g,) instance id that each image token sees
+    turns: list[tuple[list[int], list[int], Response]]
 
 
-class ScenePacker:
-    """Turns scenes into rows for one processor; the depth codes are filled in later, by the codec."""
+class SceneAsker:
+    """Renders scenes and tokenizes their questions for one processor; the depth codes are filled in by the codec."""
 
     def __init__(self, processor: PerceptioProcessor, size: int):
         self.processor, self.size = processor, size
         self.grid = int(processor.image_seq_length**0.5)
-        tokenizer = processor.tokenizer
         picture = (
             processor.start_image_token + processor.image_token * processor.image_seq_length + processor.end_image_token
         )
         self.prefix = self._encode(f"<|im_start|>user\n{picture}\n")
         self.blank_span = depth_span([0] * processor.num_depth_tokens)
-        self.end = tokenizer.eos_token_id
+        self.end = processor.tokenizer.eos_token_id
 
     def _encode(self, text: str) -> list[int]:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def turn(self, response: Response) -> tuple[list[int], list[int]]:
-        """Token ids of the question with the template's markers, and of the answer."""
+        """Token ids of the question with the chat template's markers, and of the answer."""
         asked = self._encode(f"{response.question}<|im_end|>\n<|im_start|>assistant\n")
         span = self.blank_span if response.depth else ""
         return asked, [*self._encode(SEG_TOKEN * len(response.masks) + span + response.words), self.end]
 
-    def pack(self, seed: int) -> PackedScene:
-        """Render a scene, ask about it, and lay everything out in one row."""
+    def scene(self, seed: int) -> AskedScene:
+        """Render one scene, mark its points, and ask about it."""
         rng = np.random.default_rng([seed, 1])
         scene = render_scene(seed, size=self.size)
         questions = ask(scene, rng)
@@ -104,111 +102,120 @@ class ScenePacker:
         for question in questions:
             if question.points:
                 image = draw_points(image, question.points, question.letters)
-        responses = choose_responses(questions, rng)
-        ids, turns = list(self.prefix), [0] * len(self.prefix)
-        positions, labels = list(range(len(ids))), [_IGNORED_LABEL] * len(ids)
-        for number, response in enumerate(responses, start=1):
-            asked, answer = self.turn(response)
-            count = len(asked) + len(answer)
-            ids += asked + answer
-            turns += [number] * count
-            positions += range(len(self.prefix), len(self.prefix) + count)
-            labels += [_IGNORED_LABEL] * len(asked) + answer
-        return PackedScene(
+        return AskedScene(
             image=image,
             depth=scene.depth,
             instances=scene.instances,
-            cells=describe_cells(scene, self.grid),
-            ids=np.array(ids),
-            turns=np.array(turns),
-            positions=np.array(positions),
-            labels=np.array(labels),
-            masks=[instance for response in responses for instance in response.masks],
+            kinds=describe_objects(scene),
+            cells=instance_of_cells(scene, self.grid),
+            turns=[(*self.turn(response), response) for response in choose_responses(questions, rng)],
         )
 
 
-def describe_cells(scene: Scene, grid: int) -> np.ndarray:
-    """(grid * grid, 4): shape, colour, size and material (from 1) of the object that fills most of each cell, or 0."""
+def instance_of_cells(scene: Scene, grid: int) -> np.ndarray:
+    """(grid * grid,) instance id of what fills most of each cell; an object needs only a third of its cell."""
     side = scene.instances.shape[0] // grid
     blocks = scene.instances.reshape(grid, side, grid, side).swapaxes(1, 2).reshape(grid * grid, -1)
     counts = np.stack([(blocks == k).sum(1) for k in range(len(scene.objects) + 1)], 1)
-    counts[:, 0] //= 2  # an object that fills a third of its cell is what the cell shows
+    counts[:, 0] //= 2
+    return counts.argmax(1)
+
+
+def describe_objects(scene: Scene) -> np.ndarray:
+    """(objects + 1, 4): shape, colour, size and material of every instance id as classes from 1; row 0 is 0."""
     rows = [(0, 0, 0, 0)]
     for thing in scene.objects:
-        rows.append(
-            (
-                1 + _SHAPES.index(thing.shape),
-                1 + _COLORS.index(thing.color),
-                1 + (thing.size == "large"),
-                1 + (thing.material == "shiny"),
-            )
-        )
-    return np.array(rows)[counts.argmax(1)]
+        shape, color = 1 + _SHAPES.index(thing.shape), 1 + _COLORS.index(thing.color)
+        rows.append((shape, color, 1 + (thing.size == "large"), 1 + (thing.material == "shiny")))
+    return np.array(rows)
 
 
-CELL_CLASSES = (1 + len(_SHAPES), 1 + len(_COLORS), 3, 3)
+KIND_CLASSES = (1 + len(_SHAPES), 1 + len(_COLORS), 3, 3)
+
+
+@dataclass
+class TurnBatch:
+    """Turns of a batch of scenes, right-padded, each behind the prefix of its scene."""
+
+    input_ids: torch.Tensor  # (n, L)
+    labels: torch.Tensor  # (n, L), -100 in questions and padding
+    rows: torch.Tensor  # (n,) scene of each turn
+    mask_rows: torch.Tensor  # (m,) scene of each [SEG], in reading order
+    mask_instances: torch.Tensor  # (m,) instance id each [SEG] stands for
+    mask_kinds: torch.Tensor  # (m, 4) what kind of object that is
 
 
 @dataclass
 class SceneBatch:
-    """Rows as tensors, right-padded."""
+    """A batch of scenes. Turns with a depth span are four times as long as the others: they are padded apart."""
 
     pixel_values: torch.Tensor  # (b, 3, H, W) normalised as InternVL does
     mask_pixel_values: torch.Tensor  # (b, 3, S, S) normalised as SAM2 does
     inverse_depth: torch.Tensor  # (b, H, W) relative, 1 = nearest
     instances: torch.Tensor  # (b, H, W)
-    cells: torch.Tensor  # (b, g * g, 4)
-    input_ids: torch.Tensor  # (b, L)
-    turns: torch.Tensor  # (b, L); -1 in the padding
-    position_ids: torch.Tensor  # (b, L)
-    labels: torch.Tensor  # (b, L)
-    mask_rows: torch.Tensor  # (n,) row of each mask
-    mask_instances: torch.Tensor  # (n,)
+    cells: torch.Tensor  # (b, g * g, 4) shape, colour, size, material of what each image token sees; 0 = background
+    prefix_ids: torch.Tensor  # (b, P)
+    turns: list[TurnBatch]
 
-    def attention_mask(self) -> torch.Tensor:
-        """(b, 1, L, L) bool: a token sees the prefix and its own turn, up to itself."""
-        turns = self.turns
-        same = (turns[:, :, None] == turns[:, None, :]) | (turns[:, None, :] == 0)
-        causal = torch.ones(turns.shape[1], turns.shape[1], dtype=torch.bool).tril()
-        return (same & causal)[:, None]
+    @property
+    def mask_rows(self) -> torch.Tensor:
+        """(m,) scene of each [SEG] of all turns."""
+        return torch.cat([turns.mask_rows for turns in self.turns])
+
+    @property
+    def mask_instances(self) -> torch.Tensor:
+        """(m,) instance of each [SEG] of all turns."""
+        return torch.cat([turns.mask_instances for turns in self.turns])
 
     def mask_targets(self, size: tuple[int, int]) -> torch.Tensor:
-        """(n, h, w) share of each cell covered by the object of each [SEG]."""
+        """(m, h, w) share of each cell covered by the object of each [SEG]."""
         inside = (self.instances[self.mask_rows] == self.mask_instances[:, None, None]).float()
-        return torch.nn.functional.interpolate(inside[:, None], size=size, mode="bilinear", antialias=True)[:, 0]
+        return F.interpolate(inside[:, None], size=size, mode="bilinear", antialias=True)[:, 0]
 
 
 def normalise(pictures: torch.Tensor, side: int) -> torch.Tensor:
     """(b, H, W, 3) uint8 -> (b, 3, side, side), antialiased bilinear, ImageNet statistics; as the processor does."""
     pixels = pictures.permute(0, 3, 1, 2).float() / 255
     if pixels.shape[-1] != side:
-        pixels = torch.nn.functional.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
+        pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return (pixels - mean[:, None, None]) / std[:, None, None]
 
 
-def collate(rows: list[PackedScene], *, pad: int, mask_side: int) -> SceneBatch:
-    """Pad and stack packed scenes."""
-
-    def stacked(name: str, fill: int) -> torch.Tensor:
-        values = [torch.from_numpy(getattr(row, name)).long() for row in rows]
-        return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
-
-    pictures = torch.from_numpy(np.stack([row.image for row in rows]))
-    inverse = 1 / torch.from_numpy(np.stack([row.depth for row in rows]))
+def collate(scenes: list[AskedScene], *, prefix: list[int], pad: int, mask_side: int) -> SceneBatch:
+    """Stack scenes and pad their turns."""
+    pictures = torch.from_numpy(np.stack([scene.image for scene in scenes]))
+    inverse = 1 / torch.from_numpy(np.stack([scene.depth for scene in scenes]))
     far, near = inverse.amin((1, 2), keepdim=True), inverse.amax((1, 2), keepdim=True)
+    turns = [(row, *turn) for row, scene in enumerate(scenes) for turn in scene.turns]
     return SceneBatch(
         pixel_values=normalise(pictures, pictures.shape[1]),
         mask_pixel_values=normalise(pictures, mask_side),
         inverse_depth=(inverse - far) / (near - far),
-        instances=torch.from_numpy(np.stack([row.instances for row in rows])).long(),
-        cells=torch.from_numpy(np.stack([row.cells for row in rows])),
-        input_ids=stacked("ids", pad),
-        turns=stacked("turns", -1),
-        position_ids=stacked("positions", 0),
-        labels=stacked("labels", _IGNORED_LABEL),
-        mask_rows=torch.tensor([index for index, row in enumerate(rows) for _ in row.masks], dtype=torch.long),
-        mask_instances=torch.tensor([instance for row in rows for instance in row.masks], dtype=torch.long),
+        instances=torch.from_numpy(np.stack([scene.instances for scene in scenes])).long(),
+        cells=torch.from_numpy(np.stack([scene.kinds[scene.cells] for scene in scenes])),
+        prefix_ids=torch.tensor([prefix] * len(scenes)),
+        turns=[
+            _stack_turns([turn for turn in turns if turn[3].depth], scenes, pad),
+            _stack_turns([turn for turn in turns if not turn[3].depth], scenes, pad),
+        ],
+    )
+
+
+def _stack_turns(
+    turns: list[tuple[int, list[int], list[int], Response]], scenes: list[AskedScene], pad: int
+) -> TurnBatch:
+    ids = [torch.tensor(asked + answer) for _, asked, answer, _ in turns]
+    labels = [torch.tensor([_IGNORED_LABEL] * len(asked) + answer) for _, asked, answer, _ in turns]
+    masks = [(row, instance) for row, *_, response in turns for instance in response.masks]
+    kinds = [scenes[row].kinds[instance] for row, instance in masks]
+    return TurnBatch(
+        input_ids=pad_sequence(ids, batch_first=True, padding_value=pad),
+        labels=pad_sequence(labels, batch_first=True, padding_value=_IGNORED_LABEL),
+        rows=torch.tensor([row for row, *_ in turns]),
+        mask_rows=torch.tensor([row for row, _ in masks], dtype=torch.long),
+        mask_instances=torch.tensor([instance for _, instance in masks], dtype=torch.long),
+        mask_kinds=torch.from_numpy(np.array(kinds).reshape(-1, len(KIND_CLASSES))),
     )
 
 
@@ -216,19 +223,19 @@ class SceneStream(IterableDataset):
     """Batches of fresh scenes, from `first_seed` on; never the same scene twice."""
 
     def __init__(self, processor: PerceptioProcessor, size: int, batch_size: int, first_seed: int):
-        self.packer = ScenePacker(processor, size)
+        self.asker = SceneAsker(processor, size)
         self.batch_size, self.first_seed = batch_size, first_seed
 
     def __iter__(self) -> Iterator[SceneBatch]:
         torch.set_num_threads(1)
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        processor = self.packer.processor
+        tokenizer, side = self.asker.processor.tokenizer, self.asker.processor.mask_image_size
         batch = number
         while True:
             first = self.first_seed + batch * self.batch_size
-            rows = [self.packer.pack(seed) for seed in range(first, first + self.batch_size)]
-            yield collate(rows, pad=processor.tokenizer.pad_token_id, mask_side=processor.mask_image_size)
+            scenes = [self.asker.scene(seed) for seed in range(first, first + self.batch_size)]
+            yield collate(scenes, prefix=self.asker.prefix, pad=tokenizer.pad_token_id, mask_side=side)
             batch += workers
 
 

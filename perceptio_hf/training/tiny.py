@@ -1,0 +1,350 @@
+"""Training the tiny checkpoint from scratch on rendered scenes, stage by stage.
+
+1. codec: the depth VQ-VAE, on rendered depth.
+2. masks: SAM2 learns to segment what a click points at, as the real one did, and what a vector for its kind names, so
+   that its features tell kinds apart as those of a large model do. Its image encoder is frozen afterwards.
+3. vision: the ViT learns what each image token shows (depth code, shape, colour, size, material), by a head that is
+   thrown away. Without it the language model has nothing to read from for most of the training.
+4. language: everything that is not frozen learns to answer, with masks and depth spans.
+
+Each finished stage is kept in the output folder, and the language stage writes checkpoints, so that a run that was
+stopped goes on where it was.
+"""
+
+import json
+import os
+import shutil
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import DynamicCache
+
+from ..data.depth_maps import DepthMap
+from ..data.world import render_scene, text_corpus
+from ..modeling.configuration_depth_vqvae import DepthVQVAEConfig
+from ..modeling.modeling_depth_vqvae import DepthVQVAE
+from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
+from ..processing.processing_perceptio import PerceptioProcessor
+from .codebook import CodebookOptions, DepthBank, train_codebook
+from .losses import mask_loss, score_loss
+from .scenes import KIND_CLASSES, SceneBatch, scene_batches
+from .tiny_model import IMAGE_SIZE, tiny_config, tiny_processor, tiny_tokenizer
+
+_CHECKPOINT = "language.pt"
+
+
+@dataclass
+class TinyRecipe:
+    """Settings of the tiny training; `recipes/tiny.yaml` holds those of the shipped checkpoint.
+
+    Steps are what makes a run repeatable. Learning rates are peaks of a warm-up and cosine schedule.
+    """
+
+    seed: int = 0
+    corpus_scenes: int = 2000
+    codec: dict = field(default_factory=dict)
+    codec_options: dict = field(default_factory=dict)
+    codec_scenes: int = 4000
+    codec_steps: int = 1000
+    mask_steps: int = 600
+    mask_batch: int = 16
+    mask_lr: float = 2e-3
+    vision_steps: int = 800
+    vision_batch: int = 16
+    vision_lr: float = 1.5e-3
+    language_steps: int = 2500
+    language_batch: int = 16
+    language_lr: float = 1.5e-3
+    checkpoint_every: int = 200
+
+    @classmethod
+    def read(cls, path: str | Path) -> "TinyRecipe":
+        """Read a YAML file.
+
+        Raises:
+            ValueError: for a file that is no mapping, a key that is unknown, or a number out of range.
+        """
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold keys and values, e.g. `seed: 0`.")
+        known = {item.name: item.type for item in fields(cls)}
+        for key, value in values.items():
+            if key not in known:
+                raise ValueError(f"{path}: unknown key {key!r}; known are {', '.join(known)}.")
+            if known[key] is int and (not isinstance(value, int) or value < 0):
+                raise ValueError(f"{path}: {key} must be a whole number of 0 or more, got {value!r}.")
+        return cls(**values)
+
+
+def train_tiny(recipe: TinyRecipe, out: str | Path, *, workers: int = 1) -> Path:
+    """Train all stages into `out`; returns the folder of the finished checkpoint, `out/checkpoint`.
+
+    A folder with finished stages of the same recipe is continued.
+
+    Raises:
+        ValueError: if `out` holds another recipe's stages.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    _claim(recipe, out)
+    torch.manual_seed(recipe.seed)
+    codec = _codec_stage(recipe, out)
+    processor = tiny_processor(tiny_tokenizer(text_corpus(recipe.corpus_scenes, recipe.seed)), codec.config)
+    model = fresh_model(processor, codec)
+    trainer = _Stages(recipe, out, model, processor, workers)
+    for stage in ("masks", "vision", "language"):
+        trainer.run(stage)
+    return _save(model, processor, out / "checkpoint")
+
+
+def fresh_model(processor: PerceptioProcessor, codec: DepthVQVAE) -> PerceptioForConditionalGeneration:
+    """An untrained tiny model around a trained codec."""
+    model = PerceptioForConditionalGeneration(tiny_config(processor, codec.config))
+    model.set_attn_implementation("eager")  # on a CPU faster than sdpa for sequences this short
+    model.depth_model.load_state_dict(codec.state_dict())
+    hiera = model.mask_model.vision_encoder.backbone
+    for positions in (hiera.pos_embed, hiera.pos_embed_window, model.model.vision_tower.embeddings.position_embeddings):
+        nn.init.normal_(positions, std=0.02)  # zero positions, the classes' default, learn slowly from scratch
+    tokenizer = processor.tokenizer
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.max_new_tokens = 192
+    return model
+
+
+def _claim(recipe: TinyRecipe, out: Path) -> None:
+    path, text = out / "recipe.json", json.dumps(asdict(recipe), indent=2)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{out} holds the stages of another recipe ({path}); choose another folder.")
+    _replace(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _replace(path: Path, write) -> None:
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    os.replace(partial, path)
+
+
+def _save(model: PerceptioForConditionalGeneration, processor: PerceptioProcessor, folder: Path) -> Path:
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.eval().save_pretrained(partial)
+    processor.save_pretrained(partial)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
+    return folder
+
+
+def _codec_stage(recipe: TinyRecipe, out: Path) -> DepthVQVAE:
+    folder = out / "codec"
+    if not folder.exists():
+        config = DepthVQVAEConfig(**recipe.codec)
+        seeds = tqdm(range(recipe.codec_scenes), desc="rendering depth")
+        maps = (DepthMap.from_metric(render_scene(seed, size=config.image_size).depth) for seed in seeds)
+        bank = DepthBank.gather(maps, config)
+        with tqdm(total=recipe.codec_steps, desc="codec") as bar:
+
+            def show(share: float, loss: float) -> None:
+                bar.set_postfix(reconstruction=f"{loss:.4f}")
+                bar.update(round(share * recipe.codec_steps) - bar.n)
+
+            options = CodebookOptions(**recipe.codec_options)
+            codec = train_codebook(
+                config, bank, steps=recipe.codec_steps, seed=recipe.seed, options=options, progress=show
+            )
+        partial = folder.with_name("codec.partial")
+        codec.save_pretrained(partial)
+        os.replace(partial, folder)
+    return DepthVQVAE.from_pretrained(folder)
+
+
+class _Stages:
+    """The three stages that train the model itself."""
+
+    def __init__(self, recipe: TinyRecipe, out: Path, model, processor: PerceptioProcessor, workers: int):
+        self.recipe, self.out, self.model, self.processor, self.workers = recipe, out, model, processor, workers
+        hidden = model.config.text_config.hidden_size
+        prompt = model.config.mask_config.mask_decoder_config.hidden_size
+        # Heads that only training needs.
+        self.cell_head = nn.Linear(hidden, model.config.num_depth_codes + sum(KIND_CLASSES))
+        self.kind_prompts = nn.ModuleList([nn.Embedding(count, prompt) for count in KIND_CLASSES])
+        self.heads = nn.ModuleList([self.cell_head, self.kind_prompts])
+        self.code_ids = torch.tensor(model.config.depth_token_ids)
+
+    def run(self, stage: str) -> None:
+        """Train one stage, or load its result where it is finished."""
+        path = self.out / f"{stage}.pt"
+        if (self.out / f"{stage}.done").exists():
+            self._load(path)
+            return
+        steps, batch = (
+            getattr(self.recipe, f"{_SETTINGS[stage]}_steps"),
+            getattr(self.recipe, f"{_SETTINGS[stage]}_batch"),
+        )
+        step_loss = getattr(self, f"_{stage}_loss")
+        parameters = self._parameters(stage)
+        optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
+        first = self._load(path, optimizer) if path.exists() else 0
+        first_seed = _FIRST_SEEDS[stage] + self.recipe.seed * 100_000_000 + first * batch
+        batches = scene_batches(
+            self.processor, size=IMAGE_SIZE, batch_size=batch, first_seed=first_seed, workers=self.workers
+        )
+        history: dict[str, list[float]] = defaultdict(list)
+        progress = tqdm(islice(batches, steps - first), desc=stage, initial=first, total=steps)
+        for step, scenes in enumerate(progress, start=first):
+            optimizer.param_groups[0]["lr"] = getattr(self.recipe, f"{_SETTINGS[stage]}_lr") * schedule(step, steps)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss, parts = step_loss(scenes)
+            if not torch.isfinite(loss):
+                raise RuntimeError(f"{stage} step {step}: the loss is {loss.item()}; parts: {parts}")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            for name, value in parts.items():
+                history[name].append(float(value))
+            if step % 10 == 0:
+                progress.set_postfix({name: f"{sum(v[-50:]) / len(v[-50:]):.3f}" for name, v in history.items()})
+            if (step + 1) % self.recipe.checkpoint_every == 0 or step + 1 == steps:
+                self._keep(path, step + 1, optimizer)
+        (self.out / f"{stage}.done").touch()
+
+    def _parameters(self, stage: str) -> list[nn.Parameter]:
+        model = self.model
+        model.eval().requires_grad_(False)
+        chosen = {
+            "masks": [model.mask_model, self.kind_prompts],
+            "vision": [model.model.vision_tower, model.model.multi_modal_projector, self.cell_head],
+            "language": [
+                model.model,
+                model.lm_head,
+                model.seg_projector,
+                model.mask_model.mask_decoder,
+                self.cell_head,
+            ],
+        }[stage]
+        parameters = list({id(p): p for module in chosen for p in module.requires_grad_().parameters()}.values())
+        for parameter in (model.mask_model.prompt_encoder.shared_embedding.positional_embedding,):
+            parameter.requires_grad_(False)
+        return [parameter for parameter in parameters if parameter.requires_grad]
+
+    def _keep(self, path: Path, step: int, optimizer: torch.optim.Optimizer) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+        }
+        _replace(path, lambda partial: torch.save(state, partial))
+
+    def _load(self, path: Path, optimizer: torch.optim.Optimizer | None = None) -> int:
+        state = torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+        if optimizer is not None:
+            optimizer.load_state_dict(state["optimizer"])
+        return state["step"]
+
+    def _masks_loss(self, scenes: SceneBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Masks of the objects the questions name, half of them clicked at, half named by their kind."""
+        sam, rows = self.model.mask_model, scenes.mask_rows
+        features = sam.vision_encoder(scenes.mask_pixel_values, return_dict=True).fpn_hidden_states
+        fine = [sam.mask_decoder.conv_s0(features[0]), sam.mask_decoder.conv_s1(features[1])]
+        embedding = features[2] + sam.no_memory_embedding.view(1, -1, 1, 1)
+        kinds = torch.cat([turns.mask_kinds for turns in scenes.turns])
+        named = sum(table(kinds[:, index]) for index, table in enumerate(self.kind_prompts))
+        prompts = torch.where(torch.rand(len(rows), 1) < 0.5, named, self._clicks(scenes))
+        logits, scores = self.model.decode_masks(prompts, embedding[rows], [feature[rows] for feature in fine])
+        return self._mask_parts(scenes, logits, scores)
+
+    def _clicks(self, scenes: SceneBatch) -> torch.Tensor:
+        """(m, C) SAM2's embedding of one click on a random visible pixel of each object."""
+        inside = scenes.instances[scenes.mask_rows] == scenes.mask_instances[:, None, None]
+        pixel, size = inside.flatten(1).float().multinomial(1)[:, 0], inside.shape[-1]
+        clicks = torch.stack([pixel % size, pixel // size], -1) + 0.5  # (m, 2) x, y
+        clicks = clicks * self.processor.mask_image_size / size
+        labels = torch.ones(len(clicks), 1, 1, dtype=torch.int)
+        points, _ = self.model.mask_model.prompt_encoder(
+            clicks[:, None, None], labels, input_boxes=None, input_masks=None
+        )
+        return points[:, 0, 0]
+
+    def _mask_parts(self, scenes: SceneBatch, logits, scores) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        targets = scenes.mask_targets(tuple(logits.shape[1:]))
+        loss, parts = mask_loss(logits, targets)
+        parts["mask_score"] = score_loss(scores, logits, targets)
+        with torch.no_grad():
+            inside, truth = logits > 0, targets > 0.5
+            union = (inside | truth).sum((1, 2)).clamp(min=1)
+            parts["iou"] = ((inside & truth).sum((1, 2)) / union).mean()
+        return loss + 0.5 * parts["mask_score"], parts
+
+    def _vision_loss(self, scenes: SceneBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        features = self.model.get_image_features(scenes.pixel_values, return_dict=True).pooler_output
+        return self._cell_parts(scenes, features, self.model.depth_model.encode(scenes.inverse_depth))
+
+    def _cell_parts(self, scenes: SceneBatch, features, codes) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        depth, *kinds = self.cell_head(features).float().split([self.model.config.num_depth_codes, *KIND_CLASSES], -1)
+        code_loss = F.cross_entropy(depth.flatten(0, 1), codes.flatten())
+        kind_losses = [
+            F.cross_entropy(kind.flatten(0, 1), scenes.cells[..., index].flatten()) for index, kind in enumerate(kinds)
+        ]
+        parts = {"cell_code": code_loss, "cell_kind": sum(kind_losses)}
+        return code_loss + sum(kind_losses), parts
+
+    def _language_loss(self, scenes: SceneBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        codes = self.model.depth_model.encode(scenes.inverse_depth)  # (b, N)
+        prefix = self.model.model(
+            input_ids=scenes.prefix_ids, pixel_values=scenes.pixel_values, past_key_values=DynamicCache()
+        )
+        states, losses, is_code = [], [], []
+        for turns in scenes.turns:
+            row_codes = codes[turns.rows]
+            hidden = self._after_prefix(
+                prefix.past_key_values, self._fill_spans(turns.input_ids, row_codes), turns.rows
+            )
+            targets = self._fill_spans(turns.labels, row_codes)[:, 1:]
+            supervised = targets != -100
+            logits = self.model.lm_head(hidden[:, :-1][supervised]).float()
+            losses.append(F.cross_entropy(logits, targets[supervised], reduction="none"))
+            is_code.append(torch.isin(targets[supervised], self.code_ids))
+            states.append(hidden[turns.labels == self.model.config.seg_token_id])
+        losses, is_code = torch.cat(losses), torch.cat(is_code)
+        parts = {"text": losses[~is_code].mean(), "depth": losses[is_code].mean()}
+        logits, scores = self.model.predict_masks(torch.cat(states), scenes.mask_pixel_values, scenes.mask_rows)
+        masks, mask_parts = self._mask_parts(scenes, logits, scores)
+        cells, cell_parts = self._cell_parts(scenes, prefix.image_hidden_states, codes)
+        total = parts["text"] + parts["depth"] + masks + 0.2 * cells
+        return total, parts | mask_parts | cell_parts
+
+    def _after_prefix(self, prefix: DynamicCache, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Hidden states (n, L, d) of turns behind the cached prefixes of their scenes, with gradients through both."""
+        cache = DynamicCache([(layer.keys[rows], layer.values[rows]) for layer in prefix.layers])
+        return self.model.model(input_ids=ids, past_key_values=cache).last_hidden_state
+
+    def _fill_spans(self, ids: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """Put each row's codes (n, N) into its blank depth span, if it has one."""
+        ids = ids.clone()
+        blank = ids == self.code_ids[0]
+        ids[blank] = self.code_ids[codes[blank.any(1)]].flatten()
+        return ids
+
+
+_SETTINGS = {"masks": "mask", "vision": "vision", "language": "language"}
+_FIRST_SEEDS = {"masks": 10_000_000, "vision": 20_000_000, "language": 30_000_000}
+
+
+def schedule(step: int, steps: int, warmup: int = 100) -> float:
+    """Factor of the learning rate: linear warm-up, then a half cosine down to 2 %."""
+    if step < warmup:
+        return (step + 1) / warmup
+    share = (step - warmup) / max(1, steps - warmup)
+    return 0.02 + 0.98 * 0.5 * (1 + float(torch.cos(torch.tensor(share * torch.pi))))
