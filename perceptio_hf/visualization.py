@@ -2,6 +2,7 @@
 
 import colorsys
 import textwrap
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,10 +41,11 @@ def overlay(picture: Image.Image, masks: np.ndarray, labels: Sequence[str] | Non
     if labels is not None and len(labels) != len(masks):
         raise ValueError(f"{len(masks)} masks need as many labels, not {len(labels)}.")
     canvas = np.array(picture.convert("RGB"))
-    thickness = max(1, round(min(picture.size) / 250))
+    thickness = min(8, max(1, round(min(picture.size) / 250)))
     colors = mask_colors(len(masks))
     for mask, color in zip(masks, colors, strict=True):
-        _tint(canvas, mask, color, thickness)
+        if mask.any():
+            _tint(canvas, mask, color, thickness)
     drawn = Image.fromarray(canvas)
     for mask, label in zip(masks, labels or (), strict=labels is not None):
         _write_label(drawn, mask, label)
@@ -52,9 +54,18 @@ def overlay(picture: Image.Image, masks: np.ndarray, labels: Sequence[str] | Non
 
 def _tint(canvas: np.ndarray, mask: np.ndarray, color: np.ndarray, thickness: int) -> None:
     """Colour one mask into canvas (height, width, 3), in place."""
-    blended = canvas[mask] * (1.0 - _OPACITY) + color.astype(np.float64) * _OPACITY
-    canvas[mask] = np.round(blended).astype(np.uint8)
+    box = _bounding_box(mask)  # large pictures with many small masks would take long otherwise
+    canvas, mask = canvas[box], mask[box]
+    percent = round(100 * _OPACITY)
+    mixed = canvas[mask].astype(np.uint16) * (100 - percent) + color.astype(np.uint16) * percent
+    canvas[mask] = (mixed + 50) // 100
     canvas[outline(mask, thickness)] = color
+
+
+def _bounding_box(mask: np.ndarray) -> tuple[slice, slice]:
+    """The rows and columns of mask (height, width), and one more on each side where there is one."""
+    used = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    return tuple(slice(max(0, places[0] - 1), places[-1] + 2) for places in used)
 
 
 def outline(mask: np.ndarray, thickness: int = 1) -> np.ndarray:
@@ -89,7 +100,7 @@ def colorize_depth(depth: np.ndarray, valid: np.ndarray | None = None) -> Image.
     """
     from matplotlib import colormaps
 
-    depth = np.asarray(depth, dtype=np.float64)
+    depth = np.asarray(depth, dtype=np.float32)
     if depth.ndim != 2 or depth.size == 0:
         raise ValueError(f"A depth map is (height, width), not {depth.shape}.")
     if valid is not None and np.shape(valid) != depth.shape:
@@ -107,7 +118,7 @@ def sheet(panels: Sequence[tuple[str, Image.Image]], caption: str) -> Image.Imag
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = [line for part in caption.splitlines() for line in textwrap.wrap(part, 40 * len(panels)) or [""]]
+    lines = _wrap(caption, 40 * len(panels))
     caption_height = 0.26 * len(lines) + 0.25  # inches
     figure = Figure(figsize=(3.6 * len(panels), 3.9 + caption_height), dpi=100, facecolor="white")
     canvas = FigureCanvasAgg(figure)
@@ -119,5 +130,13 @@ def sheet(panels: Sequence[tuple[str, Image.Image]], caption: str) -> Image.Imag
         axis.set_axis_off()
     figure.subplots_adjust(left=0.01, right=0.99, top=0.93, bottom=share, wspace=0.04)
     figure.text(0.015, share - 0.02, "\n".join(lines), fontsize=11, va="top", parse_math=False, linespacing=1.35)
-    canvas.draw()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)  # a script the font lacks: empty boxes
+        canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[:, :, :3].copy())
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Lines of at most `width` characters, without control characters."""
+    lines = ("".join(c if c.isprintable() else " " for c in line) for line in text.splitlines())
+    return [part for line in lines for part in textwrap.wrap(line, width) or [""]]

@@ -22,10 +22,10 @@ _UsageError = next(base for base in typer.BadParameter.__mro__ if base.__name__ 
 
 app = typer.Typer(
     name="perceptio",
-    help="A vision-language model that writes masks and depth before it answers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # paragraphs of help texts flow with the width of the terminal
 )
 app.command()(demo)
 app.command()(predict)
@@ -56,16 +56,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(args=None if arguments is None else list(arguments), prog_name="perceptio", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        print("perceptio: interrupted; files that were written are complete.", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone, e.g. `perceptio ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        code = INTERRUPTED
     except (ValueError, OSError, _UsageError) as error:
         if os.environ.get("PERCEPTIO_DEBUG", "0") not in ("", "0"):
             raise
+        if type(error).__name__ == "NoArgsIsHelpError":  # called without arguments: the help has been printed
+            return USER_ERROR
         print(f"perceptio: {_one_line(error)}", file=sys.stderr)
         return USER_ERROR
+    if code == INTERRUPTED:
+        print("perceptio: interrupted; files that were written are complete.", file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -46,53 +45,42 @@ def predict(
 ) -> None:
     """Ask the same QUESTION about every PICTURE; write masks, depth and the answer for each.
 
-    Each picture gets a folder OUT/<its name> with overlay.png (the picture under its masks), answer.json, and where the
-    model wrote depth, depth.png (16 bit, 65535 = nearest) and depth_color.png.
+    Each picture gets a folder OUT/NAME with overlay.png (the picture under its masks) and answer.json. Where the model
+    wrote depth there are also depth.png (16 bit, 65535 = nearest) and depth_color.png.
     """
-    paths, question = _split(words)
-    check_pictures(paths)
+    pictures, question = _split(words)
+    check_pictures(pictures)
     check_out(out)
 
     from perceptio_hf.commands import checkpoints
 
     name = checkpoints.resolve(model)
-    loaded = checkpoints.load(name)
-    tiny = checkpoints.is_tiny(name)
-    common = {
-        "question": question,
-        "spatial": spatial,
-        "model": "tiny" if tiny else name,
-        "note": checkpoints.TINY_NOTE if tiny else None,
-    }
-    folders = name_folders(paths, out)
+    note = checkpoints.TINY_NOTE if checkpoints.is_tiny(name) else None
+    about = {"question": question, "spatial": spatial, "model": "tiny" if note else name, "note": note}
     records = []
-    for batch, answers in _answers(*loaded, paths, question, spatial, max_new_tokens, batch_size):
-        for (path, picture), answer in zip(batch, answers, strict=True):
-            folder = folders[len(records)]
-            records.append(write_answer(folder, picture, answer, {"picture": str(path), **common}))
-            if not as_json:
-                _print_answer(records[-1])
+    for record in _predictions(checkpoints.load(name), pictures, about, out, max_new_tokens, batch_size):
+        records.append(record)
+        if not as_json:
+            _print_answer(record)
     if as_json:
         print(json.dumps({"answers": records}, indent=2, ensure_ascii=False))
-    elif tiny:
-        print(checkpoints.TINY_NOTE)
+    elif note:
+        print(note)
 
 
-def _split(words: Sequence[str]) -> tuple[list[Path], str]:
+def _split(words: Sequence[str]) -> tuple[list[str], str]:
     """The positional arguments -> pictures and question."""
     *pictures, question = words
-    if os.path.exists(question):
-        raise ValueError(
-            f"The last argument must be the question, but {question} is a file; add the question after it."
-        )
+    if os.path.exists(question) or (" " not in question and question.lower().endswith(PICTURE_SUFFIXES)):
+        raise ValueError(f"The last argument is the question, but {question} names a file; add the question after it.")
     if not pictures:
         raise ValueError('Give a picture and a question: perceptio predict photo.jpg "Which object is closest?"')
     if not question.strip():
         raise ValueError("The question is empty; ask something about the picture.")
-    return [Path(picture) for picture in pictures], question
+    return pictures, question
 
 
-def check_pictures(paths: Sequence[Path]) -> None:
+def check_pictures(paths: Sequence[str]) -> None:
     """Decode every picture once, so that a damaged one stops the run before hours of work, not after.
 
     Raises:
@@ -113,47 +101,48 @@ def check_out(out: Path) -> None:
         raise ValueError(f"--out {out}: {existing} may not be written; name another folder.")
 
 
-def name_folders(paths: Sequence[Path], out: Path) -> list[Path]:
+def name_folders(paths: Sequence[str], out: Path) -> list[Path]:
     """One folder per picture: its name without the ending, numbered where two would be the same: cat, cat-2, cat-3."""
     taken: set[str] = set()
     folders = []
-    for path in paths:
-        name, number = path.stem, 1
+    for stem in (Path(path).stem for path in paths):
+        name, number = stem, 1
         while name.casefold() in taken:  # some file systems do not tell Cat from cat
             number += 1
-            name = f"{path.stem}-{number}"
+            name = f"{stem}-{number}"
         taken.add(name.casefold())
         folders.append(out / name)
     return folders
 
 
-def _answers(
-    model: "PerceptioForConditionalGeneration",
-    processor: "PerceptioProcessor",
-    paths: Sequence[Path],
-    question: str,
-    spatial: str,
+def _predictions(
+    loaded: "tuple[PerceptioForConditionalGeneration, PerceptioProcessor]",
+    paths: Sequence[str],
+    about: dict,
+    out: Path,
     max_new_tokens: int | None,
     batch_size: int,
-) -> "Iterator[tuple[list[tuple[Path, Image.Image]], list[SpatialAnswer]]]":
-    """Batches of (path, picture), each with its answers; a progress bar where there are several."""
+) -> Iterator[dict]:
+    """Answer and write batch by batch; yields what each answer.json holds. A progress bar where it takes long."""
     from rich.console import Console
     from rich.progress import track
 
     from perceptio_hf.processing.pictures import load_picture
 
+    folders = name_folders(paths, out)
     starts = range(0, len(paths), batch_size)
-    console = Console(file=sys.stderr)
-    quiet = len(starts) == 1 or not console.is_terminal
-    for start in track(starts, "Answering", console=console, disable=quiet, transient=True):
-        batch = [(path, load_picture(path)) for path in paths[start : start + batch_size]]
-        pictures = [picture for _, picture in batch]
-        yield (
-            batch,
-            answer_questions(
-                model, processor, pictures, [question] * len(pictures), spatial=spatial, max_new_tokens=max_new_tokens
-            ),
+    console = Console(stderr=True)
+    if len(starts) > 1 and console.is_terminal:
+        starts = track(starts, "Answering", console=console, transient=True)
+    for start in starts:
+        part = slice(start, start + batch_size)
+        pictures = [load_picture(path) for path in paths[part]]
+        questions = [about["question"]] * len(pictures)
+        answers = answer_questions(
+            *loaded, pictures, questions, spatial=about["spatial"], max_new_tokens=max_new_tokens
         )
+        for path, folder, picture, answer in zip(paths[part], folders[part], pictures, answers, strict=True):
+            yield write_answer(folder, picture, answer, {"picture": path, **about})
 
 
 def answer_questions(

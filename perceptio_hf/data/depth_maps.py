@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from perceptio_hf.files import write_picture
+
 UNITS = ("mm", "m", "disparity", "relative")
 SUFFIXES = (".png", ".npy", ".npz")
 MAX_PIXELS = 80_000_000
@@ -107,13 +109,7 @@ def write_depth_png(path: str | os.PathLike, relative: np.ndarray, valid: np.nda
     valid = _joined_valid(np.ones(relative.shape, bool), valid)
     _check_unit_interval(relative, valid)
     grey = np.where(valid, np.round(np.clip(np.where(valid, relative, 0.0), 0.0, 1.0) * 65535.0), 0.0)
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        Image.fromarray(grey.astype(np.uint16)).save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_picture(path, Image.fromarray(grey.astype(np.uint16)))
 
 
 def list_depth_folder(folder: str | os.PathLike, pattern: str | None = None) -> list[Path]:

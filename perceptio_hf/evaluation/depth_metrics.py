@@ -5,7 +5,15 @@ shift in inverse depth by least squares over the valid pixels (Ranftl et al. 202
 Estimation"). Errors are then measured on distances in metres.
 """
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
 import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from perceptio_hf.data.depth_maps import DepthMap
+    from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
 
 
 def align_scale_shift(prediction: np.ndarray, reference: np.ndarray, valid: np.ndarray) -> tuple[float, float]:
@@ -91,3 +99,29 @@ def codebook_usage(codes: np.ndarray, num_codes: int) -> dict[str, float]:
     counts = np.bincount(codes, minlength=num_codes)
     share = counts[counts > 0] / codes.size
     return {"codes_used": int((counts > 0).sum()), "perplexity": float(np.exp(-(share * np.log(share)).sum()))}
+
+
+@torch.no_grad()
+def codec_metrics(codec: "DepthVQVAE", maps: "Iterable[DepthMap]") -> dict[str, float | int | None]:
+    """Write depth maps as codes, decode them at their own size, and compare.
+
+    Returns:
+        "maps": how many. "relative_mae": mean absolute error of relative depth over valid pixels. "absrel", "delta1",
+        "rmse": see `depth_metrics`, None when no map has distances. "codes_used", "perplexity": see `codebook_usage`.
+        Errors are means over maps.
+
+    Raises:
+        ValueError: There are no maps.
+    """
+    codes, errors, metric = [], [], []
+    for item in maps:
+        codes.append(codec.encode(torch.from_numpy(item.relative), torch.from_numpy(item.valid)))
+        decoded = codec.decode(codes[-1], size=item.relative.shape).cpu().numpy()
+        errors.append(np.abs(decoded - item.relative)[item.valid].mean())
+        if item.metric is not None:
+            metric.append(depth_metrics(decoded, item.metric, item.valid))
+    if not codes:
+        raise ValueError("there are no depth maps to evaluate on.")
+    means = {key: float(np.mean([m[key] for m in metric])) if metric else None for key in ("absrel", "delta1", "rmse")}
+    usage = codebook_usage(torch.stack(codes).cpu().numpy(), codec.config.num_codes)
+    return {"maps": len(codes), "relative_mae": float(np.mean(errors)), **means, **usage}

@@ -2,10 +2,11 @@
 
 1. codec: the depth VQ-VAE, on rendered depth.
 2. masks: SAM2 learns to segment what a click points at, as the real one did, and what a vector for its kind names, so
-   that its features tell kinds apart as those of a large model do. Its image encoder is frozen afterwards.
+   that its features tell kinds apart as those of a large model do.
 3. vision: the ViT learns what each image token shows (depth code, shape, colour, size, material), by a head that is
    thrown away. Without it the language model has nothing to read from for most of the training.
-4. language: everything that is not frozen learns to answer, with masks and depth spans.
+4. language: everything but the codec learns to answer, with masks and depth spans. SAM2's image encoder goes on
+   learning here, unlike that of a real Perceptio: a few minutes of stage 2 do not make it a SAM2.
 
 Each finished stage is kept in the output folder, and the language stage writes checkpoints, so that a run that was
 stopped goes on where it was.
@@ -95,7 +96,10 @@ def train_tiny(recipe: TinyRecipe, out: str | Path, *, workers: int = 1) -> Path
     out.mkdir(parents=True, exist_ok=True)
     _claim(recipe, out)
     torch.manual_seed(recipe.seed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two threads only get into one another's way in a model as small as the codec
     codec = _codec_stage(recipe, out)
+    torch.set_num_threads(threads)
     processor = tiny_processor(tiny_tokenizer(text_corpus(recipe.corpus_scenes, recipe.seed)), codec.config)
     model = fresh_model(processor, codec)
     trainer = _Stages(recipe, out, model, processor, workers)
@@ -255,13 +259,17 @@ class _Stages:
 
     def _masks_loss(self, scenes: SceneBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Masks of the objects the questions name, half of them clicked at, half named by their kind."""
+        kinds = torch.cat([turns.mask_kinds for turns in scenes.turns])
+        named = sum(table(kinds[:, index]) for index, table in enumerate(self.kind_prompts))
+        prompts = torch.where(torch.rand(len(named), 1) < 0.5, named, self._clicks(scenes))
+        return self._prompted_masks(scenes, prompts)
+
+    def _prompted_masks(self, scenes: SceneBatch, prompts) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Losses of the masks that prompts (m, C) give; unlike the model's own path it trains the image encoder."""
         sam, rows = self.model.mask_model, scenes.mask_rows
         features = sam.vision_encoder(scenes.mask_pixel_values, return_dict=True).fpn_hidden_states
         fine = [sam.mask_decoder.conv_s0(features[0]), sam.mask_decoder.conv_s1(features[1])]
         embedding = features[2] + sam.no_memory_embedding.view(1, -1, 1, 1)
-        kinds = torch.cat([turns.mask_kinds for turns in scenes.turns])
-        named = sum(table(kinds[:, index]) for index, table in enumerate(self.kind_prompts))
-        prompts = torch.where(torch.rand(len(rows), 1) < 0.5, named, self._clicks(scenes))
         logits, scores = self.model.decode_masks(prompts, embedding[rows], [feature[rows] for feature in fine])
         return self._mask_parts(scenes, logits, scores)
 
@@ -319,8 +327,7 @@ class _Stages:
             states.append(hidden[turns.labels == self.model.config.seg_token_id])
         losses, is_code = torch.cat(losses), torch.cat(is_code)
         parts = {"text": losses[~is_code].mean(), "depth": losses[is_code].mean()}
-        logits, scores = self.model.predict_masks(torch.cat(states), scenes.mask_pixel_values, scenes.mask_rows)
-        masks, mask_parts = self._mask_parts(scenes, logits, scores)
+        masks, mask_parts = self._prompted_masks(scenes, self.model.seg_projector(torch.cat(states)))
         cells, cell_parts = self._cell_parts(scenes, prefix.image_hidden_states, codes)
         total = parts["text"] + parts["depth"] + masks + 0.2 * cells
         return total, parts | mask_parts | cell_parts

@@ -1,8 +1,7 @@
 """A rendered world to learn from: pictures with exact depth and masks, and questions whose answers are known.
 
-    scene = render_scene(7)                                   # the same number and size give the same bytes
-    questions = ask(scene, numpy.random.default_rng(7))
-    picture = draw_points(scene.image, points, letters)       # as HardBLINK marks points
+`render_scene(7)` draws scene number 7, `ask(scene, rng)` asks about it, and `draw_points(scene.image, question.points,
+question.letters)` marks points with letters as HardBLINK does.
 """
 
 from perceptio_hf.data.world.points import draw_points

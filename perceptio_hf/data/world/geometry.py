@@ -8,6 +8,7 @@ origins with one direction (shadow rays) go through the same code.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ class Camera:
     def origin(self) -> tuple[float, float, float]:
         return 0.0, self.height, 0.0
 
+    @cached_property
     def axes(self) -> tuple[Vector, Vector, Vector]:
         """World directions of the camera's right, down and forward."""
         sp, cp, sr, cr = math.sin(self.pitch), math.cos(self.pitch), math.sin(self.roll), math.cos(self.roll)
@@ -48,7 +50,7 @@ class Camera:
 
     def project(self, point: Vector) -> tuple[float, float, float]:
         """(x, y, z-depth) of a world point; x and y run from -1 to 1 across the picture, y downwards."""
-        right, down, forward = self.axes()
+        right, down, forward = self.axes
         offset = (point[0], point[1] - self.height, point[2])
         z = dot(offset, forward)
         scale = 1.0 / (z * self.tan_half)
@@ -61,7 +63,7 @@ class Camera:
 
     def linear(self, size: int, normal: Vector) -> np.ndarray:
         """float32 (size, size): `normal . direction` for every camera ray; linear in the pixel's place."""
-        right, down, forward = self.axes()
+        right, down, forward = self.axes
         g = self.grid(size)
         across = g * np.float32(dot(right, normal))
         return (g * np.float32(dot(down, normal)) + np.float32(dot(forward, normal)))[:, None] + across

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 
-from perceptio_hf.data.world.layout import between, pick
+from perceptio_hf.data.world.parts import pick
 from perceptio_hf.data.world.scene import ATTRIBUTES, SceneObject
 
 Description = tuple[tuple[str, str], ...]
@@ -19,7 +19,12 @@ SIDE_MARGIN = 0.08  # left and right only of centres this far apart, as a share 
 CLEARLY_NOT = 0.3  # share of these margins by which a rival must be on the wrong side
 
 SUBSETS = tuple(names for k in range(5) for names in combinations(ATTRIBUTES, k))
-NOUNS = {"ball": ("ball", "ball", "sphere"), "box": ("box", "box", "cube"), "cylinder": ("cylinder",), "cone": ("cone",)}
+NOUNS = {
+    "ball": ("ball", "ball", "sphere"),
+    "box": ("box", "box", "cube"),
+    "cylinder": ("cylinder",),
+    "cone": ("cone",),
+}
 GENERIC = ("thing", "object")
 PLURALS = {"box": "boxes"}
 ORDINALS = ("second", "third", "fourth")
@@ -198,13 +203,3 @@ class Speaker:
             (("in front of", "nearer than"), front),
             (("behind", "farther away than"), lambda a, b: front(b, a)),
         )
-
-
-def weighted(r: random.Random, weights: Sequence[float]) -> int:
-    """An index drawn in proportion to `weights`."""
-    lot = between(r, 0, sum(weights))
-    for index, weight in enumerate(weights):
-        lot -= weight
-        if lot < 0:
-            return index
-    return len(weights) - 1

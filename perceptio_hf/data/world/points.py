@@ -5,34 +5,40 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from perceptio_hf.data.world.balance import is_fair
-from perceptio_hf.data.world.layout import pick
-from perceptio_hf.data.world.scene import Scene
+from perceptio_hf.data.world.balance import draw_fair, surprise
+from perceptio_hf.data.world.parts import pick, weighted
+from perceptio_hf.data.world.scene import SURFACES, Scene
 
 POINT_RATIO = 1.15  # the second nearest point is at least this much farther
 _BORDER, _APART = 0.07, 0.085  # shares of the picture's width: free border, distance between points
 _ROUGHNESS = 0.04  # largest spread of depth in the 3 x 3 pixels around a point, relative
 _POOL = 12  # candidates per object, and three times as many on floor and walls
-_PROPOSALS = 20
+_PROPOSALS = 12
 
-# Weights of the choice model for `_features`, fitted to what `_Pool.propose` gives.
-SHORTCUTS = (2.18, 8.14, -0.3, 6.16, 1.62, -2.68, 7.77, -5.49, 0.64)
-_LOW = 0.05  # see `is_fair`
+# Weights of the choice model for `_features`: fitted to what `_Pool.propose` gives, then moved until no rule on
+# positions alone was right more than a few points above chance in what is asked.
+SHORTCUTS = (6.0, 4.5, 10.3, 2.2, 0.2, -10.0, 1.9)
+_LIMIT, _ENOUGH = 25.0, 3.3  # see `draw_fair`
+_LOWEST = 0.72  # sets in which the nearest is the lowest are found more easily, so they are tried less often
 
 
 def choose_points(scene: Scene, r: random.Random) -> list[tuple[int, int]] | None:
     """3 to 5 points (x, y), the nearest first, or None where the scene gave no good set.
 
-    Every proposal has a number of points and a place of the nearest in the order from bottom to top that were drawn
-    first, uniformly. What shortcuts are left then (see `balance`) decides which proposal is taken.
+    The number of points and the place of the nearest in the order from bottom to top are drawn first, only where every
+    place seems possible, and so that all come out equally often: "the lowest is nearest" is right once in n questions.
+    Among proposals of that kind the choice goes by the other shortcuts (see `balance`).
     """
     pool = _candidates(scene, r)
-    for _ in range(_PROPOSALS):
-        count = 3 + int(r.random() * 3)
-        chosen = pool.propose(r, count, rank=int(r.random() * count))
-        if chosen and is_fair(r, [pool.features[i] for i in chosen], SHORTCUTS, 0, _LOW):
-            return [pool.points[i] for i in chosen]
-    return None
+    feasible = [count for count in (3, 4, 5) if pool.allows_every_rank(count)]
+    if not feasible:
+        return None
+    count = pick(r, feasible)
+    rank = weighted(r, [_LOWEST] + [1.0] * (count - 1))
+    proposals = [chosen for chosen in (pool.propose(r, count, rank) for _ in range(_PROPOSALS)) if chosen]
+    surprises = [surprise([pool.features[i] for i in chosen], SHORTCUTS, 0) for chosen in proposals]
+    index = draw_fair(r, surprises, _LIMIT, _ENOUGH)
+    return None if index is None else [pool.points[i] for i in proposals[index]]
 
 
 class _Pool:
@@ -50,15 +56,20 @@ class _Pool:
         self.below, self.above = fits & (dy >= least), fits & (dy <= -least)
         self.count_below, self.count_above = self.below.sum(1), self.above.sum(1)
 
+    def allows_every_rank(self, count: int) -> bool:
+        """Whether for each number of points below it, 0 to count - 1, some nearest point seems possible."""
+        ranks = range(count)
+        return all(((self.count_below >= 3 * k) & (self.count_above >= 3 * (count - 1 - k))).any() for k in ranks)
+
     def propose(self, r: random.Random, count: int, rank: int) -> list[int] | None:
         """A random set whose first is the nearest and has `rank` of the others below it, or None."""
         heads = (self.count_below >= rank) & (self.count_above >= count - 1 - rank)
-        head = self._pick(r, heads, 0.55)
+        head = self._pick(r, heads, 0.7)
         if head is None:
             return None
         chosen, free = [head], self.apart[head]
         for side in [self.below[head]] * rank + [self.above[head]] * (count - 1 - rank):
-            index = self._pick(r, side & free, 0.85)
+            index = self._pick(r, side & free, 0.92)
             if index is None:
                 return None
             chosen.append(index)
@@ -78,18 +89,16 @@ def _features(scene: Scene, x: np.ndarray, y: np.ndarray) -> list[list[float]]:
     """What can be seen of a point without depth, one row of numbers each, for the choice model."""
     across, down = x / scene.size - 0.5, y / scene.size - 0.5
     number, surface = scene.instances[y, x], scene.surfaces[y, x]
-    area = np.array([1.0] + [o.pixels / scene.size**2 for o in scene.objects])[number]
+    extent = np.log([1.0] + [o.pixels / scene.size**2 for o in scene.objects])[number]  # 0 on the background
     on_object, on_ground = number > 0, (number == 0) & (surface == 0)
     columns = (
-        down,
-        down * down,
         across * across,
+        down * down,
         on_object,
-        on_object * np.log(area),
+        extent,
         on_ground,
-        on_ground * down,
-        (number == 0) & (surface == 1),
-        (number == 0) & (surface == 4),
+        (number == 0) & (surface == SURFACES.index("back wall")),
+        (number == 0) & (surface == SURFACES.index("platform")),
     )
     return np.stack(columns, 1).tolist()
 
@@ -152,7 +161,9 @@ def draw_points(image: np.ndarray, points: Sequence[tuple[int, int]], letters: S
 
 def _check_points(image: np.ndarray, points: Sequence[tuple[int, int]], letters: Sequence[str]) -> None:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < 32:
-        raise ValueError(f"got an image {image.dtype} {image.shape}, expected uint8 (height, width, 3) of at least 32 pixels")
+        raise ValueError(
+            f"got an image {image.dtype} {image.shape}, expected uint8 (height, width, 3) of at least 32 pixels"
+        )
     if len(points) != len(letters):
         raise ValueError(f"got {len(points)} points and {len(letters)} letters: give one letter for each point")
     unknown = [letter for letter in letters if letter not in _GLYPHS]
@@ -172,14 +183,27 @@ def _label(letter: str, scale: int) -> np.ndarray:
 
 
 def _label_place(
-    x: int, y: int, radius: int, shape: tuple[int, ...], limits: tuple[int, int], taken: Sequence[tuple[int, int, int, int]]
+    x: int,
+    y: int,
+    radius: int,
+    shape: tuple[int, ...],
+    limits: tuple[int, int],
+    taken: Sequence[tuple[int, int, int, int]],
 ) -> tuple[int, int, int, int]:
     """(x0, y0, x1, y1) of a label: the first of eight places around the circle that is free, or the least covered."""
     high, wide = shape[:2]
     gap = radius + 1
     left, right, middle = x - gap - wide, x + gap + 1, x - wide // 2
     top, bottom, beside = y - gap - high, y + gap + 1, y - high // 2
-    corners = ((middle, top), (right, beside), (left, beside), (middle, bottom), (right, top), (left, top), (right, bottom))
+    corners = (
+        (middle, top),
+        (right, beside),
+        (left, beside),
+        (middle, bottom),
+        (right, top),
+        (left, top),
+        (right, bottom),
+    )
     boxes = []
     for x0, y0 in corners:
         x0, y0 = min(max(x0, 0), limits[1] - wide), min(max(y0, 0), limits[0] - high)

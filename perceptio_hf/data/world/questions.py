@@ -4,12 +4,14 @@ In every kind the wording is drawn from a pool that does not depend on the answe
 shortcut rule is right) is drawn before the objects that the question is about.
 """
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from perceptio_hf.data.world.balance import draw_fair, surprise
 from perceptio_hf.data.world.language import (
     DEPTH_RATIO,
     Description,
@@ -17,13 +19,12 @@ from perceptio_hf.data.world.language import (
     capitalized,
     noun_phrase,
     plain_name,
-    weighted,
     with_article,
 )
-from perceptio_hf.data.world.layout import pick
+from perceptio_hf.data.world.parts import pick, weighted
 from perceptio_hf.data.world.points import choose_points
 from perceptio_hf.data.world.render import render_scene
-from perceptio_hf.data.world.scene import ATTRIBUTES, Scene
+from perceptio_hf.data.world.scene import ATTRIBUTES, Scene, SceneObject
 
 QUESTION_KINDS = ("refer", "count", "attribute", "closer_object", "closest_point", "depth")
 COUNTS = ("0", "1", "2", "3", "4", "5", "6")
@@ -109,8 +110,18 @@ _COUNT = (
     "Tell me how many {x} there are.",
 )
 # How often an answer is tried for: the inverse of how often scenes allow it, so that answers come out even.
-_COUNT_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
-_COUNT_FORMS = ((), ("color",), ("shape",), ("size",), ("material",), ("color", "shape"), ("size", "shape"), ("size", "color"), ("material", "shape"))
+_COUNT_WEIGHTS = (0.5, 0.55, 0.55, 0.8, 1.1, 1.9, 3.0)
+_COUNT_FORMS = (
+    (),
+    ("color",),
+    ("shape",),
+    ("size",),
+    ("material",),
+    ("color", "shape"),
+    ("size", "shape"),
+    ("size", "color"),
+    ("material", "shape"),
+)
 
 
 def _ask_count(scene: Scene, speaker: Speaker, r: random.Random) -> Question | None:
@@ -119,6 +130,7 @@ def _ask_count(scene: Scene, speaker: Speaker, r: random.Random) -> Question | N
     forms = [form for form in _COUNT_FORMS if options[form]]
     if not forms:
         return None
+    forms = [form for form in forms if form or r.random() < 0.4] or forms  # "things" alone would mostly mean many
     phrase = noun_phrase(r, pick(r, options[pick(r, forms)]), plural=True)
     return Question("count", pick(r, _COUNT).format(x=phrase), str(count), choices=COUNTS)
 
@@ -132,23 +144,44 @@ def _descriptions_of(speaker: Speaker, names: Sequence[str], count: int) -> list
 
 
 _ATTRIBUTE = {
-    "color": ("What color is {x}?", "What is the color of {x}?", "Which color does {x} have?", "Tell me the color of {x}."),
-    "shape": ("What shape is {x}?", "What is the shape of {x}?", "Which shape does {x} have?", "Tell me the shape of {x}."),
+    "color": (
+        "What color is {x}?",
+        "What is the color of {x}?",
+        "Which color does {x} have?",
+        "Tell me the color of {x}.",
+    ),
+    "shape": (
+        "What shape is {x}?",
+        "What is the shape of {x}?",
+        "Which shape does {x} have?",
+        "Tell me the shape of {x}.",
+    ),
     "size": ("What size is {x}?", "Is {x} {a} or {b}?", "How big is {x}?", "Tell me the size of {x}."),
-    "material": ("What finish does {x} have?", "Is {x} {a} or {b}?", "What is the surface of {x} like?", "Tell me the finish of {x}."),
+    "material": (
+        "What finish does {x} have?",
+        "Is {x} {a} or {b}?",
+        "What is the surface of {x} like?",
+        "Tell me the finish of {x}.",
+    ),
 }
-_EXISTS = ("Is there {x}?", "Do you see {x}?", "Can you see {x}?", "Does the picture show {x}?", "Is {x} in the picture?")
+_EXISTS = (
+    "Is there {x}?",
+    "Do you see {x}?",
+    "Can you see {x}?",
+    "Does the picture show {x}?",
+    "Is {x} in the picture?",
+)
 _VERIFY = ("Is {x} {v}?", "Would you say that {x} is {v}?", "Is it true that {x} is {v}?")
 
 
 def _ask_attribute(scene: Scene, speaker: Speaker, r: random.Random) -> Question | None:
-    topic = pick(r, ("color", "color", "shape", "shape", "size", "material", "exists", "exists", "verify"))
+    topic = pick(r, ("color", "color", "shape", "shape", "size", "material", "exists", "exists", "exists", "verify"))
     if topic == "exists":
         return _ask_existence(speaker, r)
     if topic == "verify":
         return _ask_verification(scene, speaker, r)
     values = ATTRIBUTES[topic]
-    value = pick(r, values if len(values) == 2 else sorted({getattr(o, topic) for o in scene.objects}))
+    value = _draw_value(scene, r, topic)
     target = _any_with(scene, r, topic, value)
     expression = speaker.by_any(target, without=topic) if target else None
     if expression is None:
@@ -156,6 +189,12 @@ def _ask_attribute(scene: Scene, speaker: Speaker, r: random.Random) -> Question
     a, b = values[:2] if r.random() < 0.5 else values[1::-1]
     text = capitalized(pick(r, _ATTRIBUTE[topic]).format(x=expression, a=a, b=b))
     return Question("attribute", text, value, choices=values)
+
+
+def _draw_value(scene: Scene, r: random.Random, name: str) -> str:
+    """An answer first: any of two values, or any of the many that the scene shows."""
+    values = ATTRIBUTES[name]
+    return pick(r, values if len(values) == 2 else sorted({getattr(thing, name) for thing in scene.objects}))
 
 
 def _any_with(scene: Scene, r: random.Random, name: str, value: str) -> int | None:
@@ -168,6 +207,9 @@ def _ask_existence(speaker: Speaker, r: random.Random) -> Question | None:
     names = pick(r, forms)
     present = [d for d in speaker.index if tuple(name for name, _ in d) == names]
     absent = _descriptions_of(speaker, names, 0)
+    if len(names) > 1:  # one value first, for both answers: no word may go with "yes"
+        part = (names[0], pick(r, ATTRIBUTES[names[0]]))
+        present, absent = [d for d in present if part in d], [d for d in absent if part in d]
     if not present or not absent:  # asked only where both answers are possible, so that the form says nothing
         return None
     # Half of the absent ones are made of parts that are all there, just not together.
@@ -181,9 +223,9 @@ def _ask_existence(speaker: Speaker, r: random.Random) -> Question | None:
 
 def _ask_verification(scene: Scene, speaker: Speaker, r: random.Random) -> Question | None:
     name = pick(r, ("color", "size", "material"))
-    target = pick(r, speaker.numbers)
-    true = getattr(scene.objects[target - 1], name)
-    expression = speaker.by_any(target, without=name)
+    true = _draw_value(scene, r, name)
+    target = _any_with(scene, r, name, true)
+    expression = speaker.by_any(target, without=name) if target else None
     if expression is None:
         return None
     answer = pick(r, YES_NO)
@@ -200,34 +242,35 @@ _CLOSER = (
     "Compare {x} and {y}: which is closer?",
     "Is {x} or {y} closer to the camera?",
 )
-# How often a pair is tried for in which the nearer object is (not lower, not bigger), (not lower, bigger), ... in the
-# picture: the inverse of how often scenes have one, so that both rules are right half of the time.
-_CLOSER_WEIGHTS = {(False, False): 1.0, (False, True): 1.0, (True, False): 1.0, (True, True): 1.0}
+# Weights of the choice model (see `balance`) for `_object_features`: fitted to random pairs, then moved until
+# "the lower" and "the bigger one" were right in half of what is asked.
+CLOSER_SHORTCUTS = (24.0, -15.5, 3.3)
 
 
 def _ask_closer(scene: Scene, speaker: Speaker, r: random.Random) -> Question | None:
-    rules = list(_CLOSER_WEIGHTS)[weighted(r, list(_CLOSER_WEIGHTS.values()))]
     things = scene.objects
-    pairs = [
-        (a, b)
-        for a in speaker.numbers
-        for b in speaker.numbers
-        if things[b - 1].depth >= things[a - 1].depth * DEPTH_RATIO
-        and (things[a - 1].center[1] > things[b - 1].center[1], things[a - 1].pixels > things[b - 1].pixels) == rules
-    ]
-    if not pairs:
+    named = [n for n in speaker.numbers if speaker.unique(n)]
+    pairs = [(a, b) for a in named for b in named if things[b - 1].depth >= things[a - 1].depth * DEPTH_RATIO]
+    features = [_object_features(thing, scene.size) for thing in things]
+    surprises = [surprise((features[a - 1], features[b - 1]), CLOSER_SHORTCUTS, 0) for a, b in pairs]
+    index = draw_fair(r, surprises, limit=16.0, enough=3.3)
+    if index is None:
         return None
-    near, far = pick(r, pairs)
+    near, far = pairs[index]
     words = {n: speaker.by_looks(n) for n in (near, far)}
-    if words[near] is None or words[far] is None:
-        return None
     first, second = (near, far) if r.random() < 0.5 else (far, near)
     text = capitalized(pick(r, _CLOSER).format(x=words[first], y=words[second]))
     return Question("closer_object", text, words[near], (first, second), choices=(words[first], words[second]))
 
 
+def _object_features(thing: SceneObject, size: int) -> tuple[float, ...]:
+    """What can be seen of an object without depth."""
+    return thing.center[1] / size, thing.box[3] / size, math.log(thing.pixels / size**2)
+
+
 _POINTS = (
-    "Multiple points are circled on the image, labeled by letters beside each circle. Which point is the closest to the camera?",
+    "Multiple points are circled on the image, labeled by letters beside each circle. "
+    "Which point is the closest to the camera?",
     "Several points are circled and labeled by letters. Which point is closest to the camera?",
     "Which of the circled points is the closest to the camera?",
     "Look at the points labeled {list}. Which one is nearest to the camera?",
@@ -286,7 +329,14 @@ _ASKERS: dict[str, Callable[[Scene, Speaker, random.Random], Question | None]] =
     "closest_point": _ask_points,
     "depth": _ask_depth,
 }
-_TRIES = {"refer": (4, 5), "count": (2, 3), "attribute": (3, 4), "closer_object": (3,), "closest_point": (1,), "depth": (1,)}
+_TRIES = {
+    "refer": (4, 5),
+    "count": (3, 4),
+    "attribute": (3, 4),
+    "closer_object": (4,),
+    "closest_point": (1,),
+    "depth": (1,),
+}
 
 
 def text_corpus(scenes: int, seed: int = 0) -> list[str]:

@@ -5,10 +5,12 @@ from functools import lru_cache
 import numpy as np
 
 from perceptio_hf.data.world.geometry import Camera, Solid, Vector, dot, enter, normals, window
-from perceptio_hf.data.world.layout import Layout, Light, Plane, Texture, Thing, make_layout
+from perceptio_hf.data.world.layout import make_layout
+from perceptio_hf.data.world.parts import Layout, Light, Plane, Texture, Thing
 from perceptio_hf.data.world.scene import MIN_SIZE, Scene, SceneObject
 
 _PLATFORM = 4  # its index in SURFACES
+_NOISE_STARTS = 1 << 16
 _SHADOW_SLACK = 0.02  # metres around a bounding cylinder in which exact shadow tests are still made
 
 
@@ -18,7 +20,9 @@ def render_scene(seed: int, size: int = 128) -> Scene:
     The same seed and size give the same bytes; another size shows the same scene at another resolution.
     """
     if seed < 0 or size < MIN_SIZE:
-        raise ValueError(f"seed={seed}, size={size}: the seed must be 0 or more and the size at least {MIN_SIZE} pixels")
+        raise ValueError(
+            f"seed={seed}, size={size}: the seed must be 0 or more and the size at least {MIN_SIZE} pixels"
+        )
     layout = make_layout(int(seed))
     depth, instances, surfaces, directions = _trace(layout, size)
     image = _shade(layout, depth, instances, surfaces, directions, np.random.default_rng((int(seed), 1)))
@@ -149,7 +153,10 @@ def _occlusion(layout: Layout, points: Vector) -> np.ndarray:
         if solid.y < 0.3:
             rows, columns = window(solid, layout.camera, open_sky.shape[0])
             extra = (rows.stop - rows.start) // 4
-            where = slice(max(rows.start - extra, 0), rows.stop + extra), slice(max(columns.start - extra, 0), columns.stop + extra)
+            where = (
+                slice(max(rows.start - extra, 0), rows.stop + extra),
+                slice(max(columns.start - extra, 0), columns.stop + extra),
+            )
             x, z = points[0][where] - solid.x, points[2][where] - solid.z
             open_sky[where] *= 1 - 0.55 * np.exp((x * x + z * z) * np.float32(-0.8 / solid.rx**2) - 6 * solid.y)
     return open_sky
@@ -158,7 +165,7 @@ def _occlusion(layout: Layout, points: Vector) -> np.ndarray:
 def _shade_plane(
     plane: Plane, light: Light, flat: Vector, lit: np.ndarray, occlusion: np.ndarray, index: np.ndarray
 ) -> np.ndarray:
-    nx, ny, nz = plane.normal
+    nx, _, nz = plane.normal
     if plane.surface == 0:
         across, along = flat[0][index], flat[2][index]
     else:
@@ -223,7 +230,11 @@ def _shade_platform(layout: Layout, flat: Vector, lit: np.ndarray, index: np.nda
     normal = normals(layout.platform, points)
     texture = layout.planes[1].texture
     direct = np.maximum(dot(normal, layout.light.direction), 0.0) * lit[index]
-    return np.float32(texture.second)[:, None] * 1.2 * _sum_light(layout.light, direct.astype(np.float32), 0.75 + 0.25 * normal[1])
+    return (
+        np.float32(texture.second)[:, None]
+        * 1.2
+        * _sum_light(layout.light, direct.astype(np.float32), 0.75 + 0.25 * normal[1])
+    )
 
 
 def _shade_thing(thing: Thing, layout: Layout, flat: Vector, lit: np.ndarray, index: np.ndarray) -> np.ndarray:
@@ -254,13 +265,22 @@ def _polish(color: np.ndarray, layout: Layout, points: Vector, normal: Vector, l
 
 def _develop(linear: np.ndarray, seams: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
     """Smooth the edges, apply gamma 2, add sensor noise: (3, size, size) float32 to (size, size, 3) uint8."""
-    np.clip(linear, 0, 1, out=linear)
-    tones = np.sqrt(linear)
+    tones = np.sqrt(np.clip(linear, 0, 1, out=linear), out=linear)
     _smooth_seams(tones, seams)
-    size = tones.shape[1]
-    picture = tones.transpose(1, 2, 0) * np.float32(255)
-    picture += rng.standard_normal((size, size, 3), dtype=np.float32) * np.float32(noise) + np.float32(0.5)
-    return np.clip(picture, 0, 255, out=picture).astype(np.uint8)
+    tones *= np.float32(255)
+    tones += _sensor_noise(tones.size, rng).reshape(tones.shape) * np.float32(noise) + np.float32(0.5)
+    return np.ascontiguousarray(np.clip(tones, 0, 255, out=tones).astype(np.uint8).transpose(1, 2, 0))
+
+
+def _sensor_noise(count: int, rng: np.random.Generator) -> np.ndarray:
+    """float32 (count,) of unit normal noise: a random stretch of one long fixed sequence, since drawing is slow."""
+    start = int(rng.integers(_NOISE_STARTS))
+    return _noise_sequence(count + _NOISE_STARTS)[start : start + count]
+
+
+@lru_cache(maxsize=4)  # one for each size of picture in use
+def _noise_sequence(count: int) -> np.ndarray:
+    return np.random.default_rng(count).standard_normal(count, dtype=np.float32)
 
 
 def _smooth_seams(tones: np.ndarray, seams: np.ndarray) -> None:

@@ -8,7 +8,12 @@ SHAPES = ("ball", "box", "cylinder", "cone")
 COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "white")
 SIZES = ("small", "large")
 MATERIALS = ("matte", "shiny")
-ATTRIBUTES = {"size": SIZES, "material": MATERIALS, "color": COLORS, "shape": SHAPES}  # in the order of English adjectives
+ATTRIBUTES = {
+    "size": SIZES,
+    "material": MATERIALS,
+    "color": COLORS,
+    "shape": SHAPES,
+}  # in the order of English adjectives
 
 SURFACES = ("ground", "back wall", "left wall", "right wall", "platform")
 
@@ -19,8 +24,8 @@ MIN_SIZE = 32
 class SceneObject:
     """One visible object of a picture. Distances are metres, positions are pixels of the picture.
 
-    `box` is (x0, y0, x1, y1) with x1 and y1 exclusive; `center` is the visible pixel (x, y) nearest to the mean of all of
-    them; `depth` is the median z-depth of the visible pixels.
+    `box` is (x0, y0, x1, y1) with x1 and y1 exclusive; `center` is the visible pixel (x, y) nearest to the mean of them
+    all; `depth` is the median z-depth of the visible pixels.
     """
 
     shape: str

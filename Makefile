@@ -1,0 +1,45 @@
+# Everything happens in .venv, which is made once and again whenever pyproject.toml or constraints.txt change.
+# Another interpreter: make PYTHON=python3.12 test      More extras: make EXTRAS=dev,train test
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= dev
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.perceptio-installed
+
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint clean
+
+help:
+	@echo "make demo   render a scene, ask the embedded model about it, write pictures to perceptio-demo/"
+	@echo "make test   run the tests"
+	@echo "make lint   ruff check and ruff format --check"
+	@echo "make env    only make the environment in $(VENV)"
+	@echo "make clean  remove the environment and caches"
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "perceptio-hf needs Python 3.10 or newer, not %d.%d. Name another one: make PYTHON=python3.12" % sys.version_info[:2])'
+	@echo "Making the environment in $(VENV) (once; downloads PyTorch and transformers, a few minutes) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/perceptio demo $(DEMO_ARGS)
+
+# Two processes with one thread each are faster on small models than one process with two threads.
+test: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(TEST_ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,49 @@
+"""`perceptio demo`: a held-out scene, every file it names, the truth beside the answer."""
+
+import json
+import os
+
+import numpy as np
+from PIL import Image
+
+from perceptio_hf.commands import main
+from perceptio_hf.commands.demo import FIRST_SEED, choose_scene
+
+
+def test_scenes_are_held_out_and_the_same_every_time():
+    scene, refer, closer = choose_scene(3)
+    again = choose_scene(3)
+    assert scene.seed >= FIRST_SEED
+    assert np.array_equal(scene.image, again[0].image)
+    assert (refer, closer) == again[1:]
+    assert refer.targets and scene.mask(refer.targets[0]).any()
+    assert choose_scene(4)[0].seed != scene.seed
+
+
+def test_demo_writes_what_it_says(tiny_folder, tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert main.run(["demo", "--model", str(tiny_folder), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    names = ["answer.json", "depth.png", "depth_color.png", "overlay.png", "picture.png", "sheet.png"]
+    assert sorted(os.listdir(out)) == names
+    picture = Image.open(out / "picture.png")
+    for name in ("depth.png", "depth_color.png", "overlay.png"):
+        assert Image.open(out / name).size == picture.size
+    answer = json.loads((out / "answer.json").read_text())
+    for key in ("question", "truth", "second_question", "second_truth"):
+        assert answer[key] in printed
+    assert str(out / "sheet.png") in printed
+    assert 0 <= answer["mask_iou"] <= 1 and 0 <= answer["depth_error"] <= 1
+
+
+def test_json_is_one_document(tiny_folder, tmp_path, capsys):
+    arguments = ["demo", "--model", str(tiny_folder), "--out", str(tmp_path), "--json", "--seed", "1"]
+    assert main.run(arguments) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document == json.loads((tmp_path / "answer.json").read_text())
+
+
+def test_out_must_not_be_a_file(tiny_folder, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main.run(["demo", "--model", str(tiny_folder), "--out", str(tmp_path / "file")]) == 2
+    assert "is a file" in capsys.readouterr().err

@@ -1,0 +1,51 @@
+"""Shared pieces: no network, a tokenizer made on the spot, and a small random Perceptio."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+from helpers import depth_config, random_model
+
+import perceptio_hf
+from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor
+
+SHARED = Path(__file__).parents[2] / "shared"
+TEXTS = ["Which is closer, the red ball or the blue box?", "Segment the red ball.", "Here is the depth map."]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real pictures, which only some checkouts have."""
+    if not SHARED.is_dir():
+        pytest.skip("../shared with the real pictures is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def processor() -> PerceptioProcessor:
+    from perceptio_hf.training.tiny_model import tiny_processor, tiny_tokenizer
+
+    return tiny_processor(tiny_tokenizer(TEXTS, vocab_size=320), depth_config())
+
+
+@pytest.fixture(scope="session")
+def model(processor) -> PerceptioForConditionalGeneration:
+    return random_model(processor)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory, model, processor) -> Path:
+    """A saved checkpoint with random weights."""
+    folder = tmp_path_factory.mktemp("perceptio") / "random"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny() -> str:
+    """The checkpoint that ships with the package."""
+    return perceptio_hf.tiny_checkpoint()

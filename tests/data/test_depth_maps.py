@@ -1,0 +1,221 @@
+"""Depth readers: every format and unit, and every kind of bad file."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from perceptio_hf.data import depth_maps
+from perceptio_hf.data.depth_maps import (
+    DepthMap,
+    iter_depth_folder,
+    read_depth,
+    relative_from_disparity,
+    relative_from_metric,
+    write_depth_png,
+)
+
+RGBD = Path(__file__).resolve().parents[2].parent / "shared" / "rgbd"
+METRES = np.array([[1.0, 2.0, 4.0], [0.0, 1.5, 3.0]])
+VALID = METRES > 0
+RELATIVE = np.where(VALID, (1 / np.where(VALID, METRES, 1) - 1 / 4) / (1 - 1 / 4), 0)
+
+
+def save_png(path: Path, values: np.ndarray) -> Path:
+    Image.fromarray(values).save(path)
+    return path
+
+
+def test_relative_depth_is_scaled_inverse_distance():
+    np.testing.assert_allclose(relative_from_metric(METRES), RELATIVE, atol=1e-7)
+    assert relative_from_metric(METRES).dtype == np.float32
+    np.testing.assert_allclose(relative_from_metric(METRES * 1000), RELATIVE, atol=1e-7)
+    with_more_holes = relative_from_metric(METRES, METRES != 1.0)
+    assert with_more_holes[0, 0] == 0 and with_more_holes[1, 1] == 1
+
+
+@pytest.mark.parametrize("hole", [0.0, -1.0, math.nan, math.inf, -math.inf])
+def test_holes_of_distances(hole):
+    depth = METRES.copy()
+    depth[1, 0] = hole
+    item = DepthMap.from_metric(depth)
+    np.testing.assert_array_equal(item.valid, VALID)
+    np.testing.assert_allclose(item.relative, RELATIVE, atol=1e-7)
+    np.testing.assert_array_equal(item.metric, METRES.astype(np.float32))
+
+
+def test_disparity_may_be_any_affine_function_of_inverse_depth():
+    disparity = -3.0 + 7.0 * RELATIVE
+    np.testing.assert_allclose(relative_from_disparity(disparity), RELATIVE, atol=1e-6)
+    disparity[1, 1] = math.nan
+    assert relative_from_disparity(disparity)[1, 1] == 0
+
+
+def test_millimetres_in_a_16_bit_picture(tmp_path):
+    values = (METRES * 1000).astype(np.uint16)
+    item = read_depth(save_png(tmp_path / "d.png", values), "mm")
+    np.testing.assert_allclose(item.metric, METRES, atol=1e-6)
+    np.testing.assert_array_equal(item.valid, VALID)
+    np.testing.assert_allclose(item.relative, RELATIVE, atol=1e-6)
+    assert (item.relative.dtype, item.valid.dtype, item.metric.dtype) == (np.float32, bool, np.float32)
+
+
+def test_a_saturated_integer_distance_is_a_hole(tmp_path):
+    values = (METRES * 1000).astype(np.uint16)
+    values[1, 0] = 65535
+    np.testing.assert_array_equal(read_depth(save_png(tmp_path / "d.png", values), "mm").valid, VALID)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz", "named.npz"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_metres_in_arrays(tmp_path, suffix, dtype):
+    path, values = tmp_path / f"d.{suffix}", METRES.astype(dtype)
+    if suffix == "npy":
+        np.save(path, values)
+    elif suffix == "npz":
+        np.savez_compressed(path, anything=values)
+    else:
+        np.savez(path, depth=values, other=np.zeros(3))
+    item = read_depth(path, "m")
+    np.testing.assert_allclose(item.metric, METRES, atol=1e-6)
+    np.testing.assert_allclose(item.relative, RELATIVE, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "full"), [(np.uint8, 255), (np.uint16, 65535)])
+def test_relative_depth_in_integer_pictures(tmp_path, dtype, full):
+    values = np.round(np.linspace(0, full, 12).reshape(3, 4)).astype(dtype)
+    for path in (save_png(tmp_path / "d.png", values), tmp_path / "d.npy"):
+        np.save(tmp_path / "d.npy", values)
+        item = read_depth(path, "relative")
+        np.testing.assert_allclose(item.relative, values / full, atol=1e-6)
+        assert item.valid.all() and item.metric is None
+
+
+def test_singleton_channels_are_dropped(tmp_path):
+    for shape in ((1, 2, 3), (2, 3, 1)):
+        np.save(tmp_path / "d.npy", METRES.reshape(shape))
+        np.testing.assert_allclose(read_depth(tmp_path / "d.npy", "m").metric, METRES)
+
+
+def test_written_depth_is_read_back(tmp_path):
+    relative = np.random.default_rng(0).random((9, 7)).astype(np.float32)
+    valid = relative > 0.1
+    write_depth_png(tmp_path / "d.png", relative, valid)
+    with Image.open(tmp_path / "d.png") as picture:
+        assert picture.mode.startswith("I") and picture.size == (7, 9)
+    back = read_depth(tmp_path / "d.png", "relative").relative
+    np.testing.assert_allclose(back, np.where(valid, relative, 0), atol=1e-5)
+    assert [p.name for p in tmp_path.iterdir()] == ["d.png"]
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        write_depth_png(tmp_path / "d.png", relative * 2)
+    np.testing.assert_array_equal(read_depth(tmp_path / "d.png", "relative").relative, back)
+
+
+@pytest.mark.parametrize("values", [np.zeros((3, 3)), np.full((3, 3), math.nan), np.full((3, 3), 2.5)])
+@pytest.mark.parametrize("unit", ["mm", "m", "disparity", "relative"])
+def test_empty_and_constant_maps_are_refused(tmp_path, values, unit):
+    np.save(tmp_path / "d.npy", values)
+    with pytest.raises(ValueError, match=r"d\.npy: .*(no pixel holds a valid depth|same depth)"):
+        read_depth(tmp_path / "d.npy", unit)
+
+
+def test_relative_values_outside_the_unit_interval_are_refused(tmp_path):
+    np.save(tmp_path / "d.npy", METRES)
+    with pytest.raises(ValueError, match="give their unit"):
+        read_depth(tmp_path / "d.npy", "relative")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA", "1"])
+def test_colour_pictures_are_refused(tmp_path, mode):
+    Image.new("RGB", (4, 4), (1, 2, 3)).convert(mode).save(tmp_path / "d.png")
+    with pytest.raises(ValueError, match=f"mode {mode}"):
+        read_depth(tmp_path / "d.png", "mm")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.ones(5), "shape"),
+        (np.ones((2, 3, 4)), "shape"),
+        (np.ones((0, 4)), "shape"),
+        (np.ones((2, 2), complex), "complex"),
+        (np.ones((2, 2), bool), "bool"),
+        (np.array([["a", "b"]]), "<U1"),
+        (np.array([[{}, 1]], dtype=object), "d.npy"),
+    ],
+)
+def test_arrays_that_are_no_depth_map_are_refused(tmp_path, values, message):
+    np.save(tmp_path / "d.npy", values, allow_pickle=True)
+    with pytest.raises(ValueError, match=message):
+        read_depth(tmp_path / "d.npy", "m")
+
+
+def test_an_archive_without_a_clear_array_is_refused(tmp_path):
+    np.savez(tmp_path / "d.npz", left=METRES, right=METRES)
+    with pytest.raises(ValueError, match=r"left.*right"):
+        read_depth(tmp_path / "d.npz", "m")
+    np.savez(tmp_path / "e.npz", depth=np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match=r"e\.npz"):
+        read_depth(tmp_path / "e.npz", "m")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".npy", ".npz"])
+@pytest.mark.parametrize("keep", [0, 20, -60])
+def test_damaged_files_are_refused(tmp_path, suffix, keep):
+    path = tmp_path / f"d{suffix}"
+    if suffix == ".png":
+        save_png(path, np.random.default_rng(0).integers(0, 9999, (40, 40)).astype(np.uint16))
+    else:
+        (np.save if suffix == ".npy" else np.savez)(path, METRES)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"d\."):
+        read_depth(path, "m")
+
+
+def test_files_of_other_kinds_are_refused(tmp_path):
+    Image.new("L", (4, 4)).save(tmp_path / "d.jpg")
+    Image.new("L", (4, 4)).save(tmp_path / "jpeg.png", format="JPEG")
+    for name, message in (("d.jpg", "expected .png"), ("none.png", "no depth map"), ("jpeg.png", "cannot be read")):
+        with pytest.raises(ValueError, match=message):
+            read_depth(tmp_path / name, "mm")
+    with pytest.raises(ValueError, match="Unknown depth unit 'km'"):
+        read_depth(tmp_path / "d.jpg", "km")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".npy", ".npz"])
+def test_huge_files_are_refused(tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr(depth_maps, "MAX_PIXELS", 5)
+    path = tmp_path / f"d{suffix}"
+    if suffix == ".png":
+        save_png(path, METRES.astype(np.uint8))
+    else:
+        (np.save if suffix == ".npy" else np.savez)(path, METRES)
+    with pytest.raises(ValueError, match="pixels"):
+        read_depth(path, "m")
+
+
+def test_folders(tmp_path):
+    for name in ("b.png", "a.npy", "c.depth.png", "notes.txt"):
+        (tmp_path / name).touch()
+    np.save(tmp_path / "a.npy", METRES)
+    for name in ("b.png", "c.depth.png"):
+        save_png(tmp_path / name, (METRES * 50).astype(np.uint8))
+    assert [p.name for p, _ in iter_depth_folder(tmp_path, "m")] == ["a.npy", "b.png", "c.depth.png"]
+    assert [p.name for p, _ in iter_depth_folder(tmp_path, "mm", "*.depth.png")] == ["c.depth.png"]
+    for folder, pattern in ((tmp_path / "none", None), (tmp_path, "*.tif")):
+        with pytest.raises(ValueError, match=r"folder|matching"):
+            list(iter_depth_folder(folder, "m", pattern))
+
+
+@pytest.mark.skipif(not RGBD.is_dir(), reason="the frames of the real room are not here")
+def test_a_real_room():
+    items = [item for _, item in iter_depth_folder(RGBD, "mm", "*.depth.png")]
+    assert len(items) == 50
+    for item in items:
+        assert item.relative.shape == (480, 640) and 0.5 < item.valid.mean() < 1.0
+        assert item.metric[item.valid].min() > 0.3 and item.metric.max() < 20.0
+        assert item.relative.min() == 0.0 and item.relative.max() == 1.0
+        nearest = np.argmax(item.relative)
+        assert item.metric.flat[nearest] == item.metric[item.valid].min()

@@ -1,0 +1,222 @@
+"""The span grammar under every decoding strategy, and masks and depth made during generation."""
+
+import pytest
+import torch
+from helpers import chat, encode, picture
+
+from perceptio_hf.modeling.span_grammar import required_new_tokens
+from perceptio_hf.tokens import depth_span, read_sequence
+
+STRATEGIES = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 8.0, "top_k": 0},
+    "several samples": {"do_sample": True, "temperature": 8.0, "top_k": 0, "num_return_sequences": 3},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "beam sampling": {"num_beams": 3, "do_sample": True, "temperature": 5.0},
+    "no cache": {"use_cache": False},
+    "no repeats": {"no_repeat_ngram_size": 1},
+}
+EXPECTED = {"seg": (True, 0), "depth": (False, 1), "seg+depth": (True, 1), "none": (False, 0)}
+
+
+def generate(model, inputs, **options):
+    torch.manual_seed(0)
+    return model.generate(**inputs, **{"max_new_tokens": 40, "return_dict_in_generate": True, **options})
+
+
+def read_rows(model, out):
+    words = model.spatial_vocabulary()
+    return [read_sequence(ids, words, out.prompt_length) for ids in out.sequences.tolist()]
+
+
+@pytest.mark.parametrize("spatial", ["auto", "none", "seg", "depth", "seg+depth"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_obeys_the_grammar(model, processor, strategy, spatial):
+    inputs = encode(processor, chat(picture(), text="Where is it?"), chat(picture(30, 60), text="What is red here?"))
+    out = generate(model, inputs, spatial=spatial, **STRATEGIES[strategy])
+    rows = read_rows(model, out)
+    assert all(row.well_formed for row in rows) and all(out.well_formed)
+    if spatial in EXPECTED:
+        has_seg, spans = EXPECTED[spatial]
+        assert all(bool(row.segs) == has_seg and len(row.spans) == spans for row in rows)
+    assert [len(masks) for masks in out.mask_logits] == [len(row.segs) for row in rows]
+    assert [len(maps) for maps in out.depth_maps] == [len(row.spans) for row in rows]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_masks_and_depth_need_no_second_pass(model, processor, strategy, monkeypatch):
+    """They equal those of one pass over the finished sequence, which is how a foreign engine's output is read."""
+    inputs = encode(processor, chat(picture()), chat(picture(30, 60), text="What is red here, and what is blue?"))
+    replays = []
+    replay = model._replay
+    monkeypatch.setattr(model, "_replay", lambda *args: replays.append(1) or replay(*args))
+    out = generate(model, inputs, spatial="seg+depth", **STRATEGIES[strategy])
+    assert not replays
+    again = model.decode_spatial(out.sequences, **inputs)
+    assert replays == [1]
+    spread = torch.cat(again.mask_logits).std()
+    assert spread > 1e-2  # or the comparison below would say nothing
+    for ours, theirs in zip(out.mask_logits, again.mask_logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    for ours, theirs in zip(out.depth_confidence, again.depth_confidence, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(out.depth_maps, again.depth_maps, strict=True))
+
+
+def test_ten_thousand_samples_at_high_temperature_are_well_formed(model, processor):
+    inputs = encode(processor, chat(picture()))
+    options = {"do_sample": True, "temperature": 50.0, "top_k": 0, "num_return_sequences": 1000, "max_new_tokens": 28}
+    words, spans = model.spatial_vocabulary(), 0
+    for seed in range(10):
+        torch.manual_seed(seed)
+        rows = model.generate(**inputs, **options)
+        read = [read_sequence(ids, words, inputs.input_ids.shape[1]) for ids in rows.tolist()]
+        assert all(row.well_formed for row in read)
+        spans += sum(len(row.spans) for row in read)
+    assert spans > 100  # the model did open spans, so the grammar had work to do
+
+
+def test_without_the_grammar_the_same_samples_are_malformed(model, processor):
+    inputs = encode(processor, chat(picture()))
+    plain = super(type(model).__mro__[1], model).generate
+    torch.manual_seed(0)
+    rows = plain(
+        input_ids=inputs.input_ids.repeat(200, 1),
+        pixel_values=inputs.pixel_values.repeat(200, 1, 1, 1),
+        do_sample=True,
+        temperature=50.0,
+        top_k=0,
+        max_new_tokens=28,
+    )
+    words = model.spatial_vocabulary()
+    read = [read_sequence(ids, words, inputs.input_ids.shape[1]) for ids in rows.tolist()]
+    assert sum(not row.well_formed for row in read) > 100
+
+
+def test_plain_ids_without_return_dict(model, processor):
+    inputs = encode(processor, chat(picture()))
+    ids = model.generate(**inputs, spatial="depth", max_new_tokens=30)
+    assert isinstance(ids, torch.Tensor) and ids.shape[0] == 1
+
+
+def test_a_batch_equals_its_rows(model, processor):
+    chats = [chat(picture(seed=1), text="Where?"), chat(picture(70, 20, seed=2), text="What is near, what is far?")]
+    together = generate(model, encode(processor, *chats), spatial="seg+depth")
+    for row, single in enumerate(chats):
+        alone = generate(model, encode(processor, single), spatial="seg+depth")
+        ours = together.sequences[row, together.prompt_length :].tolist()
+        theirs = alone.sequences[0, alone.prompt_length :].tolist()
+        assert ours[: len(theirs)] == theirs
+        torch.testing.assert_close(together.mask_logits[row], alone.mask_logits[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "beams", "several samples"])
+def test_several_pictures_have_a_span_each(model, processor, strategy):
+    inputs = encode(processor, chat(picture(seed=1), picture(20, 30, seed=2)), chat(picture(seed=3)))
+    out = generate(model, inputs, spatial="seg+depth", max_new_tokens=60, **STRATEGIES[strategy])
+    copies = out.sequences.shape[0] // 2
+    assert out.depth_pictures == [[0, 1]] * copies + [[0]] * copies
+    assert all(set(pictures) == {0, 1} for pictures in out.mask_pictures[:copies])
+    answers = processor.post_process_spatial(out)
+    assert [len(answer.pictures) for answer in answers] == [2] * copies + [1] * copies
+    assert answers[0].pictures[1].depth.shape == (30, 20) and answers[0].pictures[1].masks.shape[1:] == (30, 20)
+    again = model.decode_spatial(out.sequences, **inputs)
+    for ours, theirs in zip(out.mask_logits, again.mask_logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_several_turns(model, processor):
+    codes = [1] * model.config.num_depth_tokens
+    first = [*chat(picture(), text="Where?"), {"role": "assistant", "content": "[SEG]" + depth_span(codes) + "There."}]
+    inputs = encode(processor, [*first, {"role": "user", "content": "And the box?"}])
+    out = generate(model, inputs, spatial="seg+depth")
+    assert out.well_formed == [True] and len(out.depth_maps[0]) == 1
+    assert all(seg.position >= out.prompt_length for seg in read_rows(model, out)[0].segs)
+
+
+def test_a_span_begun_in_the_prompt_is_finished(model, processor):
+    inputs = encode(processor, chat(picture()))
+    words = model.spatial_vocabulary()
+    given = torch.tensor([[words.depth_start, words.codes[3], words.codes[5]]])
+    inputs["input_ids"] = torch.cat([inputs.input_ids, given], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs.input_ids)
+    out = generate(model, inputs, spatial="none")
+    assert out.depth_codes[0][0, :2].tolist() == [3, 5] and out.well_formed == [True]
+    confidence = out.depth_confidence[0][0].flatten()
+    assert confidence[:2].isnan().all()  # nobody chose these
+    assert not confidence[2:].isnan().any()
+
+
+def test_seg_as_the_very_last_token_still_gets_its_mask(model, processor):
+    inputs = encode(processor, chat(picture()))
+    out = generate(model, inputs, spatial="seg", max_new_tokens=1)
+    again = model.decode_spatial(out.sequences, **inputs)
+    torch.testing.assert_close(out.mask_logits[0], again.mask_logits[0])
+    assert out.mask_logits[0].shape[0] == 1
+
+
+def test_each_picture_is_encoded_once_and_only_for_seg(model, processor, monkeypatch):
+    seen, decoded = [], []
+    encoder, decoder = model.mask_model.vision_encoder, model.mask_model.mask_decoder
+    encode_once, decode_once = encoder.forward, decoder.forward
+    monkeypatch.setattr(encoder, "forward", lambda pixels, **kw: seen.append(len(pixels)) or encode_once(pixels, **kw))
+    monkeypatch.setattr(
+        decoder, "forward", lambda **kw: decoded.append(len(kw["image_embeddings"])) or decode_once(**kw)
+    )
+    inputs = encode(processor, chat(picture(seed=1)), chat(picture(seed=2)))
+    generate(model, inputs, spatial="depth")
+    assert seen == [] and decoded == []
+    out = generate(model, inputs, spatial="seg", do_sample=True, num_return_sequences=3)
+    assert seen == [2] and decoded == [sum(len(masks) for masks in out.mask_logits)]
+
+
+def test_foreign_sequences_may_be_broken(model, processor):
+    inputs = encode(processor, chat(picture()), chat(picture(seed=2)))
+    words = model.spatial_vocabulary()
+    broken = torch.tensor([words.seg, words.depth_start, words.codes[0], words.depth_end, words.codes[1]])
+    out = model.decode_spatial(torch.cat([inputs.input_ids, broken.repeat(2, 1)], 1), **inputs)
+    answers = processor.post_process_spatial(out)
+    assert [answer.well_formed for answer in answers] == [False, False]
+    assert answers[0].depth is None and answers[0].depth_codes is None and len(answers[0].masks) == 1
+
+
+def test_text_only_prompts_work_and_cannot_hold_spans(model, processor):
+    inputs = encode(processor, [{"role": "user", "content": "What is two and two?"}])
+    out = generate(model, inputs, do_sample=True, temperature=50.0, num_return_sequences=20)
+    assert all(len(maps) == 0 for maps in out.depth_maps)
+    with pytest.raises(ValueError, match="needs a picture"):
+        generate(model, inputs, spatial="depth")
+
+
+def test_errors_come_before_generation(model, processor, monkeypatch):
+    inputs = encode(processor, chat(picture()))
+    monkeypatch.setattr(model, "forward", lambda **kwargs: pytest.fail("generation had begun"))
+    span = model.config.num_depth_tokens + 2
+    with pytest.raises(ValueError, match=f"needs {span} for its spans"):
+        generate(model, inputs, spatial="depth", max_new_tokens=span - 1)
+    with pytest.raises(ValueError, match="'seg\\+depth'"):
+        generate(model, inputs, spatial="both")
+    with pytest.raises(ValueError, match="mask_pixel_values"):
+        generate(model, {**inputs, "mask_pixel_values": None}, spatial="seg")
+    too_long = [model.config.depth_start_token_id, *[model.config.depth_token_ids[0]] * span]
+    ids = torch.cat([inputs.input_ids, torch.tensor([too_long])], 1)
+    with pytest.raises(ValueError, match="ends in a depth span"):
+        generate(model, {"input_ids": ids})
+    with pytest.raises(ValueError, match="do not begin with input_ids"):
+        model.decode_spatial(inputs.input_ids[:, 1:], **inputs)
+
+
+def test_the_shortest_forced_response_fits_exactly(model, processor):
+    inputs = encode(processor, chat(picture(), picture(seed=1)))
+    for spatial in ("seg", "depth", "seg+depth"):
+        needed = required_new_tokens(spatial, 2, model.config.num_depth_tokens + 2)
+        out = generate(model, inputs, spatial=spatial, max_new_tokens=needed)
+        assert out.well_formed == [True], spatial
+        assert out.sequences.shape[1] - out.prompt_length == needed
+
+
+def test_the_default_length_holds_a_span(model, processor):
+    inputs = encode(processor, chat(picture()))
+    torch.manual_seed(0)
+    out = model.generate(**inputs, spatial="seg+depth", return_dict_in_generate=True)
+    assert out.well_formed == [True] and len(out.depth_maps[0]) == 1

@@ -1,0 +1,32 @@
+"""A file appears complete or not at all."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from perceptio_hf.files import replacing, write_json, write_picture
+
+
+def test_a_failure_leaves_the_old_file_and_no_rest(tmp_path):
+    path = tmp_path / "answer.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    with pytest.raises(ValueError):
+        write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["answer.json"]
+
+
+def test_an_old_file_is_replaced(tmp_path):
+    path = tmp_path / "picture.png"
+    for size in ((2, 3), (4, 5)):
+        write_picture(path, Image.new("RGB", size))
+    assert Image.open(path).size == (4, 5)
+
+
+def test_a_missing_folder_is_an_os_error(tmp_path):
+    with pytest.raises(OSError):
+        write_json(tmp_path / "nowhere" / "a.json", {})
