@@ -1,0 +1,57 @@
+"""`import perceptio_hf` registers, whatever was imported before it, and imports nothing heavy."""
+
+import subprocess
+import sys
+
+import pytest
+
+import perceptio_hf
+
+ORDERS = [
+    "import perceptio_hf; from transformers import AutoModel, AutoProcessor",
+    "from transformers import AutoModel, AutoProcessor; import perceptio_hf",
+    "import transformers.models.auto.configuration_auto; import perceptio_hf; from transformers import AutoModel",
+    "import perceptio_hf; from transformers import AutoProcessor, AutoModel",
+    "import perceptio_hf; from transformers import GotOcr2ImageProcessorPil, Trainer; from transformers import AutoModel",
+    "import perceptio_hf; from perceptio_hf import DepthVQVAE; from transformers import AutoModel",
+]
+
+
+def run(code: str, *args: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_any_order_of_imports(order, tiny_folder):
+    code = f"import sys; {order}; from transformers import AutoProcessor; print(type(AutoModel.from_pretrained(" \
+           "sys.argv[1])).__name__, type(AutoProcessor.from_pretrained(sys.argv[1])).__name__)"  # fmt: skip
+    assert run(code, str(tiny_folder)).split() == ["PerceptioForConditionalGeneration", "PerceptioProcessor"]
+
+
+def test_import_is_cheap():
+    """No class of transformers, no torch of our own: only a few small modules."""
+    code = "import transformers, sys; before = set(sys.modules); import perceptio_hf; print(*set(sys.modules) - before)"
+    new = {name for name in run(code).split() if not name.startswith(("perceptio_hf", "transformers.models.perceptio"))}
+    assert not {name for name in new if name.split(".")[0] in ("torch", "transformers", "numpy", "PIL", "matplotlib")}
+    assert len(new) < 10
+
+
+def test_public_names():
+    for name in perceptio_hf.__all__:
+        assert getattr(perceptio_hf, name) is not None
+    assert set(perceptio_hf.__all__) <= set(dir(perceptio_hf))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = perceptio_hf.no_such_name
+
+
+def test_the_depth_codec_alone(tmp_path):
+    from helpers import depth_config
+    from transformers import AutoConfig, AutoModel
+
+    from perceptio_hf import DepthVQVAE
+
+    DepthVQVAE(depth_config()).save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).num_tokens == 16
+    assert type(AutoModel.from_pretrained(tmp_path)) is DepthVQVAE
