@@ -13,6 +13,9 @@ TINY_NOTE = (
     "The embedded tiny checkpoint knows only rendered scenes: on photographs it shows that everything runs, not that "
     "it sees. Name another checkpoint with --model."
 )
+# Below so many parameters an operation on the CPU is too short to share: on a busy machine with two cores, two threads
+# waiting for one another took up to a hundred times as long as one.
+_SMALL = 50_000_000
 
 
 def resolve(model: str | None) -> str:
@@ -47,6 +50,8 @@ def is_tiny(folder: str) -> bool:
 def load(folder: str) -> "tuple[PerceptioForConditionalGeneration, PerceptioProcessor]":
     """Model (in evaluation mode, on the GPU where there is one) and processor of a checkpoint.
 
+    A small model on the CPU sets torch to one thread.
+
     Raises:
         ValueError: where the checkpoint is of another kind, incomplete, damaged, or not to be had.
     """
@@ -61,7 +66,10 @@ def load(folder: str) -> "tuple[PerceptioForConditionalGeneration, PerceptioProc
         model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     except Exception as error:  # whatever transformers, safetensors or the Hub raise: the user named a wrong checkpoint
         raise ValueError(f"{folder} cannot be loaded as a Perceptio checkpoint: {error}") from error
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and model.num_parameters() < _SMALL:
+        torch.set_num_threads(1)
+    return model.eval().to(device), processor
 
 
 def _quieten() -> None:
