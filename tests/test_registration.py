@@ -12,7 +12,7 @@ ORDERS = [
     "from transformers import AutoModel, AutoProcessor; import perceptio_hf",
     "import transformers.models.auto.configuration_auto; import perceptio_hf; from transformers import AutoModel",
     "import perceptio_hf; from transformers import AutoProcessor, AutoModel",
-    "import perceptio_hf; from transformers import GotOcr2ImageProcessorPil, Trainer; from transformers import AutoModel",
+    "import perceptio_hf; from transformers import Trainer, GotOcr2ImageProcessorPil, AutoModel",
     "import perceptio_hf; from perceptio_hf import DepthVQVAE; from transformers import AutoModel",
 ]
 

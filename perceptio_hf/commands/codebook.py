@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from perceptio_hf.data.depth_maps import DepthMap
 
 Unit = Literal["mm", "m", "disparity", "relative"]
-TRAIN_SEED, HELD_OUT_SEED = 0, 1_000_000_000  # rendered scenes from the second on are never trained on
 DEFAULTS = {"data": "world", "maps": 4000, "seed": 0, "unit": None, "pattern": None, "steps": None, "minutes": None}
 
 Codec = Annotated[Path, typer.Argument(metavar="CODEC", help="Folder of a depth codec.", show_default=False)]
@@ -62,7 +61,7 @@ def train(
     codec_config = _build(DepthVQVAEConfig, settings["codec"], "codec")
     options = _build(CodebookOptions, settings["options"], "options")
     source = [settings[key] for key in ("data", "unit", "pattern", "maps")]
-    bank = DepthBank.gather(depth_source(*source, codec_config.image_size, TRAIN_SEED), codec_config)
+    bank = DepthBank.gather(depth_source(*source, codec_config.image_size, first_seed=0), codec_config)
     limits = {key: settings[key] for key in ("steps", "minutes", "seed")}
     with _bar("training", 1.0) as move:
         codec = train_codebook(codec_config, bank, options=options, progress=move, **limits)
@@ -86,9 +85,10 @@ def evaluate(
     """Measure how well depth maps survive being written as codes."""
     model = load_codec(codec)
 
+    from perceptio_hf.data.world import HELD_OUT_SEED
     from perceptio_hf.evaluation.depth_metrics import codec_metrics
 
-    source = depth_source(data, unit, pattern, maps, model.config.image_size, HELD_OUT_SEED)
+    source = depth_source(data, unit, pattern, maps, model.config.image_size, first_seed=HELD_OUT_SEED)
     figures = codec_metrics(model, source)
     print(json.dumps(figures, indent=2) if as_json else _figures(figures))
 

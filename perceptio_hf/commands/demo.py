@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from perceptio_hf import SpatialAnswer
     from perceptio_hf.data.world import Question, Scene
 
-FIRST_SEED = 2_000_000_000  # training draws its scenes below 1,000,000,000
 _SEEDS_PER_DEMO = 1000  # not every scene supports both questions; that many are tried
 
 
@@ -48,9 +47,9 @@ def choose_scene(seed: int) -> "tuple[Scene, Question, Question]":
     """Demo number `seed`: a held-out scene, a question for a mask, and one which of two objects is closer."""
     import numpy as np
 
-    from perceptio_hf.data.world import ask, render_scene
+    from perceptio_hf.data.world import DEMO_SEED, ask, render_scene
 
-    first = FIRST_SEED + seed * _SEEDS_PER_DEMO
+    first = DEMO_SEED + seed * _SEEDS_PER_DEMO
     for number in range(first, first + _SEEDS_PER_DEMO):
         scene = render_scene(number)
         refer = ask(scene, np.random.default_rng(number), kinds=["refer"])

@@ -14,6 +14,7 @@ from perceptio_hf import __version__
 from perceptio_hf.commands.codebook import app as codebook
 from perceptio_hf.commands.demo import demo
 from perceptio_hf.commands.predict import predict
+from perceptio_hf.commands.train import train
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(predict)
+app.command()(train)
 app.add_typer(codebook, name="codebook")
 
 

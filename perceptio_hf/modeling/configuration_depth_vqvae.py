@@ -1,5 +1,7 @@
 """Settings of the depth codec, a VQ-VAE that writes a depth map as a short sequence of codes."""
 
+import os
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -84,3 +86,10 @@ class DepthVQVAEConfig(PreTrainedConfig):
 
 
 __all__ = ["DepthVQVAEConfig"]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """Save the configuration and, beside it, the code that `trust_remote_code=True` loads elsewhere."""
+        from .remote_code import write_code  # here, because a copy outside the package has no use for it
+
+        write_code(self, save_directory)
+        super().save_pretrained(save_directory, **kwargs)

@@ -103,8 +103,8 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
         """
         if not self.config.has_spatial_tokens:
             raise ValueError(
-                "This model's vocabulary has no spatial tokens (config.seg_token_id is None). Build one with "
-                "`PerceptioForConditionalGeneration.from_components` or use spatial='none'."
+                "This model's vocabulary has no spatial tokens (config.seg_token_id is None): use spatial='none', or a "
+                "checkpoint that has them."
             )
         eos = self.generation_config.eos_token_id
         return self.config.spatial_vocabulary(self.config.text_config.eos_token_id if eos is None else eos)

@@ -9,14 +9,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-_FILES = (
-    "tokens.py",
+_CODEC_FILES = (
     "modeling/configuration_depth_vqvae.py",
+    "modeling/modeling_depth_vqvae.py",
+    "modeling/remote_code.py",
+)
+_FILES = (
+    *_CODEC_FILES,
+    "tokens.py",
     "modeling/configuration_perceptio.py",
     "modeling/generation_perceptio.py",
-    "modeling/modeling_depth_vqvae.py",
     "modeling/modeling_perceptio.py",
-    "modeling/remote_code.py",
     "modeling/span_grammar.py",
     "processing/pictures.py",
     "processing/processing_perceptio.py",
@@ -51,11 +54,12 @@ def write_code(saved: Any, folder: str | os.PathLike) -> None:
     package = __name__.rpartition(".modeling.")[0]
     if not package or not type(saved).__module__.startswith(package):
         return
-    saved.auto_map = dict(_AUTO_MAPS[type(saved).__name__])
+    name = type(saved).__name__
+    saved.auto_map = dict(_AUTO_MAPS[name])
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    for name in _FILES:
-        source = Path(__file__).parents[1] / name
+    for file in _CODEC_FILES if name == "DepthVQVAEConfig" else _FILES:
+        source = Path(__file__).parents[1] / file
         partial = target / f".{source.name}.partial"
         partial.write_text(flatten_imports(source.read_text(encoding="utf-8")), encoding="utf-8")
         os.replace(partial, target / source.name)

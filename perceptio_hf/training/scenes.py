@@ -4,6 +4,7 @@ All questions about a picture share its prefix, whose keys and values are comput
 is a row of its own behind that prefix. Questions never see one another, as if each were a conversation of its own.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,14 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..data.world import Question, Scene, ask, draw_points, render_scene
+from ..data.world.scene import COLORS, MATERIALS, SHAPES, SIZES
 from ..processing.processing_perceptio import PerceptioProcessor
 from ..tokens import SEG_TOKEN, depth_span
 
-# Scenes with these seeds and above are never trained on: evaluation, then the demo.
-HELD_OUT_SEED = 1_000_000_000
-
-_COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "white")
-_SHAPES = ("ball", "box", "cylinder", "cone")
 _IGNORED_LABEL = -100
 
 
@@ -125,12 +122,12 @@ def describe_objects(scene: Scene) -> np.ndarray:
     """(objects + 1, 4): shape, colour, size and material of every instance id as classes from 1; row 0 is 0."""
     rows = [(0, 0, 0, 0)]
     for thing in scene.objects:
-        shape, color = 1 + _SHAPES.index(thing.shape), 1 + _COLORS.index(thing.color)
-        rows.append((shape, color, 1 + (thing.size == "large"), 1 + (thing.material == "shiny")))
+        named = ((SHAPES, thing.shape), (COLORS, thing.color), (SIZES, thing.size), (MATERIALS, thing.material))
+        rows.append(tuple(1 + names.index(name) for names, name in named))
     return np.array(rows)
 
 
-KIND_CLASSES = (1 + len(_SHAPES), 1 + len(_COLORS), 3, 3)
+KIND_CLASSES = tuple(1 + len(names) for names in (SHAPES, COLORS, SIZES, MATERIALS))
 
 
 @dataclass
@@ -220,28 +217,38 @@ def _stack_turns(
 
 
 class SceneStream(IterableDataset):
-    """Batches of fresh scenes, from `first_seed` on; never the same scene twice."""
+    """Batches of fresh scenes, from `first_seed` on; no scene comes twice, in whichever process."""
 
-    def __init__(self, processor: PerceptioProcessor, size: int, batch_size: int, first_seed: int):
+    def __init__(
+        self, processor: PerceptioProcessor, size: int, batch_size: int, first_seed: int, rank: int, processes: int
+    ):
         self.asker = SceneAsker(processor, size)
-        self.batch_size, self.first_seed = batch_size, first_seed
+        self.batch_size, self.first_seed, self.rank, self.processes = batch_size, first_seed, rank, processes
 
     def __iter__(self) -> Iterator[SceneBatch]:
         torch.set_num_threads(1)
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         tokenizer, side = self.asker.processor.tokenizer, self.asker.processor.mask_image_size
-        batch = number
-        while True:
-            first = self.first_seed + batch * self.batch_size
+        for step in itertools.count(number, workers):
+            first = self.first_seed + (step * self.processes + self.rank) * self.batch_size
             scenes = [self.asker.scene(seed) for seed in range(first, first + self.batch_size)]
             yield collate(scenes, prefix=self.asker.prefix, pad=tokenizer.pad_token_id, mask_side=side)
-            batch += workers
 
 
 def scene_batches(
-    processor: PerceptioProcessor, *, size: int, batch_size: int, first_seed: int, workers: int = 1
+    processor: PerceptioProcessor,
+    *,
+    size: int,
+    batch_size: int,
+    first_seed: int,
+    workers: int = 1,
+    rank: int = 0,
+    processes: int = 1,
 ) -> Iterator[SceneBatch]:
-    """An endless stream of training batches, rendered by `workers` other processes (0: by this one)."""
-    stream = SceneStream(processor, size, batch_size, first_seed)
+    """An endless stream of training batches, rendered by `workers` other processes (0: by this one).
+
+    Of `processes` that train together, number `rank` gets every `processes`-th batch.
+    """
+    stream = SceneStream(processor, size, batch_size, first_seed, rank, processes)
     return iter(DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))

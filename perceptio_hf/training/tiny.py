@@ -15,12 +15,14 @@ stopped goes on where it was.
 import json
 import os
 import shutil
-from collections import defaultdict
+from collections import defaultdict, deque
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from torch import nn
@@ -38,7 +40,8 @@ from .losses import mask_loss, score_loss
 from .scenes import KIND_CLASSES, SceneBatch, scene_batches
 from .tiny_model import IMAGE_SIZE, tiny_config, tiny_processor, tiny_tokenizer
 
-_CHECKPOINT = "language.pt"
+STAGES = ("masks", "vision", "language")
+_RENDEZVOUS = ".rendezvous"  # where the processes find one another
 
 
 @dataclass
@@ -54,9 +57,9 @@ class TinyRecipe:
     codec_options: dict = field(default_factory=dict)
     codec_scenes: int = 4000
     codec_steps: int = 1000
-    mask_steps: int = 600
-    mask_batch: int = 16
-    mask_lr: float = 2e-3
+    masks_steps: int = 600
+    masks_batch: int = 16
+    masks_lr: float = 2e-3
     vision_steps: int = 800
     vision_batch: int = 16
     vision_lr: float = 1.5e-3
@@ -84,28 +87,49 @@ class TinyRecipe:
         return cls(**values)
 
 
-def train_tiny(recipe: TinyRecipe, out: str | Path, *, workers: int = 1) -> Path:
+def train_tiny(recipe: TinyRecipe, out: str | Path, *, processes: int = 2, workers: int = 1) -> Path:
     """Train all stages into `out`; returns the folder of the finished checkpoint, `out/checkpoint`.
 
     A folder with finished stages of the same recipe is continued.
 
+    Args:
+        processes: share every batch; one thread each. In a model this small, threads only wait for one another: two
+            processes are twice as fast as one process with two threads.
+        workers: further processes, of each, that render scenes; 0 renders in line.
+
     Raises:
-        ValueError: if `out` holds another recipe's stages.
+        ValueError: if `out` holds another recipe's stages, or `processes` do not divide the batches.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    if processes < 1 or any(getattr(recipe, f"{stage}_batch") % processes for stage in STAGES):
+        raise ValueError(f"{processes} processes cannot share the recipe's batches evenly; choose a divisor of them.")
     _claim(recipe, out)
-    torch.manual_seed(recipe.seed)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # two threads only get into one another's way in a model as small as the codec
-    codec = _codec_stage(recipe, out)
+    torch.set_num_threads(1)
+    _codec_stage(recipe, out)
+    (out / _RENDEZVOUS).unlink(missing_ok=True)  # of a run that was stopped
+    torch.multiprocessing.spawn(_train_stages, args=(processes, recipe, out, workers), nprocs=processes)
     torch.set_num_threads(threads)
+    return out / "checkpoint"
+
+
+def _train_stages(rank: int, processes: int, recipe: TinyRecipe, out: Path, workers: int) -> None:
+    """One of the processes that train the model; the first one shows progress and writes files."""
+    torch.set_num_threads(1)
+    rendezvous = (out / _RENDEZVOUS).resolve()
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=processes)
+    codec = DepthVQVAE.from_pretrained(out / "codec")
     processor = tiny_processor(tiny_tokenizer(text_corpus(recipe.corpus_scenes, recipe.seed)), codec.config)
+    torch.manual_seed(recipe.seed)
     model = fresh_model(processor, codec)
     trainer = _Stages(recipe, out, model, processor, workers)
-    for stage in ("masks", "vision", "language"):
+    torch.manual_seed(recipe.seed * 1000 + rank)  # the weights are the same everywhere, the draws are not
+    for stage in STAGES:
         trainer.run(stage)
-    return _save(model, processor, out / "checkpoint")
+    if rank == 0:
+        _save(model, processor, out / "checkpoint")
+    dist.destroy_process_group()
 
 
 def fresh_model(processor: PerceptioProcessor, codec: DepthVQVAE) -> PerceptioForConditionalGeneration:
@@ -175,6 +199,7 @@ class _Stages:
 
     def __init__(self, recipe: TinyRecipe, out: Path, model, processor: PerceptioProcessor, workers: int):
         self.recipe, self.out, self.model, self.processor, self.workers = recipe, out, model, processor, workers
+        self.rank, self.processes = dist.get_rank(), dist.get_world_size()
         hidden = model.config.text_config.hidden_size
         prompt = model.config.mask_config.mask_decoder_config.hidden_size
         # Heads that only training needs.
@@ -185,41 +210,58 @@ class _Stages:
 
     def run(self, stage: str) -> None:
         """Train one stage, or load its result where it is finished."""
-        path = self.out / f"{stage}.pt"
-        if (self.out / f"{stage}.done").exists():
+        path, done = self.out / f"{stage}.pt", self.out / f"{stage}.done"
+        if done.exists():
             self._load(path)
             return
-        steps, batch = (
-            getattr(self.recipe, f"{_SETTINGS[stage]}_steps"),
-            getattr(self.recipe, f"{_SETTINGS[stage]}_batch"),
-        )
-        step_loss = getattr(self, f"_{stage}_loss")
+        steps, batch, rate = (getattr(self.recipe, f"{stage}_{what}") for what in ("steps", "batch", "lr"))
         parameters = self._parameters(stage)
         optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
         first = self._load(path, optimizer) if path.exists() else 0
-        first_seed = _FIRST_SEEDS[stage] + self.recipe.seed * 100_000_000 + first * batch
-        batches = scene_batches(
-            self.processor, size=IMAGE_SIZE, batch_size=batch, first_seed=first_seed, workers=self.workers
-        )
-        history: dict[str, list[float]] = defaultdict(list)
-        progress = tqdm(islice(batches, steps - first), desc=stage, initial=first, total=steps)
+        shown: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=50))
+        batches = islice(self._batches(stage, first * batch, batch), steps - first)
+        progress = tqdm(batches, desc=stage, initial=first, total=steps, disable=self.rank > 0)
         for step, scenes in enumerate(progress, start=first):
-            optimizer.param_groups[0]["lr"] = getattr(self.recipe, f"{_SETTINGS[stage]}_lr") * schedule(step, steps)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss, parts = step_loss(scenes)
-            if not torch.isfinite(loss):
-                raise RuntimeError(f"{stage} step {step}: the loss is {loss.item()}; parts: {parts}")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            for name, value in parts.items():
-                history[name].append(float(value))
+            optimizer.param_groups[0]["lr"] = rate * schedule(step, steps)
+            for name, value in self._step(stage, step, scenes, parameters, optimizer).items():
+                shown[name].append(float(value))
             if step % 10 == 0:
-                progress.set_postfix({name: f"{sum(v[-50:]) / len(v[-50:]):.3f}" for name, v in history.items()})
+                progress.set_postfix({name: f"{sum(v) / len(v):.3f}" for name, v in shown.items()})
             if (step + 1) % self.recipe.checkpoint_every == 0 or step + 1 == steps:
                 self._keep(path, step + 1, optimizer)
-        (self.out / f"{stage}.done").touch()
+        dist.barrier()
+        if self.rank == 0:
+            done.touch()
+
+    def _batches(self, stage: str, seen: int, batch: int) -> Iterator[SceneBatch]:
+        """This process's share of every batch; `seen` scenes of the stage have been trained on."""
+        return scene_batches(
+            self.processor,
+            size=IMAGE_SIZE,
+            batch_size=batch // self.processes,
+            first_seed=_FIRST_SEEDS[stage] + self.recipe.seed * 100_000_000 + seen,
+            workers=self.workers,
+            rank=self.rank,
+            processes=self.processes,
+        )
+
+    def _step(self, stage: str, step: int, scenes: SceneBatch, parameters, optimizer) -> dict[str, torch.Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss, parts = getattr(self, f"_{stage}_loss")(scenes)
+        if not torch.isfinite(loss):
+            values = {name: float(value) for name, value in parts.items()}
+            raise RuntimeError(f"{stage}, step {step}: the loss is {loss.item()}, its parts {values}.")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= self.processes
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        return {name: value.detach() for name, value in parts.items()}
 
     def _parameters(self, stage: str) -> list[nn.Parameter]:
         model = self.model
@@ -241,6 +283,8 @@ class _Stages:
         return [parameter for parameter in parameters if parameter.requires_grad]
 
     def _keep(self, path: Path, step: int, optimizer: torch.optim.Optimizer) -> None:
+        if self.rank > 0:
+            return
         state = {
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
@@ -345,7 +389,6 @@ class _Stages:
         return ids
 
 
-_SETTINGS = {"masks": "mask", "vision": "vision", "language": "language"}
 _FIRST_SEEDS = {"masks": 10_000_000, "vision": 20_000_000, "language": 30_000_000}
 
 

@@ -7,9 +7,11 @@ question.letters)` marks points with letters as HardBLINK does.
 from perceptio_hf.data.world.points import draw_points
 from perceptio_hf.data.world.questions import QUESTION_KINDS, Question, ask, text_corpus
 from perceptio_hf.data.world.render import render_scene
-from perceptio_hf.data.world.scene import Scene, SceneObject
+from perceptio_hf.data.world.scene import DEMO_SEED, HELD_OUT_SEED, Scene, SceneObject
 
 __all__ = [
+    "DEMO_SEED",
+    "HELD_OUT_SEED",
     "QUESTION_KINDS",
     "Question",
     "Scene",

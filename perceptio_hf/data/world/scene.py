@@ -19,6 +19,10 @@ SURFACES = ("ground", "back wall", "left wall", "right wall", "platform")
 
 MIN_SIZE = 32
 
+# Seeds below the first are for training, those from it on for evaluation, those from the second on for demonstrations.
+HELD_OUT_SEED = 1_000_000_000
+DEMO_SEED = 2_000_000_000
+
 
 @dataclass(frozen=True)
 class SceneObject:

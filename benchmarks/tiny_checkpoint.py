@@ -1,0 +1,42 @@
+"""What the tiny checkpoint knows, measured on rendered scenes that no training saw.
+
+python benchmarks/tiny_checkpoint.py --scenes 256 --out benchmarks/results/tiny_checkpoint.json
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModel, AutoProcessor
+
+import perceptio_hf
+from perceptio_hf.evaluation.scenes import answer_items, held_out_items, score_items
+from perceptio_hf.files import write_json
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder of a checkpoint; default: the embedded one")
+    parser.add_argument("--scenes", type=int, default=256)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    folder = options.model or perceptio_hf.tiny_checkpoint()
+    torch.set_num_threads(1)
+    model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    items = held_out_items(options.scenes)
+    start = time.perf_counter()
+    answers = answer_items(model, processor, items, progress=tqdm)
+    seconds = time.perf_counter() - start
+    scores = {"scenes": options.scenes, "questions": len(items)}
+    scores |= {name: round(value, 4) for name, value in score_items(items, answers).items()}
+    print(json.dumps(scores, indent=2))
+    print(f"{len(items)} answers in {seconds:.0f} s on one thread")
+    if options.out:
+        write_json(options.out, scores)
+
+
+if __name__ == "__main__":
+    main()
