@@ -84,12 +84,12 @@ class DepthVQVAEConfig(PreTrainedConfig):
         """Codes of one depth map, N = g * g."""
         return self.grid_size**2
 
-
-__all__ = ["DepthVQVAEConfig"]
-
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """Save the configuration and, beside it, the code that `trust_remote_code=True` loads elsewhere."""
         from .remote_code import write_code  # here, because a copy outside the package has no use for it
 
         write_code(self, save_directory)
         super().save_pretrained(save_directory, **kwargs)
+
+
+__all__ = ["DepthVQVAEConfig"]

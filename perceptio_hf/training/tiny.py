@@ -137,14 +137,27 @@ def fresh_model(processor: PerceptioProcessor, codec: DepthVQVAE) -> PerceptioFo
     model = PerceptioForConditionalGeneration(tiny_config(processor, codec.config))
     model.set_attn_implementation("eager")  # on a CPU faster than sdpa for sequences this short
     model.depth_model.load_state_dict(codec.state_dict())
+    for part in (model.model, model.seg_projector, model.mask_model):
+        part.apply(_widen)
     hiera = model.mask_model.vision_encoder.backbone
     for positions in (hiera.pos_embed, hiera.pos_embed_window, model.model.vision_tower.embeddings.position_embeddings):
-        nn.init.normal_(positions, std=0.02)  # zero positions, the classes' default, learn slowly from scratch
+        nn.init.normal_(positions, std=0.1)
+    for module in model.mask_model.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)  # SAM2's own start: as large as its position encoding
     tokenizer = processor.tokenizer
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.max_new_tokens = 192
     return model
+
+
+def _widen(module: nn.Module) -> None:
+    """Draw weights at a scale that keeps the variance in narrow layers. The classes' default, 0.02 everywhere, suits
+    wide layers; here signals so small would spend the first thousand steps growing."""
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+        fan_in = module.in_channels if isinstance(module, nn.ConvTranspose2d) else module.weight[0].numel()
+        nn.init.normal_(module.weight, std=fan_in**-0.5)
 
 
 def _claim(recipe: TinyRecipe, out: Path) -> None:
