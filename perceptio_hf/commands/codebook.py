@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 Unit = Literal["mm", "m", "disparity", "relative"]
 DEFAULTS = {"data": "world", "maps": 4000, "seed": 0, "unit": None, "pattern": None, "steps": None, "minutes": None}
 
-Codec = Annotated[Path, typer.Argument(metavar="CODEC", help="Folder of a depth codec.", show_default=False)]
+Codec = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CODEC", help="Folder of a depth codec, or of a checkpoint that has one.", show_default=False
+    ),
+]
 UnitOption = Annotated[Unit | None, typer.Option(help="What the values of the files are.", show_default=False)]
 Pattern = Annotated[
     str | None, typer.Option(help='Which files of the folder, such as "*.depth.png".', show_default=False)
@@ -188,7 +193,7 @@ def depth_source(
 
 
 def load_codec(folder: Path) -> "DepthVQVAE":
-    """A saved depth codec in evaluation mode.
+    """A saved depth codec in evaluation mode, alone or as part of a saved Perceptio.
 
     Raises:
         ValueError: The folder is missing, holds something else, is incomplete, or contradicts its own config.
@@ -196,11 +201,13 @@ def load_codec(folder: Path) -> "DepthVQVAE":
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a saved depth codec: it has no config.json.")
 
-    from perceptio_hf import DepthVQVAE, DepthVQVAEConfig
+    from perceptio_hf import DepthVQVAE, DepthVQVAEConfig, PerceptioForConditionalGeneration
 
     _quieten()
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if kind == "perceptio":
+            return PerceptioForConditionalGeneration.from_pretrained(folder).depth_model.eval()
         if kind != DepthVQVAEConfig.model_type:
             raise ValueError(f"it is a {kind!r} model")
         model, report = DepthVQVAE.from_pretrained(folder, output_loading_info=True)

@@ -31,6 +31,7 @@ from transformers import DynamicCache
 
 from ..data.depth_maps import DepthMap
 from ..data.world import render_scene, text_corpus
+from ..files import replacing, write_text
 from ..modeling.configuration_depth_vqvae import DepthVQVAEConfig
 from ..modeling.modeling_depth_vqvae import DepthVQVAE
 from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
@@ -164,13 +165,7 @@ def _claim(recipe: TinyRecipe, out: Path) -> None:
     path, text = out / "recipe.json", json.dumps(asdict(recipe), indent=2)
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{out} holds the stages of another recipe ({path}); choose another folder.")
-    _replace(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def _replace(path: Path, write) -> None:
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)
+    write_text(path, text)
 
 
 def _save(model: PerceptioForConditionalGeneration, processor: PerceptioProcessor, folder: Path) -> Path:
@@ -304,7 +299,8 @@ class _Stages:
             "optimizer": optimizer.state_dict(),
             "step": step,
         }
-        _replace(path, lambda partial: torch.save(state, partial))
+        with replacing(path) as partial:
+            torch.save(state, partial)
 
     def _load(self, path: Path, optimizer: torch.optim.Optimizer | None = None) -> int:
         state = torch.load(path, weights_only=True)
