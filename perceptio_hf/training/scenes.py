@@ -212,7 +212,7 @@ def _stack_turns(
         rows=torch.tensor([row for row, *_ in turns]),
         mask_rows=torch.tensor([row for row, _ in masks], dtype=torch.long),
         mask_instances=torch.tensor([instance for _, instance in masks], dtype=torch.long),
-        mask_kinds=torch.from_numpy(np.array(kinds).reshape(-1, len(KIND_CLASSES))),
+        mask_kinds=torch.from_numpy(np.array(kinds, dtype=np.int64).reshape(-1, len(KIND_CLASSES))),
     )
 
 

@@ -2,7 +2,8 @@
 
 1. codec: the depth VQ-VAE, on rendered depth.
 2. masks: SAM2 learns to segment what a click points at, as the real one did, and what a vector for its kind names, so
-   that its features tell kinds apart as those of a large model do.
+   that its features tell kinds apart as those of a large model do. The language stage keeps this up, and pulls the
+   projected [SEG] states towards such prompts: what to say to SAM2 is then known before SAM2 has learnt to listen.
 3. vision: the ViT learns what each image token shows (depth code, shape, colour, size, material), by a head that is
    thrown away. Without it the language model has nothing to read from for most of the training.
 4. language: everything but the codec learns to answer, with masks and depth spans. SAM2's image encoder goes on
@@ -311,23 +312,15 @@ class _Stages:
         return state["step"]
 
     def _masks_loss(self, scenes: SceneBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Masks of the objects the questions name, half of them clicked at, half named by their kind."""
+        """Masks of the objects the questions name, each clicked at, named by its kind, or both."""
+        kinds, clicks = self._prompts(scenes)
+        draw = torch.rand(len(kinds), 1)
+        return self._prompted_masks(scenes, torch.where(draw < 2 / 3, kinds, 0) + torch.where(draw > 1 / 3, clicks, 0))
+
+    def _prompts(self, scenes: SceneBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each object asked for: (m, C) a learnt vector of its kind, and SAM2's embedding of a click on it."""
         kinds = torch.cat([turns.mask_kinds for turns in scenes.turns])
         named = sum(table(kinds[:, index]) for index, table in enumerate(self.kind_prompts))
-        prompts = torch.where(torch.rand(len(named), 1) < 0.5, named, self._clicks(scenes))
-        return self._prompted_masks(scenes, prompts)
-
-    def _prompted_masks(self, scenes: SceneBatch, prompts) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Losses of the masks that prompts (m, C) give; unlike the model's own path it trains the image encoder."""
-        sam, rows = self.model.mask_model, scenes.mask_rows
-        features = sam.vision_encoder(scenes.mask_pixel_values, return_dict=True).fpn_hidden_states
-        fine = [sam.mask_decoder.conv_s0(features[0]), sam.mask_decoder.conv_s1(features[1])]
-        embedding = features[2] + sam.no_memory_embedding.view(1, -1, 1, 1)
-        logits, scores = self.model.decode_masks(prompts, embedding[rows], [feature[rows] for feature in fine])
-        return self._mask_parts(scenes, logits, scores)
-
-    def _clicks(self, scenes: SceneBatch) -> torch.Tensor:
-        """(m, C) SAM2's embedding of one click on a random visible pixel of each object."""
         inside = scenes.instances[scenes.mask_rows] == scenes.mask_instances[:, None, None]
         pixel, size = inside.flatten(1).float().multinomial(1)[:, 0], inside.shape[-1]
         clicks = torch.stack([pixel % size, pixel // size], -1) + 0.5  # (m, 2) x, y
@@ -336,7 +329,25 @@ class _Stages:
         points, _ = self.model.mask_model.prompt_encoder(
             clicks[:, None, None], labels, input_boxes=None, input_masks=None
         )
-        return points[:, 0, 0]
+        return named, points[:, 0, 0]
+
+    def _prompted_masks(self, scenes: SceneBatch, *prompts) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Losses of the masks that each set of prompts (m, C) gives; the parts are those of the first set.
+
+        Unlike the model's own path this one trains the image encoder.
+        """
+        sam, rows = self.model.mask_model, scenes.mask_rows.repeat(len(prompts))
+        features = sam.vision_encoder(scenes.mask_pixel_values, return_dict=True).fpn_hidden_states
+        fine = [sam.mask_decoder.conv_s0(features[0]), sam.mask_decoder.conv_s1(features[1])]
+        embedding = features[2] + sam.no_memory_embedding.view(1, -1, 1, 1)
+        logits, scores = self.model.decode_masks(
+            torch.cat(prompts), embedding[rows], [feature[rows] for feature in fine]
+        )
+        sets = [
+            self._mask_parts(scenes, *pair)
+            for pair in zip(logits.chunk(len(prompts)), scores.chunk(len(prompts)), strict=True)
+        ]
+        return sum(loss for loss, _ in sets), sets[0][1]
 
     def _mask_parts(self, scenes: SceneBatch, logits, scores) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         targets = scenes.mask_targets(tuple(logits.shape[1:]))
@@ -380,9 +391,11 @@ class _Stages:
             states.append(hidden[turns.labels == self.model.config.seg_token_id])
         losses, is_code = torch.cat(losses), torch.cat(is_code)
         parts = {"text": losses[~is_code].mean(), "depth": losses[is_code].mean()}
-        masks, mask_parts = self._prompted_masks(scenes, self.model.seg_projector(torch.cat(states)))
+        segs, taught = self.model.seg_projector(torch.cat(states)), sum(self._prompts(scenes))
+        masks, mask_parts = self._prompted_masks(scenes, segs, taught)
+        mask_parts["align"] = F.mse_loss(segs.float(), taught.detach().float())
         cells, cell_parts = self._cell_parts(scenes, prefix.image_hidden_states, codes)
-        total = parts["text"] + parts["depth"] + masks + 0.2 * cells
+        total = parts["text"] + parts["depth"] + masks + 0.25 * mask_parts["align"] + 0.2 * cells
         return total, parts | mask_parts | cell_parts
 
     def _after_prefix(self, prefix: DynamicCache, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from ..processing.processing_perceptio import PerceptioProcessor
 IMAGE_SIZE = 128
 PATCH_SIZE = 8
 IMAGE_SEQ_LENGTH = (IMAGE_SIZE // PATCH_SIZE // 2) ** 2  # pixel shuffle halves both sides
-MASK_IMAGE_SIZE = 192
+MASK_IMAGE_SIZE = 128
 
 # ChatML as InternVL writes it. The generation markers let TRL find the assistant's words.
 CHAT_TEMPLATE = (
@@ -79,7 +79,7 @@ def tiny_processor(tokenizer: PreTrainedTokenizerFast, depth_config: DepthVQVAEC
 
 
 def tiny_mask_config() -> Sam2Config:
-    """SAM2 with a four-stage Hiera of 0.4 M parameters; masks of 48 x 48."""
+    """SAM2 with a four-stage Hiera of 0.3 M parameters; masks of 32 x 32."""
     side = MASK_IMAGE_SIZE
     return Sam2Config(
         vision_config={
@@ -91,18 +91,18 @@ def tiny_mask_config() -> Sam2Config:
                 "blocks_per_stage": [1, 1, 2, 1],
                 "embed_dim_per_stage": [24, 48, 96, 128],
                 "num_attention_heads_per_stage": [1, 2, 4, 4],
-                "window_size_per_stage": [8, 4, 12, 6],
+                "window_size_per_stage": [8, 4, 8, 4],
                 "global_attention_blocks": [3],
                 "mlp_ratio": 2.0,
             },
             "backbone_channel_list": [128, 96, 48, 24],
             "backbone_feature_sizes": [[side // 4] * 2, [side // 8] * 2, [side // 16] * 2],
-            "fpn_hidden_size": 64,
+            "fpn_hidden_size": 96,
         },
-        prompt_encoder_config={"hidden_size": 64, "image_size": side, "patch_size": 16},
+        prompt_encoder_config={"hidden_size": 96, "image_size": side, "patch_size": 16},
         mask_decoder_config={
-            "hidden_size": 64,
-            "mlp_dim": 128,
+            "hidden_size": 96,
+            "mlp_dim": 192,
             "num_attention_heads": 4,
             "iou_head_hidden_dim": 64,
             "dynamic_multimask_via_stability": False,
