@@ -4,12 +4,15 @@ import torch
 import torch.nn.functional as F
 
 
-def mask_loss(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Sigmoid binary cross-entropy (weight 2.0) and Dice (0.5), as Sa2VA weighs them, averaged over masks.
+def mask_loss(
+    logits: torch.Tensor, targets: torch.Tensor, *, bce_weight: float = 2.0, dice_weight: float = 0.5
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Sigmoid binary cross-entropy and Dice, averaged over masks; the default weights are Sa2VA's.
 
     Args:
         logits: (n, h, w) from the mask decoder.
         targets: (n, h, w) share of each cell that is inside, in [0, 1].
+        bce_weight, dice_weight: of the two parts.
 
     Returns:
         The weighted sum and its parts, scalars; zero (with a graph) where n = 0.
@@ -22,7 +25,7 @@ def mask_loss(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor
     inside = logits.sigmoid()
     overlap = (inside * targets).sum((1, 2))
     dice = (1 - (2 * overlap + 1) / (inside.sum((1, 2)) + targets.sum((1, 2)) + 1)).mean()
-    return 2.0 * bce + 0.5 * dice, {"mask_bce": bce, "mask_dice": dice}
+    return bce_weight * bce + dice_weight * dice, {"mask_bce": bce, "mask_dice": dice}
 
 
 def score_loss(scores: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -43,6 +43,8 @@ from .scenes import KIND_CLASSES, SceneBatch, scene_batches
 from .tiny_model import IMAGE_SIZE, tiny_config, tiny_processor, tiny_tokenizer
 
 STAGES = ("masks", "vision", "language")
+# Where masks start from nothing and objects are small, the cross-entropy of the background holds every logit down.
+_DICE_WEIGHT = 4.0
 _RENDEZVOUS = ".rendezvous"  # where the processes find one another
 
 
@@ -351,7 +353,7 @@ class _Stages:
 
     def _mask_parts(self, scenes: SceneBatch, logits, scores) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         targets = scenes.mask_targets(tuple(logits.shape[1:]))
-        loss, parts = mask_loss(logits, targets)
+        loss, parts = mask_loss(logits, targets, dice_weight=_DICE_WEIGHT)
         parts["mask_score"] = score_loss(scores, logits, targets)
         with torch.no_grad():
             inside, truth = logits > 0, targets > 0.5
