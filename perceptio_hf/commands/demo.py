@@ -60,14 +60,14 @@ def choose_scene(seed: int) -> "tuple[Scene, Question, Question]":
 
 
 def _ask(loaded: tuple, scene: "Scene", refer: "Question", closer: "Question"):
-    """The picture, and the answers to both questions: the first with a mask and depth, the second with depth."""
+    """The picture, and the answers to both questions: each with masks and depth first."""
     from PIL import Image
 
     from perceptio_hf.commands.predict import answer_questions
 
     picture = Image.fromarray(scene.image)
     first = answer_questions(*loaded, [picture], [refer.text], spatial="seg+depth")
-    second = answer_questions(*loaded, [picture], [closer.text], spatial="depth")
+    second = answer_questions(*loaded, [picture], [closer.text], spatial="seg+depth")
     return picture, [*first, *second]
 
 

@@ -140,6 +140,7 @@ def fresh_model(processor: PerceptioProcessor, codec: DepthVQVAE) -> PerceptioFo
     """An untrained tiny model around a trained codec."""
     model = PerceptioForConditionalGeneration(tiny_config(processor, codec.config))
     model.set_attn_implementation("eager")  # on a CPU faster than sdpa for sequences this short
+    model.config.depth_config.name_or_path = ""  # the path of one training run says nothing to others
     model.depth_model.load_state_dict(codec.state_dict())
     for part in (model.model, model.seg_projector, model.mask_model):
         part.apply(_widen)

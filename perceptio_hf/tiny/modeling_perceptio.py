@@ -1,0 +1,266 @@
+"""Perceptio: InternVL whose language model also writes masks ([SEG]) and depth (a span of codes)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers.models.internvl.modeling_internvl import (
+    InternVLCausalLMOutputWithPast,
+    InternVLForConditionalGeneration,
+)
+from transformers.models.sam2.modeling_sam2 import Sam2Model
+
+from .tokens import SpatialVocabulary, read_sequence
+from .configuration_perceptio import PerceptioConfig
+from .generation_perceptio import SpatialGenerationMixin, SpatialRecorder, count_pictures
+from .modeling_depth_vqvae import DepthVQVAE
+
+
+@dataclass
+class PerceptioCausalLMOutputWithPast(InternVLCausalLMOutputWithPast):
+    """InternVL's output and:
+
+    Args:
+        last_hidden_state: (batch, sequence, hidden) states after the final norm.
+        mask_logits: (n, h, w) float32, one per [SEG] of the batch in reading order, if `mask_pixel_values` were given.
+        mask_scores: (n,) SAM2's predicted IoU of each mask.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    mask_logits: torch.FloatTensor | None = None
+    mask_scores: torch.FloatTensor | None = None
+
+
+class SegProjector(nn.Module):
+    """Projects the language model's [SEG] state into the prompt space of the mask decoder (as Sa2VA and LISA do)."""
+
+    def __init__(self, hidden_size: int, prompt_size: int):
+        super().__init__()
+        self.linear_in = nn.Linear(hidden_size, hidden_size)
+        self.linear_out = nn.Linear(hidden_size, prompt_size)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """(n, hidden) of any dtype -> (n, prompt) in the projector's own dtype."""
+        return self.linear_out(self.linear_in(states.to(self.linear_in.weight.dtype)).relu())
+
+
+class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForConditionalGeneration):
+    """InternVL with a [SEG] projector, SAM2 and a depth codec.
+
+    SAM2's image encoder and the codec are frozen; SAM2, codec and projector stay float32 when the model is loaded in
+    another dtype. Without spatial tokens the logits are those of the InternVL it extends.
+    """
+
+    config: PerceptioConfig
+    config_class = PerceptioConfig
+    _keep_in_fp32_modules_strict: ClassVar = ["mask_model", "depth_model", "seg_projector"]
+    _no_split_modules: ClassVar = [*(InternVLForConditionalGeneration._no_split_modules or []), "Sam2MultiScaleBlock"]
+    # A full SAM2 checkpoint also holds its video memory, which still pictures do not use.
+    _keys_to_ignore_on_load_unexpected: ClassVar = [
+        rf"mask_model\.{name}"
+        for name in ("memory_", "mask_downsample", "object_pointer_proj", "temporal_positional_encoding_projection")
+    ]
+
+    def __init__(self, config: PerceptioConfig):
+        super().__init__(config)
+        hidden_size = config.text_config.hidden_size
+        self.seg_projector = SegProjector(hidden_size, config.mask_config.mask_decoder_config.hidden_size)
+        self.mask_model = Sam2Model(config.mask_config)
+        self.depth_model = DepthVQVAE(config.depth_config)
+        self.mask_model.vision_encoder.requires_grad_(False)
+        self.depth_model.requires_grad_(False)
+        self.post_init()
+
+    def train(self, mode: bool = True):
+        """As ever, but the frozen parts stay in evaluation mode."""
+        super().train(mode)
+        self.mask_model.vision_encoder.eval()
+        self.depth_model.eval()
+        return self
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Load a Perceptio checkpoint; all arguments are transformers'.
+
+        Raises:
+            ValueError: where weights and configuration contradict one another (transformers would fill the gaps with
+                random numbers), unless `ignore_mismatched_sizes=True` asks for that.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        if not kwargs.get("ignore_mismatched_sizes"):
+            _check_loaded(pretrained_model_name_or_path, info)
+        return (model, info) if wants_info else model
+
+    def spatial_vocabulary(self) -> SpatialVocabulary:
+        """The ids of the spatial tokens.
+
+        Raises:
+            ValueError: if the model's vocabulary has none.
+        """
+        if not self.config.has_spatial_tokens:
+            raise ValueError(
+                "This model's vocabulary has no spatial tokens (config.seg_token_id is None): use spatial='none', or a "
+                "checkpoint that has them."
+            )
+        eos = self.generation_config.eos_token_id
+        return self.config.spatial_vocabulary(self.config.text_config.eos_token_id if eos is None else eos)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        image_sizes: torch.Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        mask_pixel_values: torch.FloatTensor | None = None,
+        spatial_recorder: SpatialRecorder | None = None,
+        **kwargs,
+    ) -> PerceptioCausalLMOutputWithPast:
+        """InternVL's forward (transformers 5.17 to 5.23, `InternVLForConditionalGeneration.forward`) and the masks.
+
+        Args:
+            mask_pixel_values: (pictures, 3, S, S) as the processor prepares them for SAM2. If given, every [SEG] in
+                `input_ids` becomes a mask, with gradients through projector and mask decoder.
+            spatial_recorder: set by `generate`.
+        """
+        if mm_encoder_outputs is not None:  # transformers 5.17 does not know the name
+            kwargs["mm_encoder_outputs"] = mm_encoder_outputs
+        return_dict = kwargs.pop("return_dict", None)
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            image_sizes=image_sizes,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, keep])
+        if spatial_recorder is not None and input_ids is not None:
+            end = input_ids.shape[1] if outputs.past_key_values is None else outputs.past_key_values.get_seq_length()
+            spatial_recorder.record_states(input_ids, end, hidden)
+            spatial_recorder.record_odds(input_ids, end, logits)
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        mask_logits, mask_scores = None, None
+        if mask_pixel_values is not None:
+            mask_logits, mask_scores = self._masks_of_batch(input_ids, hidden, mask_pixel_values)
+        result = PerceptioCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            last_hidden_state=hidden,
+            mask_logits=mask_logits,
+            mask_scores=mask_scores,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def _masks_of_batch(
+        self, input_ids: torch.Tensor, hidden: torch.Tensor, mask_pixel_values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        words = self.spatial_vocabulary()
+        counts = count_pictures(input_ids, words.image)
+        first_picture = (counts.cumsum(0) - counts).tolist()
+        states, pictures = [], []
+        for row, ids in enumerate(input_ids.tolist()):
+            for seg in read_sequence(ids, words).segs:
+                states.append(hidden[row, seg.position])
+                pictures.append(first_picture[row] + seg.picture)
+        if not states:
+            return self._no_masks(mask_pixel_values.device)
+        return self.predict_masks(torch.stack(states), mask_pixel_values, torch.tensor(pictures))
+
+    def _no_masks(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(0, *self.mask_size, device=device), torch.zeros(0, device=device)
+
+    @property
+    def mask_size(self) -> tuple[int, int]:
+        """(height, width) of the mask decoder's output: four times its image embedding."""
+        height, width = self.mask_model.prompt_encoder.image_embedding_size
+        return 4 * height, 4 * width
+
+    def encode_mask_pixels(self, mask_pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """SAM2's image features: (n, 3, S, S) -> (n, C, S/16, S/16) and the two finer maps of the mask decoder.
+
+        The image encoder is frozen; gradients reach `conv_s0` and `conv_s1`, which belong to the mask decoder
+        (`Sam2Model.get_image_embeddings` would cut them).
+        """
+        sam = self.mask_model
+        with torch.no_grad():
+            pixels = mask_pixel_values.to(sam.no_memory_embedding.dtype)
+            features = sam.vision_encoder(pixels, return_dict=True).fpn_hidden_states  # fine to coarse, NCHW
+        fine = [sam.mask_decoder.conv_s0(features[0]), sam.mask_decoder.conv_s1(features[1])]
+        return features[2] + sam.no_memory_embedding.view(1, -1, 1, 1), fine
+
+    def predict_masks(
+        self, seg_states: torch.Tensor, mask_pixel_values: torch.Tensor, pictures: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks of n [SEG] states in one call of the mask decoder; each picture they lie on is encoded once.
+
+        Args:
+            seg_states: (n, hidden), n >= 1.
+            mask_pixel_values: (p, 3, S, S) all pictures of the batch.
+            pictures: (n,) indices 0..p-1.
+
+        Returns:
+            (n, h, w) logits and (n,) predicted IoU, float32.
+        """
+        used, index = pictures.to(mask_pixel_values.device).unique(return_inverse=True)
+        embedding, fine = self.encode_mask_pixels(mask_pixel_values[used])
+        prompts = self.seg_projector(seg_states.to(embedding.device))
+        return self.decode_masks(prompts, embedding[index], [feature[index] for feature in fine])
+
+    def decode_masks(
+        self, prompts: torch.Tensor, embedding: torch.Tensor, fine: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """SAM2's mask decoder on n prompts (n, C) with the features of their pictures -> (n, h, w), (n,)."""
+        sam, count = self.mask_model, prompts.shape[0]
+        sparse = prompts.to(embedding.dtype)[:, None, None]  # (n, 1 prompt, 1 token, C)
+        if self.config.mask_padding_points:
+            padding = sam.prompt_encoder.not_a_point_embed.weight.view(1, 1, 1, -1)
+            sparse = torch.cat([padding.expand(count, 1, self.config.mask_padding_points, -1), sparse], dim=2)
+        _, dense = sam.prompt_encoder(input_points=None, input_labels=None, input_boxes=None, input_masks=None)
+        masks, scores, _, _ = sam.mask_decoder(
+            image_embeddings=embedding,
+            image_positional_embeddings=sam.get_image_wide_positional_embeddings().expand(count, -1, -1, -1),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense.expand(count, -1, -1, -1),
+            multimask_output=self.config.mask_multimask_output,
+            high_resolution_features=fine,
+        )
+        masks, scores = masks[:, 0], scores[:, 0]  # (n, m, h, w), (n, m)
+        best = scores.argmax(-1)
+        rows = torch.arange(count, device=best.device)
+        return masks[rows, best].float(), scores[rows, best].float()
+
+
+def _check_loaded(source, info: dict) -> None:
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(str(key) for key in info.get(kind) or ())
+        if keys:
+            raise ValueError(
+                f"The weights in {source} contradict its configuration: {len(keys)} {kind.replace('_', ' ')}, the "
+                f"first is {keys[0]}. Is config.json the one these weights were saved with?"
+            )

@@ -1,0 +1,370 @@
+"""The processor: pictures and conversations in, `SpatialAnswer`s out."""
+
+import copy
+import inspect
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import BatchFeature
+from transformers.models.internvl.processing_internvl import InternVLProcessor
+from transformers.processing_utils import ProcessorMixin
+
+from .remote_code import write_code
+from .tokens import SEG_TOKEN, escape_spatial_tokens, spatial_tokens
+from .pictures import load_picture
+
+# SAM2 normalises with ImageNet's statistics whatever InternVL's image processor does.
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+_IGNORED_LABEL = -100
+# Options of `__call__` that `apply_chat_template` hands on.
+_CALL_OPTIONS = {"padding", "padding_side", "crop_to_patches", "max_length", "truncation", "min_patches", "max_patches"}
+
+
+@dataclass(frozen=True)
+class PictureGeometry:
+    """What a response says about one picture, at the picture's own size (H, W).
+
+    Args:
+        masks: bool (n, H, W), one per [SEG].
+        mask_scores: float32 (n,) predicted IoU of each mask.
+        depth: float32 (H, W) relative inverse depth in [0, 1], 1 = nearest; None without a (whole) span.
+        depth_codes: the N codes of the span, 0..K-1, in raster order over the grid; None without a span.
+        depth_confidence: float32 (H, W) probability of the code chosen at each place; NaN where it was given.
+    """
+
+    masks: np.ndarray
+    mask_scores: np.ndarray
+    depth: np.ndarray | None = None
+    depth_codes: list[int] | None = None
+    depth_confidence: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class SpatialAnswer:
+    """One response: its words, and the geometry it wrote down before them.
+
+    `masks`, `mask_scores`, `depth`, `depth_codes` and `depth_confidence` (see `PictureGeometry`) speak of the first
+    picture; `pictures` has the geometry of every picture the response was asked about. `well_formed` is False where a
+    depth span was broken, which happens only in sequences of other engines.
+    """
+
+    text: str
+    pictures: tuple[PictureGeometry, ...]
+    well_formed: bool = True
+
+    @property
+    def masks(self) -> np.ndarray:
+        return self.pictures[0].masks
+
+    @property
+    def mask_scores(self) -> np.ndarray:
+        return self.pictures[0].mask_scores
+
+    @property
+    def depth(self) -> np.ndarray | None:
+        return self.pictures[0].depth
+
+    @property
+    def depth_codes(self) -> list[int] | None:
+        return self.pictures[0].depth_codes
+
+    @property
+    def depth_confidence(self) -> np.ndarray | None:
+        return self.pictures[0].depth_confidence
+
+
+class PerceptioProcessor(InternVLProcessor):
+    """InternVL's processor with spatial tokens, SAM2's view of each picture, and the way back to pictures.
+
+    Spatial token strings that a user (or a system prompt) writes in a conversation stay plain text; in the
+    assistant's turns they are tokens.
+
+    Args:
+        image_processor: InternVL's image processor (`GotOcr2ImageProcessor`).
+        tokenizer: its tokenizer; spatial tokens that it lacks are added to it.
+        image_seq_length: language tokens per tile.
+        chat_template: as in transformers.
+        num_depth_tokens: N, codes per depth span.
+        num_depth_codes: K, entries of the codebook.
+        mask_image_size: side S of SAM2's square input in pixels.
+        crop_to_patches: cut large pictures into several tiles, as InternVL does.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        image_seq_length: int = 256,
+        chat_template=None,
+        num_depth_tokens: int = 100,
+        num_depth_codes: int = 128,
+        mask_image_size: int = 1024,
+        crop_to_patches: bool = True,
+    ):
+        # InternVLProcessor.__init__ insists on a video processor, which needs torchvision: its work is done here.
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+        self.image_seq_length = image_seq_length
+        self.num_depth_tokens = num_depth_tokens
+        self.num_depth_codes = num_depth_codes
+        self.mask_image_size = mask_image_size
+        self.crop_to_patches = crop_to_patches
+        self._read_tokenizer(tokenizer)
+
+    def _read_tokenizer(self, tokenizer) -> None:
+        self.start_image_token = tokenizer.start_image_token
+        self.end_image_token = tokenizer.end_image_token
+        self.start_image_token_id = tokenizer.start_image_token_id
+        self.end_image_token_id = tokenizer.end_image_token_id
+        self.image_token = tokenizer.context_image_token
+        self.image_token_id = tokenizer.context_image_token_id
+        self.video_token = tokenizer.video_token
+        self.multimodal_pattern = re.compile(
+            f"(?P<image>{re.escape(self.image_token)})|(?P<video>{re.escape(self.video_token)})"
+        )
+        tokens = spatial_tokens(self.num_depth_codes)
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in tokens if token not in vocabulary]
+        if missing:
+            # Not "special": decode(skip_special_tokens=True) keeps them, as the public checkpoints do.
+            tokenizer.add_tokens(missing, special_tokens=False)
+        self._spatial_ids = set(tokenizer.convert_tokens_to_ids(tokens))
+
+    @property
+    def seg_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(SEG_TOKEN)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "mask_pixel_values", "original_sizes"]
+
+    def spatial_token_ids(self) -> dict:
+        """The ids `PerceptioConfig` asks for, under its names."""
+        seg, start, *codes, end = self.tokenizer.convert_tokens_to_ids(spatial_tokens(self.num_depth_codes))
+        return {
+            "seg_token_id": seg,
+            "depth_start_token_id": start,
+            "depth_end_token_id": end,
+            "depth_token_ids": codes,
+        }
+
+    def __call__(self, images=None, text=None, videos=None, **kwargs) -> BatchFeature:
+        """Pictures and rendered text -> tensors of the model.
+
+        Args:
+            images: pictures or (nested) lists of them in reading order: PIL, arrays or file names.
+            text: one string or a list; each place of a picture is ``<IMG_CONTEXT>``.
+            kwargs: as in transformers.
+
+        Returns:
+            input_ids, attention_mask, pixel_values (tiles, 3, h, w), mask_pixel_values (pictures, 3, S, S),
+            original_sizes (pictures, 2) as (height, width).
+
+        Raises:
+            ValueError: a picture that cannot be read; another number of places than pictures; videos.
+        """
+        if videos is not None:
+            raise ValueError("Perceptio takes pictures, not videos: pass frames as images.")
+        if images is None:
+            return super().__call__(text=text, **kwargs)
+        pictures = [load_picture(picture) for picture in _flatten(images)]
+        kwargs.setdefault("crop_to_patches", self.crop_to_patches)
+        inputs = super().__call__(images=pictures or None, text=text, **kwargs)
+        if pictures:
+            inputs["mask_pixel_values"] = torch.stack([self.mask_pixels(picture) for picture in pictures])
+            inputs["original_sizes"] = torch.tensor([[picture.height, picture.width] for picture in pictures])
+        return inputs
+
+    def mask_pixels(self, picture) -> torch.Tensor:
+        """PIL RGB -> (3, S, S) as SAM2 prepares it: squashed with antialiased bilinear, ImageNet statistics."""
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W)
+        side = self.mask_image_size
+        pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True, align_corners=False)[0]
+        mean, std = torch.tensor(_IMAGENET_MEAN), torch.tensor(_IMAGENET_STD)
+        return (pixels - mean[:, None, None]) / std[:, None, None]
+
+    def apply_chat_template(self, conversation, chat_template=None, **kwargs):
+        """As in transformers; spatial token strings outside the assistant's turns stay plain text.
+
+        Raises:
+            ValueError: for a picture that cannot be read or a user's turn without words.
+        """
+        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        chats = conversation if batched else [conversation]
+        chats = [[_prepare_message(message) for message in chat] for chat in chats]
+        options = dict(kwargs.pop("processor_kwargs", None) or {})
+        for name in _CALL_OPTIONS & set(kwargs):
+            options[name] = kwargs.pop(name)
+        if batched and kwargs.get("tokenize"):
+            options.setdefault("padding", True)  # rows of a batch differ in length
+        if "processor_kwargs" in inspect.signature(ProcessorMixin.apply_chat_template).parameters:
+            kwargs["processor_kwargs"] = options
+        else:
+            kwargs |= options
+        return super().apply_chat_template(chats if batched else chats[0], chat_template, **kwargs)
+
+    def encode_conversations(
+        self, conversations: Sequence[Sequence[dict]], masks: Sequence[np.ndarray] | None = None, **kwargs
+    ) -> BatchFeature:
+        """Training inputs: whole conversations, right-padded, with the targets of the assistant's last turn.
+
+        Args:
+            conversations: chats whose last turn is the assistant's; its spatial tokens are written out (see
+                `perceptio_hf.tokens.depth_span`).
+            masks: per conversation (n, H, W) bool, one per [SEG] of the last turn.
+
+        Returns:
+            What `__call__` returns and `labels` (-100 outside the last turn); with `masks`, `mask_labels`: a list of
+            float32 (n, H, W).
+
+        Raises:
+            ValueError: a last turn of another role; another number of [SEG] than masks (the conversation is named).
+        """
+        for index, chat in enumerate(conversations):
+            if not chat or chat[-1]["role"] != "assistant":
+                raise ValueError(f"Conversation {index} must end with the assistant's turn, which is what is learnt.")
+        common = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "padding": True}
+        inputs = self.apply_chat_template(list(conversations), padding_side="right", **common, **kwargs)
+        prompts = [list(chat[:-1]) for chat in conversations]
+        lengths = self.apply_chat_template(
+            prompts, add_generation_prompt=True, padding_side="right", **common, **kwargs
+        )["attention_mask"].sum(1)
+        labels = inputs["input_ids"].clone()
+        positions = torch.arange(labels.shape[1])
+        labels[(positions < lengths[:, None]) | (inputs["attention_mask"] == 0)] = _IGNORED_LABEL
+        inputs["labels"] = labels
+        if masks is not None:
+            inputs["mask_labels"] = self._mask_labels(labels, masks)
+        return inputs
+
+    def _mask_labels(self, labels: torch.Tensor, masks: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        counts = (labels == self.seg_token_id).sum(1).tolist()
+        if len(masks) != len(counts):
+            raise ValueError(
+                f"Got masks for {len(masks)} of {len(counts)} conversations; pass an empty array for none."
+            )
+        for index, (count, mask) in enumerate(zip(counts, masks, strict=True)):
+            if len(mask) != count:
+                raise ValueError(f"Conversation {index} has {count} [SEG] tokens but {len(mask)} masks.")
+        return [torch.as_tensor(np.asarray(mask), dtype=torch.float32) for mask in masks]
+
+    def post_process_spatial(self, outputs, threshold: float = 0.0) -> list[SpatialAnswer]:
+        """Generated tokens with their masks and depth maps -> one `SpatialAnswer` per row.
+
+        Args:
+            outputs: what `model.generate(..., return_dict_in_generate=True)` or `model.decode_spatial` returned.
+            threshold: mask logits above it are inside.
+
+        Raises:
+            ValueError: for plain token ids, which carry neither masks nor depth.
+        """
+        if not hasattr(outputs, "depth_maps") or outputs.prompt_length is None:
+            raise ValueError(
+                f"post_process_spatial got {type(outputs).__name__}; it needs the output of generate("
+                "return_dict_in_generate=True), or of decode_spatial for sequences of another engine."
+            )
+        rows = range(len(outputs.well_formed))
+        return [
+            SpatialAnswer(
+                text=self._words(outputs.sequences[row, outputs.prompt_length :].tolist()),
+                pictures=tuple(_geometries(outputs, row, threshold)),
+                well_formed=outputs.well_formed[row],
+            )
+            for row in rows
+        ]
+
+    def _words(self, ids: list[int]) -> str:
+        text = self.tokenizer.decode(
+            [token for token in ids if token not in self._spatial_ids], skip_special_tokens=True
+        )
+        return " ".join(text.replace("\n", " \n ").split(" ")).replace(" \n ", "\n").strip()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """Save the processor and, beside it, the code that `trust_remote_code=True` loads elsewhere."""
+        write_code(self, save_directory)
+        return super().save_pretrained(save_directory, **kwargs)
+
+
+def _flatten(images) -> list:
+    if isinstance(images, (list, tuple)):
+        return [picture for item in images for picture in _flatten(item)]
+    return [] if images is None else [images]
+
+
+def _prepare_message(message: dict) -> dict:
+    """A copy of one message with its pictures read, and its words safe unless they are the assistant's."""
+    message = copy.copy(message)
+    content = message.get("content")
+    safe = (lambda text: text) if message.get("role") == "assistant" else escape_spatial_tokens
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, (list, tuple)):
+        return message
+    parts = [dict(part) if isinstance(part, dict) else part for part in content]
+    for part in parts:
+        if part.get("type") == "text":
+            part["text"] = safe(part["text"])
+        elif part.get("type") == "image":
+            _read_picture(part)
+    words = [part["text"] for part in parts if part.get("type") == "text"]
+    if message.get("role") == "user" and not "".join(words).strip():
+        raise ValueError("The user's turn has no words: ask a question about the picture.")
+    message["content"] = parts
+    return message
+
+
+def _read_picture(part: dict) -> None:
+    """Replace a local picture by its pixels; a URL stays for transformers to fetch, since the user named it."""
+    for key in ("image", "path", "url"):
+        source = part.get(key)
+        if source is None or (isinstance(source, str) and source.startswith(("http://", "https://", "data:"))):
+            continue
+        del part[key]
+        part["image"] = load_picture(source)
+        return
+
+
+def _geometries(outputs, row: int, threshold: float) -> list[PictureGeometry]:
+    sizes = outputs.picture_sizes[row] if outputs.picture_sizes is not None else []
+    named = [*outputs.mask_pictures[row], *outputs.depth_pictures[row], 0]
+    count = max(len(sizes), max(named) + 1)
+    return [_geometry(outputs, row, picture, sizes[picture] if sizes else None, threshold) for picture in range(count)]
+
+
+def _geometry(outputs, row: int, picture: int, size: tuple[int, int] | None, threshold: float) -> PictureGeometry:
+    masks, scores = _masks(outputs, row, picture, size, threshold)
+    if picture not in outputs.depth_pictures[row]:
+        return PictureGeometry(masks, scores)
+    index = outputs.depth_pictures[row].index(picture)
+    depth = outputs.depth_maps[row][index]
+    size = size or tuple(depth.shape)
+    return PictureGeometry(
+        masks,
+        scores,
+        depth=_resize(depth, size).clip(0, 1),
+        depth_codes=outputs.depth_codes[row][index].tolist(),
+        depth_confidence=_resize(outputs.depth_confidence[row][index], size),
+    )
+
+
+def _masks(outputs, row, picture, size, threshold) -> tuple[np.ndarray, np.ndarray]:
+    if outputs.mask_logits is None:
+        return np.zeros((0, *(size or (0, 0))), dtype=bool), np.zeros(0, dtype=np.float32)
+    chosen = [index for index, of in enumerate(outputs.mask_pictures[row]) if of == picture]
+    logits = outputs.mask_logits[row]
+    size = size or tuple(logits.shape[1:])
+    masks = np.zeros((len(chosen), *size), dtype=bool)
+    for place, index in enumerate(chosen):  # one at a time: a float copy of many large masks would not fit
+        masks[place] = _resize(logits[index], size) > threshold
+    return masks, outputs.mask_scores[row][chosen].float().cpu().numpy()
+
+
+def _resize(values: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
+    """(h, w) -> float32 (H, W), bilinear."""
+    values = values.float().cpu()[None, None]
+    return F.interpolate(values, size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
