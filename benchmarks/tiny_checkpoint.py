@@ -1,6 +1,6 @@
 """What the tiny checkpoint knows, measured on rendered scenes that no training saw.
 
-python benchmarks/tiny_checkpoint.py --scenes 256 --out benchmarks/results/tiny_checkpoint.json
+python benchmarks/tiny_checkpoint.py --scenes 512 --out benchmarks/results/tiny_checkpoint.json
 """
 
 import argparse
@@ -20,7 +20,7 @@ from perceptio_hf.files import write_json
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a checkpoint; default: the embedded one")
-    parser.add_argument("--scenes", type=int, default=256)
+    parser.add_argument("--scenes", type=int, default=512)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     folder = options.model or perceptio_hf.tiny_checkpoint()

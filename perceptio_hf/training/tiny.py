@@ -40,7 +40,7 @@ from ..processing.processing_perceptio import PerceptioProcessor
 from .codebook import CodebookOptions, DepthBank, train_codebook
 from .losses import mask_loss, score_loss
 from .scenes import KIND_CLASSES, SceneBatch, scene_batches
-from .tiny_model import IMAGE_SIZE, tiny_config, tiny_processor, tiny_tokenizer
+from .tiny_model import IMAGE_SEQ_LENGTH, IMAGE_SIZE, tiny_config, tiny_processor, tiny_tokenizer
 
 STAGES = ("masks", "vision", "language")
 # Where masks start from nothing and objects are small, the cross-entropy of the background holds every logit down.
@@ -187,6 +187,11 @@ def _codec_stage(recipe: TinyRecipe, out: Path) -> DepthVQVAE:
     folder = out / "codec"
     if not folder.exists():
         config = DepthVQVAEConfig(**recipe.codec)
+        if config.num_tokens != IMAGE_SEQ_LENGTH:
+            raise ValueError(
+                f"The recipe's codec has {config.num_tokens} codes per depth map; the tiny model needs one for each of "
+                f"its {IMAGE_SEQ_LENGTH} image tokens: image_size / downsample must be {int(IMAGE_SEQ_LENGTH**0.5)}."
+            )
         seeds = tqdm(range(recipe.codec_scenes), desc="rendering depth")
         maps = (DepthMap.from_metric(render_scene(seed, size=config.image_size).depth) for seed in seeds)
         bank = DepthBank.gather(maps, config)

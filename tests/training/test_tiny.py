@@ -11,7 +11,7 @@ from perceptio_hf.training.scenes import SceneAsker, choose_responses, collate, 
 from perceptio_hf.training.tiny import STAGES, TinyRecipe, fresh_model, schedule, train_tiny
 from perceptio_hf.training.tiny_model import tiny_processor, tiny_tokenizer
 
-CODEC = {"image_size": 32, "downsample": 8, "num_codes": 16, "code_dim": 8, "base_channels": 4}
+CODEC = {"image_size": 64, "downsample": 8, "num_codes": 16, "code_dim": 8, "base_channels": 4}
 
 
 @pytest.fixture(scope="module")
