@@ -26,7 +26,7 @@ class SpatialOutput(ModelOutput):
     Args:
         sequences: (rows, length) token ids, prompt and response.
         prompt_length: where the responses begin.
-        mask_logits: per row (n, h, w) float32 at the mask decoder's resolution, one per [SEG]; a logit > 0 is inside.
+        mask_logits: per row (n, h, w) float32 at the mask decoder's resolution, one per [SEG].
         mask_scores: per row (n,) IoU with the true mask as SAM2 predicts it.
         mask_pictures: per row n indices: the picture of the row each mask lies on.
         depth_maps: per row (m, S, S) relative inverse depth in [0, 1], 1 = nearest, one per depth span.

@@ -94,6 +94,7 @@ class PerceptioProcessor(InternVLProcessor):
         num_depth_codes: K, entries of the codebook.
         mask_image_size: side S of SAM2's square input in pixels.
         crop_to_patches: cut large pictures into several tiles, as InternVL does.
+        mask_threshold: mask logits above it are inside; SAM2's own is 0.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class PerceptioProcessor(InternVLProcessor):
         num_depth_codes: int = 128,
         mask_image_size: int = 1024,
         crop_to_patches: bool = True,
+        mask_threshold: float = 0.0,
     ):
         # InternVLProcessor.__init__ insists on a video processor, which needs torchvision: its work is done here.
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
@@ -114,6 +116,7 @@ class PerceptioProcessor(InternVLProcessor):
         self.num_depth_codes = num_depth_codes
         self.mask_image_size = mask_image_size
         self.crop_to_patches = crop_to_patches
+        self.mask_threshold = mask_threshold
         self._read_tokenizer(tokenizer)
 
     def _read_tokenizer(self, tokenizer) -> None:
@@ -253,12 +256,12 @@ class PerceptioProcessor(InternVLProcessor):
                 raise ValueError(f"Conversation {index} has {count} [SEG] tokens but {len(mask)} masks.")
         return [torch.as_tensor(np.asarray(mask), dtype=torch.float32) for mask in masks]
 
-    def post_process_spatial(self, outputs, threshold: float = 0.0) -> list[SpatialAnswer]:
+    def post_process_spatial(self, outputs, threshold: float | None = None) -> list[SpatialAnswer]:
         """Generated tokens with their masks and depth maps -> one `SpatialAnswer` per row.
 
         Args:
             outputs: what `model.generate(..., return_dict_in_generate=True)` or `model.decode_spatial` returned.
-            threshold: mask logits above it are inside.
+            threshold: mask logits above it are inside; default: the processor's `mask_threshold`.
 
         Raises:
             ValueError: for plain token ids, which carry neither masks nor depth.
@@ -268,6 +271,7 @@ class PerceptioProcessor(InternVLProcessor):
                 f"post_process_spatial got {type(outputs).__name__}; it needs the output of generate("
                 "return_dict_in_generate=True), or of decode_spatial for sequences of another engine."
             )
+        threshold = self.mask_threshold if threshold is None else threshold
         rows = range(len(outputs.well_formed))
         return [
             SpatialAnswer(
