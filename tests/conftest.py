@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from helpers import depth_config, random_model
 
-import perceptio_hf
 from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -43,9 +42,3 @@ def tiny_folder(tmp_path_factory, model, processor) -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def tiny() -> str:
-    """The checkpoint that ships with the package."""
-    return perceptio_hf.tiny_checkpoint()
