@@ -6,10 +6,13 @@ import numpy as np
 
 
 class RunLengths(TypedDict):
-    """size: [height, width]; counts: run lengths down the columns, starting with background, COCO-compressed."""
+    """size: [height, width]; counts: run lengths down the columns, starting with background, COCO-compressed.
+
+    Public data sets also write the counts as a list of numbers or the compressed text as bytes: both can be read.
+    """
 
     size: list[int]
-    counts: str
+    counts: str | bytes | list[int]
 
 
 def encode_mask(mask: np.ndarray) -> RunLengths:
@@ -25,21 +28,28 @@ def encode_mask(mask: np.ndarray) -> RunLengths:
     edges = np.flatnonzero(column_wise[1:] != column_wise[:-1]) + 1
     starts = [0, 0] if column_wise.size and column_wise[0] else [0]  # an empty first run where the mask starts inside
     counts = np.diff(np.concatenate([starts, edges, [column_wise.size]])).tolist()
-    return RunLengths(size=list(mask.shape), counts="".join(map(_digits, _differences(counts))))
+    return RunLengths(size=list(mask.shape), counts=compress_counts(counts))
 
 
 def decode_mask(lengths: RunLengths) -> np.ndarray:
-    """Run lengths -> (height, width) bool.
+    """Run lengths, compressed or not -> (height, width) bool.
 
     Raises:
         ValueError: where the runs do not fill the size.
     """
     height, width = lengths["size"]
-    counts = _read_counts(lengths["counts"])
+    counts = lengths["counts"]
+    if isinstance(counts, (str, bytes)):
+        counts = _read_counts(counts if isinstance(counts, str) else counts.decode("ascii", "replace"))
     if min(counts, default=0) < 0 or sum(counts) != height * width:
         raise ValueError(f"These runs cover {sum(counts)} pixels; a mask of {height} x {width} has {height * width}.")
     values = np.arange(len(counts)) % 2 == 1
     return np.repeat(values, counts).reshape((height, width), order="F")
+
+
+def compress_counts(counts: list[int]) -> str:
+    """Run lengths as numbers -> COCO's text."""
+    return "".join(map(_digits, _differences(counts)))
 
 
 def _differences(counts: list[int]) -> list[int]:

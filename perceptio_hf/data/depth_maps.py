@@ -76,25 +76,44 @@ def relative_from_disparity(disparity: np.ndarray, valid: np.ndarray | None = No
     return _stretch(disparity, _joined_valid(np.isfinite(disparity), valid))
 
 
-def read_depth(path: str | os.PathLike, unit: str) -> DepthMap:
+def read_depth(path: str | os.PathLike, unit: str, valid: np.ndarray | None = None) -> DepthMap:
     """Read a depth map from a grey 8/16-bit .png, a .npy, or a .npz with one array or one named "depth".
 
     Args:
         path: The file.
         unit: What its values are: "mm", "m", "disparity" or "relative" (see the table above).
+        valid: (H, W) bool; False marks further holes.
 
     Raises:
         ValueError: The file is missing, damaged, too large, of another kind or shape; the unit is unknown; no pixel is
             valid, or all hold the same depth.
     """
-    if unit not in UNITS:
-        raise ValueError(f"Unknown depth unit {unit!r}; say which one the file holds: {', '.join(UNITS)}.")
+    _check_unit(unit)
     path = Path(path)
     values = _read_array(path)
     try:
-        return _convert(values, unit)
+        return depth_from_values(values, unit, valid)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def depth_from_values(values: np.ndarray | Image.Image, unit: str, valid: np.ndarray | None = None) -> DepthMap:
+    """The depth map of numbers in memory: an array (H, W), or a grey picture of 8 or 16 bits.
+
+    Args and errors as `read_depth`.
+    """
+    _check_unit(unit)
+    values = _grey_values(values) if isinstance(values, Image.Image) else np.asarray(values)
+    if values.ndim != 2 or values.size == 0 or values.dtype.kind not in "iuf":
+        raise ValueError(f"depth is {values.dtype} of shape {values.shape}; expected (height, width) numbers.")
+    if unit in ("mm", "m"):
+        full = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else np.inf
+        metres = values.astype(np.float64) * (0.001 if unit == "mm" else 1.0)
+        return DepthMap.from_metric(metres, _joined_valid(values != full, valid))
+    finite = _joined_valid(np.isfinite(values), valid)
+    if unit == "disparity":
+        return DepthMap(relative_from_disparity(values, finite), finite)
+    return _from_relative(values, finite)
 
 
 def write_depth_png(path: str | os.PathLike, relative: np.ndarray, valid: np.ndarray | None = None) -> None:
@@ -139,17 +158,16 @@ def iter_depth_folder(
         yield path, read_depth(path, unit)
 
 
-def _convert(values: np.ndarray, unit: str) -> DepthMap:
-    if unit in ("mm", "m"):
-        full = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else np.inf
-        return DepthMap.from_metric(values.astype(np.float64) * (0.001 if unit == "mm" else 1.0), values != full)
-    if unit == "disparity":
-        return DepthMap(relative_from_disparity(values), np.isfinite(values))
+def _check_unit(unit: str) -> None:
+    if unit not in UNITS:
+        raise ValueError(f"Unknown depth unit {unit!r}; say which one the values have: {', '.join(UNITS)}.")
+
+
+def _from_relative(values: np.ndarray, valid: np.ndarray) -> DepthMap:
     if values.dtype.kind in "iu":
         if values.dtype not in (np.uint8, np.uint16):
             raise ValueError(f"relative depth as {values.dtype} has no known full scale; use uint8, uint16 or float.")
         values = values / np.iinfo(values.dtype).max
-    valid = np.isfinite(values)
     _check_spread(values, valid)
     _check_unit_interval(values, valid)
     return DepthMap(np.where(valid, np.clip(values, 0.0, 1.0), 0.0).astype(np.float32), valid)
@@ -240,11 +258,16 @@ def _read_png(path: Path) -> np.ndarray:
     with picture:
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"{picture.width} x {picture.height} pixels; more than {MAX_PIXELS} are not read.")
-        if picture.mode == "L":
-            return np.array(picture)
-        if picture.mode == "I" or picture.mode.startswith("I;16"):
-            return np.array(picture).astype(np.uint16)
-        raise ValueError(f"a picture of mode {picture.mode}; depth is one grey channel of 8 or 16 bits, not colour.")
+        return _grey_values(picture)
+
+
+def _grey_values(picture: Image.Image) -> np.ndarray:
+    """(H, W) uint8 or uint16."""
+    if picture.mode == "L":
+        return np.array(picture)
+    if picture.mode == "I" or picture.mode.startswith("I;16"):
+        return np.array(picture).astype(np.uint16)
+    raise ValueError(f"a picture of mode {picture.mode}; depth is one grey channel of 8 or 16 bits, not colour.")
 
 
 def _read_npy(path: Path) -> np.ndarray:

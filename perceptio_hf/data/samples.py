@@ -1,0 +1,361 @@
+"""One training sample: pictures, a conversation about them, and the masks and depth that its spatial tokens stand for.
+
+Every task has this one form, whether it comes from a folder, from `datasets`, or from a list of dicts:
+
+    {
+        "images": ["kitchen.jpg"],
+        "messages": [
+            {"role": "user", "content": "Which mug is nearer?"},
+            {"role": "assistant", "content": "[SEG][SEG]<DEPTH_START><DEPTH_END>The red mug."},
+        ],
+        "masks": [{"size": [480, 640], "counts": "..."}, {"size": [480, 640], "counts": "..."}],
+        "depth": "kitchen.depth.png",
+        "depth_unit": "mm",
+    }
+
+`load_sample` reads one and checks that its parts fit one another.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import numpy as np
+from PIL import Image
+
+from perceptio_hf.data.depth_maps import DepthMap
+from perceptio_hf.data.encoded import as_code_lists, as_list, load_depth, load_mask, open_encoded
+from perceptio_hf.processing.pictures import load_picture
+from perceptio_hf.run_length import RunLengths
+from perceptio_hf.tokens import SEG_TOKEN, SpatialVocabulary, depth_span, read_sequence
+
+REASONS = ("conversation", "picture", "masks", "depth", "codes", "length")  # why a sample can be unusable
+
+_SPAN = re.compile(r"<DEPTH_START>((?:<DEPTH_\d+>)*)<DEPTH_END>")
+_DEPTH_TOKEN = re.compile(r"<DEPTH_(?:START|END|\d+)>")
+_SEG_OR_SPAN = re.compile(re.escape(SEG_TOKEN) + "|" + _SPAN.pattern)
+_TRANSPOSED = 0.05  # relative difference of side ratios up to which a depth map counts as lying on its side
+
+
+class Sample(TypedDict, total=False):
+    """What a sample may hold; only `messages` is needed. A value of None counts as absent.
+
+    images: pictures in reading order: paths, PIL, uint8 arrays (H, W, 3), encoded bytes, or what `datasets.Image`
+        gives.
+    messages: the chat. `content` is a string, or parts {"type": "text", "text": ...} and {"type": "image"}; where no
+        part is a picture, all pictures come before the first words of the user. Every turn of the assistant is learnt;
+        in it ``[SEG]`` and ``<DEPTH_START><DEPTH_END>`` (an empty span, at most one per turn) are spatial tokens.
+    masks: one per ``[SEG]`` in reading order, of its picture's size: COCO run lengths, or a path, an array (H, W) or a
+        grey picture, where 0 is outside.
+    depth: one depth map for each empty span (a list where there are several): a path (.png, .npy, .npz), an array
+        (H, W) or a grey picture.
+    depth_unit: what the numbers of `depth` are: "mm", "m", "disparity" or "relative".
+    depth_valid: like one of `masks`; outside where `depth` has no reading.
+    depth_codes: instead of `depth`: the N codes of the span (a list of lists where there are several).
+    task: a name for counting.
+    id: a name for error messages.
+    """
+
+    images: list[Any]
+    messages: list[dict]
+    masks: list[RunLengths | Any]
+    depth: Any
+    depth_unit: str
+    depth_valid: RunLengths | Any
+    depth_codes: list[int]
+    task: str
+    id: str
+
+
+class SampleError(ValueError):
+    """A sample that cannot be learnt from; `reason` is one of `REASONS`."""
+
+    def __init__(self, message: str, reason: str = "conversation"):
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedSample:
+    """A checked sample, everything in memory.
+
+    Args:
+        pictures: RGB, upright, in reading order.
+        messages: the chat, every content a list of parts; spans are written out with their codes, or with code 0 where
+            they come as a depth map.
+        masks: bool (H, W), one per [SEG] in reading order.
+        depths: one per span in reading order; None where the span was given as codes.
+    """
+
+    pictures: list[Image.Image]
+    messages: list[dict]
+    masks: list[np.ndarray]
+    depths: list[DepthMap | None]
+
+
+def load_sample(
+    sample: Mapping[str, Any], *, num_depth_tokens: int, num_depth_codes: int, position: int | None = None
+) -> LoadedSample:
+    """Read the pictures, masks and depth of a sample and check them against its conversation.
+
+    Args:
+        sample: see `Sample`.
+        num_depth_tokens, num_depth_codes: N and K of the codec.
+        position: where the sample stands, for messages about a sample without `id`.
+
+    Raises:
+        SampleError: naming the sample and what to do, with the reason.
+    """
+    try:
+        return _load(sample, num_depth_tokens, num_depth_codes)
+    except SampleError as error:
+        raise SampleError(f"Sample {name_of(sample, position)}: {error}", error.reason) from None
+
+
+def check_sample(sample: Mapping[str, Any], *, num_depth_tokens: int = 100, num_depth_codes: int = 128) -> None:
+    """Raise what `load_sample` raises, and keep nothing."""
+    load_sample(sample, num_depth_tokens=num_depth_tokens, num_depth_codes=num_depth_codes)
+
+
+def name_of(sample: Mapping[str, Any], position: int | None = None) -> str:
+    """The sample's `id`, or else its place, its first picture's file and the beginning of its words."""
+    if not isinstance(sample, Mapping):
+        return f"number {position}"
+    if sample.get("id") is not None:
+        return repr(sample["id"])
+    place = [] if position is None else [f"number {position} of its batch"]
+    images = sample.get("images")
+    first = images[0] if isinstance(images, (list, tuple)) and images else None
+    path = first.get("path") if isinstance(first, Mapping) else first
+    file = [os.fspath(path)] if isinstance(path, (str, os.PathLike)) else []
+    words = re.search(r"'(?:content|text)': '([^']{1,40})", str(sample.get("messages", ""))[:2000])
+    return " ".join([*place, "(" + ", ".join([*file, *([repr(words[1])] if words else [])]) + ")"])
+
+
+def _load(sample: Mapping[str, Any], num_depth_tokens: int, num_depth_codes: int) -> LoadedSample:
+    if not isinstance(sample, Mapping):
+        raise SampleError(f"it is a {type(sample).__name__}; a sample is a dict with `messages` and `images`.")
+    messages = _messages(sample.get("messages"))
+    sources = _picture_sources(sample, messages)
+    depths, codes = _depth_of(sample), as_code_lists(sample.get("depth_codes"))
+    if depths and codes:
+        raise SampleError("it has both `depth` and `depth_codes`; give one of them.", "depth")
+    given: list[DepthMap | list[int]] = [*depths, *codes]
+    filled = _fill_spans(messages, given, num_depth_tokens, num_depth_codes)
+    pictures = [_picture(source) for source in sources]
+    masks = _masks_of(sample, messages, pictures)
+    if len(pictures) == 1:
+        for depth in depths:
+            _check_orientation(depth, pictures[0])
+    return LoadedSample(pictures, messages, masks, filled)
+
+
+def _messages(value: Any) -> list[dict]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence) or not value:
+        raise SampleError(f"its `messages` are {str(value)[:40]!r}; expected a list of turns.")
+    return [_message(message) for message in value]
+
+
+def _message(message: Mapping[str, Any]) -> dict:
+    """A copy whose content is a list of parts; what the assistant says is one part."""
+    if not isinstance(message, Mapping) or not message.get("role") or message.get("content") is None:
+        raise SampleError(f"a message is {{'role': ..., 'content': ...}}, not {str(message)[:80]}.")
+    content = message["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else [_part(part) for part in content]
+    if message["role"] == "assistant":
+        if any(part["type"] != "text" for part in parts):
+            raise SampleError("the assistant's turn holds a picture; pictures belong to the user's turns.")
+        parts = [{"type": "text", "text": "".join(part["text"] for part in parts)}]
+        if not parts[0]["text"].strip():
+            raise SampleError("a turn of the assistant has no words; there is nothing to learn.")
+    return {"role": message["role"], "content": parts}
+
+
+def _part(part: Mapping[str, Any]) -> dict:
+    part = {key: value for key, value in part.items() if value is not None}  # columns fill gaps with None
+    if part.get("type") not in ("text", "image") or (part["type"] == "text" and not isinstance(part.get("text"), str)):
+        raise SampleError(f"a part of a message is a text or an image, not {str(part)[:80]}.")
+    return part
+
+
+def _picture_sources(sample: Mapping[str, Any], messages: list[dict]) -> list:
+    """The pictures, each with its place in `messages` (which is changed: places hold no sources any more)."""
+    if not any(message["role"] == "assistant" for message in messages):
+        raise SampleError("it has no turn of the assistant, which is what is learnt; add one to `messages`.")
+    sources = as_list(sample.get("images"))
+    places = [part for message in messages for part in message["content"] if part["type"] == "image"]
+    named = [part.pop(key) for part in places for key in ("image", "path", "url") if key in part]
+    if not sources:
+        sources = named
+    elif named:
+        raise SampleError("it names pictures both in `images` and in `messages`; keep them in `images`.", "picture")
+    if sources and not places:
+        user = next((message for message in messages if message["role"] == "user"), None)
+        if user is None:
+            raise SampleError("it has pictures, but no turn of the user to show them in.")
+        user["content"][:0] = places = [{"type": "image"} for _ in sources]
+    if len(places) != len(sources):
+        raise SampleError(
+            f"its messages show {len(places)} pictures, but {len(sources)} are given; give one for each.", "picture"
+        )
+    return sources
+
+
+def _picture(source: Any) -> Image.Image:
+    try:
+        return load_picture(open_encoded(source))
+    except ValueError as error:
+        raise SampleError(str(error), "picture") from None
+
+
+def _depth_of(sample: Mapping[str, Any]) -> list[DepthMap]:
+    """The depth maps given, read."""
+    sources, valids = as_list(sample.get("depth")), as_list(sample.get("depth_valid"))
+    unit = sample.get("depth_unit")
+    if sources and not isinstance(unit, str):
+        raise SampleError('it has `depth` but no `depth_unit`; say "mm", "m", "disparity" or "relative".', "depth")
+    if valids and len(valids) != len(sources):
+        raise SampleError(f"it has {len(sources)} depth maps, but {len(valids)} in `depth_valid`.", "depth")
+    return [_depth(source, unit, valid) for source, valid in zip(sources, valids or [None] * len(sources), strict=True)]
+
+
+def _depth(source: Any, unit: str, valid: Any) -> DepthMap:
+    try:
+        return load_depth(source, unit, None if valid is None else load_mask(valid))
+    except (ValueError, OSError, SyntaxError) as error:
+        raise SampleError(f"its depth cannot be used: {error}", "depth") from None
+
+
+def _check_orientation(depth: DepthMap, picture: Image.Image) -> None:
+    """A depth map may have any size, but one that lies while its picture stands was not turned with it."""
+    height, width = depth.relative.shape
+    mirrored = height / width * (picture.height / picture.width)
+    if abs(mirrored - 1) < _TRANSPOSED and abs(height / width - 1) > 2 * _TRANSPOSED:
+        raise SampleError(
+            f"its depth map is {width} x {height} and its picture, shown upright, {picture.width} x {picture.height}; "
+            "turn the depth map as well.",
+            "depth",
+        )
+
+
+def _check_codes(codes: Sequence[int], num_depth_tokens: int, num_depth_codes: int) -> None:
+    if len(codes) != num_depth_tokens:
+        raise SampleError(
+            f"a depth span has {len(codes)} codes; this model's codec writes {num_depth_tokens}. Encode the depth map "
+            "with this codec.",
+            "codes",
+        )
+    wrong = [code for code in codes if type(code) is not int or not 0 <= code < num_depth_codes]
+    if wrong:
+        raise SampleError(
+            f"a depth span has code {wrong[0]!r}; codes are whole numbers 0 to {num_depth_codes - 1}.", "codes"
+        )
+
+
+def _fill_spans(
+    messages: list[dict], given: list[DepthMap | list[int]], num_depth_tokens: int, num_depth_codes: int
+) -> list[DepthMap | None]:
+    """Write the codes of every span into `messages`; returns the depth map of each, or None."""
+    rest, spans, empty = list(given), [], 0
+    for message in messages:
+        if message["role"] != "assistant":
+            continue
+        part = message["content"][0]
+        for written in _spans_of(part["text"])[:1]:
+            empty += not written
+            source = written or (rest.pop(0) if rest else [0] * num_depth_tokens)
+            is_map = isinstance(source, DepthMap)
+            codes = [0] * num_depth_tokens if is_map else source
+            _check_codes(codes, num_depth_tokens, num_depth_codes)
+            spans.append(source if is_map else None)
+            part["text"] = _SPAN.sub(depth_span(codes), part["text"])
+    if empty != len(given):
+        raise SampleError(
+            f"it has {empty} empty depth spans (<DEPTH_START><DEPTH_END>) in the assistant's words, but depth for "
+            f"{len(given)}; write one span for each depth map or list of codes.",
+            "depth",
+        )
+    return spans
+
+
+def _spans_of(text: str) -> list[list[int]]:
+    """The codes of the spans in one response, at most one; an empty list for an empty span."""
+    found = [[int(code) for code in re.findall(r"\d+", match[1])] for match in _SPAN.finditer(text)]
+    if len(found) > 1:
+        raise SampleError(
+            f"one response holds {len(found)} depth spans; write at most one per turn of the assistant.", "depth"
+        )
+    broken = _DEPTH_TOKEN.search(_SPAN.sub("", text))
+    if broken:
+        raise SampleError(
+            f"{broken[0]} stands outside of a depth span; a span is <DEPTH_START>, its codes without anything between "
+            "them (or none, to have them filled in), and <DEPTH_END>.",
+            "depth",
+        )
+    return found
+
+
+def _masks_of(sample: Mapping[str, Any], messages: list[dict], pictures: list[Image.Image]) -> list[np.ndarray]:
+    sources, owners = as_list(sample.get("masks")), _pictures_of_segs(messages)
+    if len(sources) != len(owners):
+        raise SampleError(
+            f"its conversation has {len(owners)} [SEG], but {len(sources)} masks are given; give one mask for each "
+            "[SEG], in reading order.",
+            "masks",
+        )
+    if owners and not pictures:
+        raise SampleError("it has [SEG] but no picture; give the picture in `images`.", "picture")
+    return [
+        _mask(item, index, pictures[owner]) for index, (item, owner) in enumerate(zip(sources, owners, strict=True))
+    ]
+
+
+def _mask(source: Any, index: int, picture: Image.Image) -> np.ndarray:
+    wanted = (picture.height, picture.width)
+    try:
+        # The size that run lengths claim is looked at first: decoding would take as much memory as it says.
+        claimed = source.get("size") if isinstance(source, Mapping) else None
+        size = tuple(claimed) if claimed is not None else wanted
+        mask = load_mask(source) if size == wanted else None
+        size = size if mask is None else mask.shape
+    except (ValueError, KeyError, TypeError) as error:
+        raise SampleError(
+            f"mask {index} cannot be read ({error}); give COCO run lengths {{'size': [height, width], 'counts': ...}} "
+            "or a grey picture.",
+            "masks",
+        ) from None
+    if mask is None or size != wanted:
+        raise SampleError(
+            f"mask {index} is {' x '.join(map(str, size[::-1]))} pixels and its picture {picture.width} x "
+            f"{picture.height}; give masks at the size of the (upright) picture.",
+            "masks",
+        )
+    return mask
+
+
+_SEG, _START, _CODE, _END, _IMAGE, _TURN_END, _WORDS = range(7)
+_SCAN_VOCABULARY = SpatialVocabulary(
+    seg=_SEG,
+    depth_start=_START,
+    depth_end=_END,
+    codes=(_CODE,),
+    num_depth_tokens=1,
+    image=_IMAGE,
+    turn_ends=frozenset([_TURN_END]),
+)
+
+
+def _pictures_of_segs(messages: list[dict]) -> list[int]:
+    """The picture each [SEG] speaks of, by the rule of `perceptio_hf.tokens`, on a sketch of the token ids."""
+    ids: list[int] = []
+    for message in messages:
+        for part in message["content"]:
+            if part["type"] == "image":
+                ids += [_IMAGE, _WORDS]
+            elif message["role"] == "assistant":
+                for match in _SEG_OR_SPAN.finditer(part["text"]):
+                    ids += [_SEG] if match[0] == SEG_TOKEN else [_START, _CODE, _END]
+        ids.append(_TURN_END)
+    return [seg.picture for seg in read_sequence(ids, _SCAN_VOCABULARY).segs]

@@ -1,0 +1,121 @@
+"""Conversations as token ids and labels: what the assistant says is learnt, all else is context."""
+
+import re
+from collections.abc import Sequence
+
+from ..data.samples import SampleError
+from ..processing.processing_perceptio import PerceptioProcessor
+
+IGNORED_LABEL = -100
+# Two characters without a meaning mark the assistant's words in the rendered text, whatever the chat template is.
+_BEGIN, _END = "\U000f5e60", "\U000f5e61"
+_MARKED = re.compile(f"{_BEGIN}(.*?){_END}", re.DOTALL)
+
+
+class ConversationEncoder:
+    """Tokenizes whole conversations for one processor, each text once.
+
+    The assistant's words and the token that ends its turn are labels, tokenized apart from what stands before them, as
+    if they had been generated there.
+
+    Raises:
+        ValueError: where the chat template or the tokenizer do not allow that.
+    """
+
+    def __init__(self, processor: PerceptioProcessor):
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        chat = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here it is."}]
+        pieces = self._render(chat)
+        if pieces[0] != processor.apply_chat_template(chat[:1], add_generation_prompt=True, tokenize=False):
+            raise ValueError(
+                "This chat template writes something other before the assistant's words than it does as generation "
+                "prompt; a model would learn another prompt than it is given. Use the template the model came with."
+            )
+        self.turn_end, self.turn_end_id = self._first_special(pieces[2])
+        whole = processor(text=["".join(pieces)])["input_ids"][0]
+        if list(whole) != [token for tokens in self._tokenize(pieces) for token in tokens]:
+            raise ValueError(
+                "This tokenizer reads words differently after a special token than inside a text (a prefix space?); "
+                "set its pre-tokenizer's prepend_scheme to 'first'."
+            )
+
+    def _first_special(self, text: str) -> tuple[str, int]:
+        """The special token that `text`, what follows the assistant's words, begins with: it ends the turn."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        token = self.tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
+        if token is None or not text.startswith(token.content):
+            raise ValueError(
+                f"This chat template ends the assistant's turn with {text[:20]!r}, which is no special token of the "
+                "tokenizer; a model would never learn to stop. Use the template the model came with."
+            )
+        return token.content, ids[0]
+
+    def encode(self, messages: Sequence[dict], tiles: Sequence[int]) -> tuple[list[int], list[int]]:
+        """One conversation -> token ids and labels, of equal length.
+
+        Args:
+            messages: with the spatial tokens of the assistant written out.
+            tiles: tiles of each picture, in reading order.
+
+        Raises:
+            SampleError: for a conversation that the chat template refuses or that holds tokens it must not hold.
+        """
+        pieces = self._render(messages)
+        pieces[::2] = self._with_pictures(pieces[::2], tiles)
+        ids: list[int] = []
+        labels: list[int] = []
+        for index, tokens in enumerate(self._tokenize(pieces)):
+            ids += tokens
+            if index % 2:
+                labels += tokens
+            else:
+                ends = index > 0  # what follows the assistant's words begins with the end of its turn
+                labels += tokens[:ends] + [IGNORED_LABEL] * (len(tokens) - ends)
+        return ids, labels
+
+    def _render(self, messages: Sequence[dict]) -> list[str]:
+        """The rendered text, cut into pieces: context, words of the assistant, context, words, ..., context."""
+        marked = [_mark(message) if message["role"] == "assistant" else message for message in messages]
+        try:
+            text = self.processor.apply_chat_template(marked, tokenize=False)
+        except ValueError as error:
+            raise SampleError(str(error)) from None
+        pieces = _MARKED.split(text)
+        turns = sum(message["role"] == "assistant" for message in messages)
+        if len(pieces) != 2 * turns + 1 or _BEGIN in "".join(pieces) or _END in "".join(pieces):
+            raise SampleError(
+                "the chat template changes or drops what the assistant says; use a template that writes it as it is."
+            )
+        return pieces
+
+    def _with_pictures(self, context: list[str], tiles: Sequence[int]) -> list[str]:
+        """Every place of a picture becomes its image tokens."""
+        places = sum(piece.count(self.processor.image_token) for piece in context)
+        if places != len(tiles):
+            raise SampleError(
+                f"the rendered conversation has {places} places for {len(tiles)} pictures; words must not contain "
+                f"{self.processor.image_token}, and the chat template must write one for each picture."
+            )
+        numbers = iter(range(len(tiles)))
+        pattern = re.compile(re.escape(self.processor.image_token))
+
+        def tokens(_: re.Match) -> str:
+            return self.processor.replace_image_token({"num_patches": list(tiles)}, next(numbers))
+
+        return [pattern.sub(tokens, piece) for piece in context]
+
+    def _tokenize(self, pieces: Sequence[str]) -> list[list[int]]:
+        """Token ids of each piece. All but the first stand behind a special token, which is dropped again: some
+        tokenizers put a space before the first word of a text, and these words are not its first."""
+        bos = self.tokenizer.bos_token
+        first = self.tokenizer(pieces[0], add_special_tokens=not (bos and pieces[0].startswith(bos)))["input_ids"]
+        rest = self.tokenizer([self.turn_end + piece for piece in pieces[1:]], add_special_tokens=False)["input_ids"]
+        if any(self.processor.image_token_id in tokens for tokens in rest[::2]):
+            raise SampleError(f"the assistant's words contain {self.processor.image_token}; take it out.")
+        return [list(first), *(list(tokens[1:]) for tokens in rest)]
+
+
+def _mark(message: dict) -> dict:
+    content = message["content"]
+    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return {**message, "content": [{"type": "text", "text": _BEGIN + text + _END}]}
