@@ -15,7 +15,10 @@ _EXPORTS = {
     "DepthVQVAEConfig": "modeling.configuration_depth_vqvae",
     "PerceptioConfig": "modeling.configuration_perceptio",
     "PerceptioForConditionalGeneration": "modeling.modeling_perceptio",
+    "PerceptioDataCollator": "training.collator",
     "PerceptioProcessor": "processing.processing_perceptio",
+    "PerceptioSFTConfig": "training.config",
+    "PerceptioSFTTrainer": "training.trainer",
     "SpatialAnswer": "processing.processing_perceptio",
 }
 __all__ = ["__version__", "tiny_checkpoint", *sorted(_EXPORTS)]

@@ -1,30 +1,209 @@
-"""`perceptio train`: the tiny checkpoint, from scratch, by a recipe."""
+"""`perceptio train`: fine-tune a checkpoint by a recipe, or train the tiny one from scratch."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from perceptio_hf import PerceptioForConditionalGeneration
+    from perceptio_hf.training.recipe import Recipe, RecipeArguments
+    from perceptio_hf.training.trainer import PerceptioSFTTrainer
+
+# Options that are not listed here belong to the recipe: `--max_steps 10` takes the place of its `max_steps`.
+CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
+_RECIPE_FILE = "recipe.json"
+_PLACES = ("output_dir", "resume_from_checkpoint")  # of a run, not of what it trains
+
 
 def train(
+    context: typer.Context,
     config: Annotated[
-        Path, typer.Option(help="The recipe, a YAML file such as recipes/tiny.yaml.", show_default=False)
+        Path, typer.Option(help="The recipe, a YAML file such as recipes/sft_world.yaml.", show_default=False)
     ],
     out: Annotated[
-        Path, typer.Option(help="Folder for stages and the finished checkpoint; a stopped run goes on from it.")
-    ] = Path("runs/tiny"),
-    processes: Annotated[int, typer.Option(min=1, help="Processes that share every batch, one thread each.")] = 2,
-    workers: Annotated[int, typer.Option(min=0, help="Further processes, of each, that render scenes.")] = 1,
+        Path | None,
+        typer.Option(
+            help="Folder for checkpoints and the finished model, OUT/checkpoint; a stopped run goes on from it. "
+            "Default: the recipe's output_dir, or runs/ and its name.",
+            show_default=False,
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="From scratch: processes that share every batch (2).", show_default=False)
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="From scratch: further processes, of each, that render (1).", show_default=False),
+    ] = None,
 ) -> None:
-    """Train a tiny Perceptio on rendered scenes: codec, masks, vision, language; the result is OUT/checkpoint."""
-    if not config.is_file():
-        raise ValueError(f"There is no recipe {config}; recipes/tiny.yaml is the one of the embedded checkpoint.")
+    """Train by a recipe: fine-tune a checkpoint on tasks of your own, or (`recipe: tiny`) a tiny one from scratch.
 
-    from transformers.utils import logging
+    Any key of a fine-tuning recipe can be given as an option, e.g. `--max_steps 10`.
+    """
+    from perceptio_hf.training.recipe import SFT, TINY, read_yaml
 
+    kind = read_yaml(config).get("recipe", SFT)
+    if kind == SFT:
+        if processes is not None or workers is not None:
+            raise ValueError(
+                "--processes and --workers are for recipes of kind tiny. To train with several processes, start "
+                "`accelerate launch --no_python perceptio train ...`; samples are prepared by dataloader_num_workers."
+            )
+        _fine_tune(config, out, context.args)
+    elif kind == TINY:
+        if context.args:
+            raise ValueError(f"Unknown options {' '.join(context.args)}; change the keys of a tiny recipe in {config}.")
+        _from_scratch(config, out or Path("runs/tiny"), processes or 2, 1 if workers is None else workers)
+    else:
+        raise ValueError(f"{config}: recipe is {kind!r}; choose {SFT} (the default) or {TINY}.")
+
+
+def _from_scratch(config: Path, out: Path, processes: int, workers: int) -> None:
     from perceptio_hf.training.tiny import TinyRecipe, train_tiny
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    _silence()
     recipe = TinyRecipe.read(config)
     print(f"The finished checkpoint is {train_tiny(recipe, out, processes=processes, workers=workers)}")
+
+
+def _fine_tune(config: Path, out: Path | None, overrides: Sequence[str]) -> None:
+    from perceptio_hf.files import write_json
+    from perceptio_hf.training.recipe import read_recipe, read_yaml
+
+    if out is not None:
+        overrides = [*overrides, "--output_dir", str(out)]
+    elif "output_dir" not in read_yaml(config) and not any(option.startswith("--output") for option in overrides):
+        overrides = [*overrides, "--output_dir", str(Path("runs", config.stem))]
+    recipe = read_recipe(config, overrides)
+    folder = Path(recipe.settings.output_dir)
+    _silence()  # not before: the settings take it for a wish to see no progress bar
+    resume = _where_to_resume(recipe, folder)
+    if resume is None and (folder / "checkpoint").exists() and not recipe.settings.resume_from_checkpoint:
+        print(f"{folder / 'checkpoint'} is finished; choose another --out to train again.")
+        return
+    trainer = _trainer(recipe)
+    if trainer.is_world_process_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / _RECIPE_FILE, _lasting(recipe))
+    _run(trainer, folder, resume)
+    if recipe.arguments.lora_r is not None and recipe.arguments.lora_merge:
+        _save_merged(trainer, folder / "merged")
+
+
+def _silence() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # that of loading weights
+
+
+def _where_to_resume(recipe: "Recipe", folder: Path) -> Path | str | None:
+    """The checkpoint to go on from: the one that is asked for, or the last one of the same recipe.
+
+    Raises:
+        ValueError: if the folder holds checkpoints of another recipe and nothing is asked for.
+    """
+    from perceptio_hf.training.checkpoints import last_checkpoint
+
+    asked = recipe.settings.resume_from_checkpoint
+    wish = str(asked).lower()
+    if wish == "false":
+        return None
+    if asked is not None and wish != "true":
+        if not Path(asked).is_dir():
+            raise ValueError(f"There is no checkpoint {asked} to resume from.")
+        return asked
+    last = last_checkpoint(folder)
+    if wish == "true":
+        if last is None:
+            raise ValueError(f"{folder} holds no complete checkpoint to resume from.")
+        return last
+    finished = (folder / "checkpoint").exists()
+    if (last or finished) and _recipe_of(folder) != _lasting(recipe):
+        raise ValueError(
+            f"{folder} holds checkpoints of another recipe; choose another --out, or go on from its last checkpoint "
+            "with this recipe by --resume_from_checkpoint true."
+        )
+    return None if finished else last
+
+
+def _recipe_of(folder: Path) -> dict | None:
+    try:
+        return json.loads((folder / _RECIPE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _lasting(recipe: "Recipe") -> dict:
+    """What a recipe trains, as JSON reads it back."""
+    values = {key: value for key, value in recipe.values.items() if key not in _PLACES}
+    return json.loads(json.dumps(values, default=str))
+
+
+def _trainer(recipe: "Recipe") -> "PerceptioSFTTrainer":
+    from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor, tiny_checkpoint
+    from perceptio_hf.training.progress import show_losses
+    from perceptio_hf.training.recipe import evaluation_sets, training_set
+    from perceptio_hf.training.trainer import PerceptioSFTTrainer
+
+    arguments, settings = recipe.arguments, recipe.settings
+    source = tiny_checkpoint() if arguments.model_name_or_path == "tiny" else arguments.model_name_or_path
+    revision = {} if Path(source).is_dir() else {"revision": arguments.model_revision}
+    model = PerceptioForConditionalGeneration.from_pretrained(
+        source,
+        dtype=arguments.dtype,
+        attn_implementation=arguments.attn_implementation,
+        **revision,
+        **(settings.model_init_kwargs or {}),
+    )
+    settings.model_init_kwargs = None
+    trainer = PerceptioSFTTrainer(
+        model,
+        settings,
+        train_dataset=training_set(arguments),
+        eval_dataset=evaluation_sets(arguments),
+        processing_class=PerceptioProcessor.from_pretrained(source, **revision),
+        peft_config=_adapters(model, arguments),
+    )
+    show_losses(trainer)
+    return trainer
+
+
+def _adapters(model: "PerceptioForConditionalGeneration", arguments: "RecipeArguments") -> "LoraConfig | None":
+    """The LoRA section of the recipe, None where it has none."""
+    if arguments.lora_r is None:
+        return None
+    from perceptio_hf.training.lora import lora_config
+
+    options = arguments.lora_options()
+    return lora_config(model, r=arguments.lora_r, target_layers=options.pop("layers", None), **options)
+
+
+def _run(trainer: "PerceptioSFTTrainer", folder: Path, resume: Path | str | None) -> None:
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    finished = trainer.save_finished(folder / "checkpoint")
+    if trainer.eval_dataset is not None and trainer.args.eval_strategy == "no":
+        trainer.evaluate()
+        trainer.draw_losses()
+    if trainer.is_world_process_zero():
+        for kind, count in trainer.skipped_samples.items():
+            print(f"{count} samples were left out because of their {kind}.")
+        print(f"The finished checkpoint is {finished}" + _and_plot(trainer))
+
+
+def _save_merged(trainer: "PerceptioSFTTrainer", folder: Path) -> None:
+    from perceptio_hf.training.lora import save_merged
+
+    if trainer.is_world_process_zero():
+        save_merged(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, folder)
+        print(f"With the adapters merged in it is {folder}")
+
+
+def _and_plot(trainer: "PerceptioSFTTrainer") -> str:
+    plot = Path(trainer.args.output_dir) / "losses.png"
+    return f", the losses are drawn in {plot}" if trainer.args.plot_losses and plot.exists() else ""

@@ -1,0 +1,153 @@
+"""Checkpoints of a training that are whole or not there, and that resume with the weights they hold."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
+
+STAGING = ".saving"  # folder in output_dir where a checkpoint grows until it is complete
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint of the highest step that is complete: its trainer state, which is written last, can be read."""
+    found = {int(match[1]): path for path in Path(folder).glob("*") if (match := _CHECKPOINT.fullmatch(path.name))}
+    return next((found[step] for step in sorted(found, reverse=True) if _is_complete(found[step])), None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(state, dict) and "global_step" in state
+
+
+class WholeCheckpoints(Trainer):
+    """A `Trainer` that writes a checkpoint beside its place and renames it when it is complete.
+
+    Whoever looks for the last checkpoint, transformers' own `get_last_checkpoint` included, never finds half of one,
+    whether the process was killed or the disk was full.
+    """
+
+    _is_saving = False
+
+    def _get_output_dir(self, trial) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, STAGING) if self._is_saving else folder
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        with self._staged(folder / STAGING, name):
+            self._is_saving = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._is_saving = False
+            self._name_best_checkpoint(folder / STAGING / name, folder / name)
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    @contextmanager
+    def _staged(self, staging: Path, name: str) -> Iterator[None]:
+        """Let all processes write into `staging / name`, then move it beside `staging`."""
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+        self.accelerator.wait_for_everyone()
+        try:
+            yield
+            self.accelerator.wait_for_everyone()  # every process writes a part
+            if self.args.should_save:
+                _move(staging / name, staging.parent / name)
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            raise OSError(_saving_failed(staging.parent, name, error)) from error
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As ever, but what is saved on request is a whole model, even where checkpoints hold shards of it."""
+        if not self.is_fsdp_enabled or _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        kept = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        super().save_model(output_dir, _internal_call)
+        plugin.set_state_dict_type(kept.name)
+
+    def save_finished(self, folder: str | Path) -> Path:
+        """Save the model and its processor as `folder`, which appears, or is replaced, when they are complete.
+
+        Raises:
+            OSError: if that fails; what stood there before stays.
+        """
+        folder = Path(folder)
+        staging = folder.parent / STAGING
+        with self._staged(staging, folder.name):
+            self.save_model(str(staging / folder.name))
+        return folder
+
+    def _name_best_checkpoint(self, written: Path, final: Path) -> None:
+        """Where this checkpoint is the best so far, transformers has noted the place where it was written."""
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best) == written:
+            self.state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As ever, but a training that was resumed at its last step ends; transformers would do one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """Load the weights of a checkpoint.
+
+        Files of InternVL models name their tensors otherwise than the model does. transformers' Trainer loads by the
+        model's names, finds none of them and only warns; `from_pretrained` knows both.
+        """
+        target = self.model if model is None else model
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(target, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
+        target.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(self.model, PreTrainedModel):
+            super()._load_best_model()
+            return
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _move(written: Path, final: Path) -> None:
+    """Rename a folder into its place; what stands there already is kept until the last moment."""
+    if final.exists():
+        os.replace(final, written.with_name("replaced"))
+    os.replace(written, final)
+
+
+def _saving_failed(folder: Path, name: str, error: Exception) -> str:
+    last = last_checkpoint(folder)
+    rest = (
+        f"{last} is complete; make room and resume from it."
+        if last
+        else "No earlier checkpoint exists; make room and start again."
+    )
+    return f"{name} could not be saved in {folder}: {' '.join(str(error).split())}. {rest}"

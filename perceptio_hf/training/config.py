@@ -1,0 +1,166 @@
+"""Settings of `PerceptioSFTTrainer`."""
+
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from transformers.trainer_utils import HubStrategy
+from trl import SFTConfig
+
+from .losses import LossWeights
+
+ON_ERROR = ("raise", "skip")
+
+# Settings of SFTConfig that this trainer has no use for: the values that ask for nothing, and what is done instead.
+_WITHOUT_EFFECT: dict[str, tuple[tuple, str]] = {
+    "packing": ((False,), "a picture and its answers stay in a row of their own"),
+    "eval_packing": ((None, False), "a picture and its answers stay in a row of their own"),
+    "padding_free": ((False,), "a picture and its answers stay in a row of their own"),
+    "pad_to_multiple_of": (("auto", None), "rows are padded to the longest of their batch"),
+    "assistant_only_loss": ((False,), "all that the assistant says is learnt, and nothing else"),
+    "completion_only_loss": ((None, False), "all that the assistant says is learnt, and nothing else"),
+    "loss_type": (("nll",), "the composite loss takes its place; see the weights, e.g. text_weight"),
+    "label_smoothing_factor": ((0, 0.0), "the composite loss takes its place; see the weights, e.g. text_weight"),
+    "use_liger_kernel": ((False,), "the composite loss builds no logits where no label is as it is"),
+    "shuffle_dataset": ((False,), "the sampler shuffles; see data_seed"),
+    "dataset_kwargs": ((None,), "the collator prepares samples"),
+    "pad_token": ((None,), "the processor's tokenizer has one"),
+    "eos_token": ((None,), "the token that ends a turn is that of the chat template"),
+    "chat_template_path": ((None,), "give a processor that has another template as processing_class"),
+}
+
+
+@dataclass
+class PerceptioSFTConfig(SFTConfig):
+    """TRL's `SFTConfig`, the weights of the composite loss, and what is trained.
+
+    Other defaults than SFTConfig's: `max_length` None; no row is ever cut here, which would lose picture tokens or the
+    end of a depth span, and a conversation longer than a `max_length` that is given is one that cannot be used.
+    `remove_unused_columns` False, because the collator chooses the columns it reads.
+
+    Args:
+        text_weight, marker_weight, token_weight, count_weight, reconstruction_weight, mask_bce_weight,
+            mask_dice_weight, mask_score_weight: weights of the parts of the loss, 0 or more; 0 switches one off.
+        gradient_weight: of the gradient-matching term inside the reconstruction loss.
+        merge_temperature: of soft-merge, above 0.
+        freeze_language_model, freeze_vision_tower, freeze_projector, freeze_mask_decoder: parts that keep their
+            weights. The language model includes embeddings and `lm_head`; the projector is InternVL's. The [SEG]
+            projector always learns, SAM2's image encoder and the depth codec never do. With a `peft_config` PEFT
+            decides instead.
+        on_error: what the collator does with a sample that cannot be used: "raise" stops and names it, "skip" leaves
+            it out; the number of skipped samples is reported at the end.
+        plot_losses: draw `losses.png` into `output_dir` at the end.
+
+    Raises:
+        ValueError: for a negative weight, weights or freezes that leave nothing to train, `max_steps` 0, and settings
+            of SFTConfig that have no effect here.
+    """
+
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest conversation in tokens; a longer one is an error, see on_error."}
+    )
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Whether to drop the columns that are not those of a sample."}
+    )
+    text_weight: float = field(
+        default=LossWeights.text, metadata={"help": "Weight of the cross-entropy of words, [SEG] included."}
+    )
+    marker_weight: float = field(
+        default=LossWeights.marker, metadata={"help": "Weight of the cross-entropy of depth markers."}
+    )
+    token_weight: float = field(
+        default=LossWeights.token, metadata={"help": "Weight of the cross-entropy of depth codes among all codes."}
+    )
+    count_weight: float = field(
+        default=LossWeights.count, metadata={"help": "Weight of the error of the expected number of depth codes."}
+    )
+    reconstruction_weight: float = field(
+        default=LossWeights.reconstruction, metadata={"help": "Weight of the error of the soft-merged depth map."}
+    )
+    gradient_weight: float = field(
+        default=LossWeights.gradient, metadata={"help": "Weight of gradient matching inside the reconstruction loss."}
+    )
+    mask_bce_weight: float = field(
+        default=LossWeights.mask_bce, metadata={"help": "Weight of the binary cross-entropy of masks."}
+    )
+    mask_dice_weight: float = field(default=LossWeights.mask_dice, metadata={"help": "Weight of Dice of masks."})
+    mask_score_weight: float = field(
+        default=LossWeights.mask_score, metadata={"help": "Weight of the error of the predicted IoU of masks."}
+    )
+    merge_temperature: float = field(
+        default=LossWeights.temperature, metadata={"help": "Temperature of soft-merge; towards 0 it decodes hard."}
+    )
+    freeze_language_model: bool = field(
+        default=False, metadata={"help": "Keep the language model's weights, embeddings and lm_head included."}
+    )
+    freeze_vision_tower: bool = field(default=True, metadata={"help": "Keep the weights of InternVL's vision tower."})
+    freeze_projector: bool = field(default=False, metadata={"help": "Keep the weights of InternVL's projector."})
+    freeze_mask_decoder: bool = field(default=False, metadata={"help": "Keep the weights of SAM2's mask decoder."})
+    on_error: str = field(
+        default="raise",
+        metadata={"help": "Samples that cannot be used: raise or skip.", "choices": list(ON_ERROR)},
+    )
+    plot_losses: bool = field(default=True, metadata={"help": "Draw losses.png into output_dir at the end."})
+
+    _PARTS: ClassVar = (
+        "text",
+        "marker",
+        "token",
+        "count",
+        "reconstruction",
+        "mask_bce",
+        "mask_dice",
+        "mask_score",
+    )
+
+    def __post_init__(self):
+        self._check()
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # as it would be anyway; only then does transformers allow bf16 on a CPU
+        with warnings.catch_warnings():  # the name TRL still gives to activation_checkpointing, whoever sets it
+            warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
+            super().__post_init__()
+        self._keep_batches_whole()
+
+    def _keep_batches_whole(self) -> None:
+        """For a stream accelerate would dispatch batches from one process, cutting every tensor at the number of rows;
+        a batch has more masks than rows, and they would be lost without a word."""
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "accelerator_config has dispatch_batches, which cuts the masks and depth maps of a batch at its number "
+                "of rows. Leave it out: every process reads its own part of the data."
+            )
+        self.accelerator_config.dispatch_batches = False
+
+    def loss_weights(self) -> LossWeights:
+        """The weights of the composite loss, checked."""
+        parts = {name: getattr(self, f"{name}_weight") for name in (*self._PARTS, "gradient")}
+        return LossWeights(**parts, temperature=self.merge_temperature)
+
+    def _check(self) -> None:
+        for name in (*self._PARTS, "gradient"):
+            value = getattr(self, f"{name}_weight")
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}_weight is {value}; a weight of the loss is a finite number of 0 or more.")
+        if not (math.isfinite(self.merge_temperature) and self.merge_temperature > 0):
+            raise ValueError(f"merge_temperature is {self.merge_temperature}; it must be a finite number above 0.")
+        if not any(getattr(self, f"{name}_weight") for name in self._PARTS):
+            raise ValueError("This trains nothing: all weights of the loss are 0. Set one, e.g. text_weight: 1.")
+        if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
+            raise ValueError(
+                f"This trains nothing: max_steps is {self.max_steps} and num_train_epochs {self.num_train_epochs}. "
+                "Set max_steps to 1 or more, or leave it out and set num_train_epochs."
+            )
+        if self.on_error not in ON_ERROR:
+            raise ValueError(f"on_error is {self.on_error!r}; choose one of {', '.join(ON_ERROR)}.")
+        if self.push_to_hub and HubStrategy(self.hub_strategy) in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"hub_strategy is {HubStrategy(self.hub_strategy).value!r}, which uploads a checkpoint while it is "
+                "still being completed; choose 'every_save' or 'end'."
+            )
+        for name, (neutral, reason) in _WITHOUT_EFFECT.items():
+            value = getattr(self, name)
+            if value not in neutral:
+                raise ValueError(f"{name} is {value!r}, which is not for this trainer: {reason}. Leave it out.")

@@ -1,0 +1,42 @@
+"""What FSDP2 needs here: settings that fit the model, and a word to accelerate where the processes are CPUs."""
+
+import os
+
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+
+def enable_on_cpu(accelerator: Accelerator) -> bool:
+    """Let CPU processes that were launched with `--use_fsdp` shard the model; returns whether they do now.
+
+    accelerate 1.15 reads the setting on accelerators only and quietly replicates the model on CPUs. Its FSDP2 code
+    itself runs there, with gloo.
+    """
+    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if not wanted or accelerator.distributed_type != DistributedType.MULTI_CPU:
+        return False
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState().distributed_type = DistributedType.FSDP  # every new view of the state starts from this one
+    return True
+
+
+def prepare(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Fit the settings to the model: parameters are gathered as they are, and autocast chooses where bf16 will do.
+
+    FSDP's own way, which is to cast all parameters, would take SAM2 and the codec from float32.
+
+    Raises:
+        ValueError: for settings that do not fit.
+    """
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            f"FSDP is set to version {plugin.fsdp_version}, which shards frozen and trained parameters together; set "
+            "fsdp_version: 2."
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading is on, but then accelerate sends nothing but parameters to the other "
+            "processes, and the depth codebook is a buffer; set it to false."
+        )
+    plugin.mixed_precision_policy = None

@@ -1,0 +1,410 @@
+"""TRL's SFTTrainer for Perceptio: the composite loss inside the model's forward, its parts in the logs."""
+
+import copy
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
+from transformers.trainer_utils import EvalPrediction, TrainOutput
+from trl import SFTTrainer
+
+from ..data.rows import as_rows
+from ..data.samples import REASONS
+from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
+from ..processing.processing_perceptio import PerceptioProcessor
+from . import fsdp
+from .checkpoints import WholeCheckpoints, last_checkpoint
+from .collator import PerceptioDataCollator
+from .config import PerceptioSFTConfig
+from .curves import draw_losses
+from .loss_labels import LossCounts, loss_counts, read_labels
+from .losses import composite_loss
+from .meter import PartMeter
+
+_logger = logging.getLogger(__name__)
+_TARGETS = ("labels", "mask_targets", "depth_targets", "depth_valid", "depth_given_as_codes")
+
+
+class DivergedError(ValueError):
+    """The loss is not finite; nothing was updated with it."""
+
+
+class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
+    """Trains a Perceptio model on samples with pictures, conversations, masks and depth.
+
+    Language model, both projectors and SAM2's mask decoder learn, unless `args` freezes them; SAM2's image encoder and
+    the depth codec never do. Which parameters require gradients is set on the model that is given.
+
+    One step gives the same weights however its batch is divided into micro batches and processes: every part of the
+    loss is a sum over its items, divided by their number in the whole step.
+
+    Args:
+        model: a model, a PEFT model around one, or the folder or repository to load one from.
+        args: settings; by default those of `PerceptioSFTConfig`.
+        data_collator: by default `PerceptioDataCollator`.
+        train_dataset, eval_dataset: samples with the columns `images` and `messages`, and where they have some `masks`,
+            `depth` or `depth_codes`; several evaluation sets may be given as a dict.
+        processing_class: by default the processor in the model's folder.
+        peft_config: trains an adapter; see PEFT.
+
+    Raises:
+        ValueError: for a model without spatial tokens, a dataset without the columns it needs, or when nothing would
+            be trained. `train` raises `DivergedError` when the loss is not finite, and OSError when a checkpoint cannot
+            be saved.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | torch.nn.Module,
+        args: PerceptioSFTConfig | None = None,
+        data_collator: Callable[[list[dict]], dict[str, Tensor]] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: ProcessorMixin | None = None,
+        *,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: Any = None,
+    ):
+        args = _checked_args(model, args)
+        train_dataset, eval_dataset = _with_columns(train_dataset, "training"), _evaluation_sets(eval_dataset)
+        source, model = _loaded(model, args)
+        init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None  # used up; SFTTrainer would say ignored
+        processing_class = processing_class or PerceptioProcessor.from_pretrained(source)
+        if not is_peft_model(model):
+            choose_trainable(model, args)
+        if data_collator is None:
+            data_collator = PerceptioDataCollator(
+                processing_class,
+                depth_image_size=model.config.depth_config.image_size,
+                on_error=args.on_error,
+                max_length=args.max_length,
+            )
+        if peft_config is not None:
+            set_seed(args.seed)  # PEFT draws the adapters' first weights before transformers sets the seed
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+        )
+        args.model_init_kwargs = init_kwargs
+        _check_trains(self.model)
+        self._weights = args.loss_weights()
+        self._vocabulary = self._perceptio.spatial_vocabulary()
+        self._codec = self._perceptio.depth_model
+        if self.is_fsdp_enabled:
+            self._prepare_fsdp()
+        self._meters = {"train": PartMeter(), "eval": PartMeter()}
+        self.skipped_samples: dict[str, int] = {}  # by reason, known when `train` ends
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled |= fsdp.enable_on_cpu(self.accelerator)
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
+        """accelerate puts autocast into the forward of models; those that FSDP2 shards it leaves out."""
+        return self.accelerator.autocast() if self.is_fsdp_enabled else super().autocast_smart_context_manager()
+
+    @property
+    def _perceptio(self) -> PerceptioForConditionalGeneration:
+        """The model inside whatever wraps it."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if is_peft_model(model) else model
+
+    def _prepare_fsdp(self) -> None:
+        if is_peft_model(self.model):
+            raise ValueError(
+                "FSDP cannot shard an embedding whose rows PEFT trains one by one (accelerate 1.15). Adapters are "
+                "small: start with --multi_gpu instead of --use_fsdp."
+            )
+        fsdp.prepare(self.accelerator.state.fsdp_plugin)
+        # The frozen codec is also needed outside the model's forward, where FSDP holds nothing but shards.
+        self._codec = copy.deepcopy(self._codec).to(self.accelerator.device)
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device) -> tuple[list, LossCounts]:
+        """The micro batches of the next step, and what they and those of all other processes hold together."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, self._sum_over_processes(sum(map(self._counts, batches), LossCounts()))
+
+    def _get_num_items_in_batch(self, batch_samples: list, device) -> None:
+        """`get_batch_samples` counts; labels alone do not tell how many spans and masks there are."""
+
+    def _counts(self, batch: dict[str, Tensor]) -> LossCounts:
+        return loss_counts(
+            batch["labels"],
+            self._vocabulary,
+            batch["depth_valid"],
+            depth_given_as_codes=batch["depth_given_as_codes"],
+        )
+
+    def _sum_over_processes(self, counts: LossCounts) -> LossCounts:
+        return LossCounts(*self._reduced(list(vars(counts).values())))
+
+    def _reduced(self, values: list[float]) -> list[float]:
+        if self.accelerator.num_processes == 1:
+            return values
+        return self.accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.args.device)).tolist()
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: LossCounts | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The composite loss of a micro batch.
+
+        Args:
+            inputs: as the collator makes them.
+            num_items_in_batch: the items of all micro batches of the step on all processes; None: those of this batch.
+
+        Raises:
+            DivergedError: if the loss or one of its parts is not finite; the step and the parts are named.
+        """
+        if self.is_fsdp_enabled and "pixel_values" not in inputs:
+            raise ValueError(
+                "A micro batch holds no picture. FSDP would wait for ever for the processes whose batches hold some: "
+                "leave out samples without a picture, or train without FSDP."
+            )
+        inputs = self.fill_spans(inputs)
+        targets = {name: inputs.pop(name) for name in _TARGETS}
+        counts = num_items_in_batch
+        if counts is None:
+            counts = loss_counts(targets["labels"], self._vocabulary, targets["depth_valid"])
+        outputs = model(**inputs, use_cache=False, criterion=self._criterion(targets, counts))
+        loss = outputs.loss
+        self._record(loss, outputs.loss_parts, counts, is_share=num_items_in_batch is not None)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # which averages gradients; ours are to be summed
+        if return_outputs:  # for compute_metrics, which wants logits
+            with torch.no_grad():
+                outputs = model(**inputs, use_cache=False)
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def fill_spans(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Write the codec's codes into spans that came with a depth map, and its depth behind those that came as codes.
+
+        Args:
+            inputs: a batch of the collator.
+
+        Returns:
+            A copy whose `input_ids` and `labels` hold all codes, and `depth_targets` and `depth_valid` all depth.
+        """
+        layout = read_labels(inputs["labels"], self._vocabulary)
+        given = inputs["depth_given_as_codes"].bool()
+        if not len(given):
+            return dict(inputs)
+        rows, columns = layout.rows[layout.is_code], layout.columns[layout.is_code] + 1
+        codes = layout.codes[layout.is_code].view(len(given), -1)  # (s, N)
+        depth, valid = inputs["depth_targets"].clone(), inputs["depth_valid"].clone()
+        if bool((~given).any()):
+            codes[~given] = self._codec.encode(depth[~given], valid[~given])
+        if bool(given.any()):
+            size = tuple(depth.shape[1:])
+            depth[given], valid[given] = self._codec.decode(codes[given], size=size).to(depth.dtype), True
+        tokens = torch.tensor(self._vocabulary.codes, device=codes.device)[codes].flatten()
+        filled = {"depth_targets": depth, "depth_valid": valid}
+        for name in ("input_ids", "labels"):
+            filled[name] = inputs[name].clone()
+            filled[name][rows, columns] = tokens
+        return {**inputs, **filled}
+
+    def _criterion(self, targets: dict[str, Tensor], counts: LossCounts) -> Callable:
+        """What the model calls inside its forward, where every use of a parameter is seen by DDP and FSDP."""
+        modules = [self._perceptio.seg_projector, self._perceptio.mask_model.mask_decoder]
+
+        def criterion(hidden_states: Tensor, lm_head: Callable, outputs) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, parts = composite_loss(
+                hidden_states,
+                lm_head,
+                targets["labels"],
+                self._vocabulary,
+                codec=self._codec,
+                depth=targets["depth_targets"],
+                depth_valid=targets["depth_valid"],
+                mask_logits=outputs.mask_logits,
+                mask_targets=None if outputs.mask_logits is None else targets["mask_targets"],
+                mask_scores=outputs.mask_scores,
+                weights=self._weights,
+                counts=counts,
+            )
+            return loss + _zero_of(modules), {name: part.detach() for name, part in parts.items()}
+
+        return criterion
+
+    def _record(self, loss: Tensor, parts: dict[str, Tensor], counts: LossCounts, *, is_share: bool) -> None:
+        total, *values = torch.stack([loss.detach(), *(part.to(loss.device) for part in parts.values())]).tolist()
+        values = dict(zip(parts, values, strict=True))
+        if not all(map(math.isfinite, (total, *values.values()))):
+            raise DivergedError(self._diverged(total, values))
+        # Each of the micro batches of a step is recorded with its share of the step's items.
+        shares = self.current_gradient_accumulation_steps * self.accelerator.num_processes if is_share else 1
+        self._meters[self._mode].add(values, counts, 1 / shares)
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _diverged(self, total: float, parts: dict[str, float]) -> str:
+        when = f"Step {self.state.global_step + 1}"
+        if self._mode == "eval":
+            when = f"Evaluation after step {self.state.global_step}"
+        wrong = [f"{name} is {value}" for name, value in parts.items() if not math.isfinite(value)]
+        good = [f"{name} {value:.4g}" for name, value in parts.items() if math.isfinite(value)]
+        return (
+            f"{when}: the loss is {total}: {', '.join(wrong) or 'no part of it'}"
+            f"{' (finite: ' + ', '.join(good) + ')' if good else ''}. Nothing was updated with it. Look at the samples "
+            f"and weights of that part, or try a lower learning_rate{self._last_good()}"
+        )
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor | float:
+        """As ever; stops before a gradient that is not finite ruins the weights. fp16's scaler skips such steps."""
+        norm = super()._clip_grad_norm(model)
+        if self.accelerator.scaler is None and not math.isfinite(float(norm)):
+            raise DivergedError(
+                f"Step {self.state.global_step + 1}: the loss is finite, but the norm of its gradient is "
+                f"{float(norm)}. Nothing was updated with it. Try a lower learning_rate{self._last_good()}"
+            )
+        return norm
+
+    def _last_good(self) -> str:
+        last = last_checkpoint(self.args.output_dir)
+        return f"; {last} is the last checkpoint before it." if last else "."
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log `logs` and the means of the parts since the last call."""
+        for name, value in self._meters[self._mode].means(self._reduced).items():
+            self._metrics[self._mode][name] = [value]
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As ever, with the parts as metrics. The loss is the weighted sum of the parts, each averaged over its items;
+        transformers would average over batches.
+
+        Where processes times batch does not divide the samples, accelerate fills the last batches up with samples from
+        the start, which then count twice.
+        """
+        self._meters["eval"] = PartMeter()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._meters["eval"].means(self._reduced)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        output.metrics[f"{metric_key_prefix}_loss"] = sum(getattr(self._weights, name) * means[name] for name in means)
+        return output
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
+        """Train; see `Trainer.train`. `True` resumes from the last complete checkpoint of `output_dir`.
+
+        Raises:
+            ValueError: if there is nothing to resume from, or the loss is not finite.
+            OSError: if a checkpoint cannot be saved.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"There is no complete checkpoint in {self.args.output_dir} to resume from.")
+        if isinstance(resume_from_checkpoint, Path):
+            resume_from_checkpoint = str(resume_from_checkpoint)
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._report_skipped()
+        self.draw_losses()
+        return output
+
+    def draw_losses(self) -> None:
+        """Draw what was logged so far as `losses.png` into `output_dir`, unless the settings say no."""
+        if self.args.plot_losses and self.is_world_process_zero():
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            draw_losses(self.state.log_history, Path(self.args.output_dir) / "losses.png")
+
+    def _report_skipped(self) -> None:
+        """Say how many samples the collator has left out, on all processes together."""
+        skipped = getattr(self.data_collator, "skipped", {})
+        reasons = sorted(set(REASONS) | set(skipped))
+        counts = self._reduced([skipped.get(reason, 0) for reason in reasons])
+        self.skipped_samples = {reason: int(count) for reason, count in zip(reasons, counts, strict=True) if count}
+        if self.skipped_samples:
+            parts = ", ".join(f"{count} for {reason}" for reason, count in self.skipped_samples.items())
+            _logger.warning("%d samples could not be used and were left out: %s.", sum(map(int, counts)), parts)
+
+
+def choose_trainable(model: PerceptioForConditionalGeneration, args: PerceptioSFTConfig) -> None:
+    """Set which parameters of `model` require gradients: what `args` does not freeze."""
+    model.requires_grad_(False)
+    model.seg_projector.requires_grad_(True)
+    for frozen, modules in (
+        (args.freeze_language_model, (model.model.language_model, model.lm_head)),
+        (args.freeze_projector, (model.model.multi_modal_projector,)),
+        (args.freeze_vision_tower, (model.model.vision_tower,)),
+        (args.freeze_mask_decoder, (model.mask_model.mask_decoder,)),
+    ):
+        for module in modules:
+            module.requires_grad_(not frozen)
+    model.mask_model.mask_decoder.pred_obj_score_head.requires_grad_(False)  # speaks of objects in videos; unused
+
+
+def _checked_args(model, args: PerceptioSFTConfig | None) -> PerceptioSFTConfig:
+    if args is None:
+        name = model if isinstance(model, str) else model.config.name_or_path or "perceptio"
+        return PerceptioSFTConfig(output_dir=f"{Path(name).name}-SFT")
+    if not isinstance(args, PerceptioSFTConfig):
+        raise ValueError(f"`args` is a {type(args).__name__}; expected PerceptioSFTConfig, which has the loss weights.")
+    return args
+
+
+def _with_columns(dataset, name: str):
+    """The data set, or one made of it that has the columns `messages` and `images`."""
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise ValueError(
+            f"The {name} set is a {type(dataset).__name__}; expected a Dataset or IterableDataset of `datasets`."
+        )
+    columns = next(iter(dataset), ()) if dataset.column_names is None else dataset.column_names
+    return dataset if {"messages", "images"} <= set(columns) else as_rows(dataset, f"The {name} set")
+
+
+def _evaluation_sets(dataset):
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        return {name: _with_columns(part, f"evaluation ({name})") for name, part in dataset.items()}
+    return _with_columns(dataset, "evaluation")
+
+
+def _loaded(model, args: PerceptioSFTConfig) -> tuple[str, torch.nn.Module]:
+    """The model, and where its processor is."""
+    if isinstance(model, str):
+        return model, PerceptioForConditionalGeneration.from_pretrained(model, **(args.model_init_kwargs or {}))
+    if args.model_init_kwargs:
+        raise ValueError("model_init_kwargs are for a model given by its path; this one has been made already.")
+    return model.config.name_or_path, model
+
+
+def _check_trains(model: torch.nn.Module) -> None:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "This trains nothing: no parameter of the model requires a gradient. Freeze less, or give a peft_config."
+        )
+
+
+def _zero_of(modules: list[torch.nn.Module]) -> Tensor:
+    """A zero that depends on all their trainable parameters, so that each gets a gradient in every micro batch, with
+    and without masks. FSDP exchanges the gradients there are, and waits for ever where processes differ in them; an
+    optimizer steps where there is one, and must do so however a batch is divided."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    return sum((parameter.sum() * 0 for parameter in parameters), 0.0)

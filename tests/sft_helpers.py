@@ -1,0 +1,111 @@
+"""A small training for the tests of the trainer; run as a script, it is one process of a distributed training.
+
+python tests/sft_helpers.py OUT '{"max_steps": 2}'
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import torch
+from datasets import Dataset
+from helpers import depth_config, picture, random_model
+
+from perceptio_hf import PerceptioProcessor, PerceptioSFTConfig, PerceptioSFTTrainer
+from perceptio_hf.run_length import encode_mask
+
+TEXTS = ["Which is closer, the red ball or the blue box?", "Segment the red ball.", "Here is the depth map."]
+GRID = 16  # depth codes of one span, and codes in the codebook
+
+
+def processor() -> PerceptioProcessor:
+    from perceptio_hf.training.tiny_model import tiny_processor, tiny_tokenizer
+
+    return tiny_processor(tiny_tokenizer(TEXTS, vocab_size=320), depth_config())
+
+
+def sample(number: int) -> dict:
+    """One of four kinds by `number`: mask, depth map with a hole, mask and codes, words of varying length."""
+    rng = np.random.default_rng(number)
+    kind, ball = number % 4, np.zeros((40, 48), dtype=bool)
+    ball[5 : 20 + number % 7, 8:30] = True
+    depth = 1 + rng.random((40, 48))
+    depth[:6, :9] = 0
+    answer = (
+        "[SEG] Here is the red ball.",
+        "<DEPTH_START><DEPTH_END> the depth map",
+        "[SEG] <DEPTH_START><DEPTH_END> Here",
+        "the blue box is closer" + " red ball" * (number % 3),
+    )[kind]
+    return {
+        "id": str(number),
+        "images": [picture(seed=number)],
+        "messages": [{"role": "user", "content": TEXTS[number % 3]}, {"role": "assistant", "content": answer}],
+        "masks": [encode_mask(ball)] if kind in (0, 2) else [],
+        "depth": depth.tolist() if kind == 1 else None,
+        "depth_unit": "m" if kind == 1 else None,
+        "depth_codes": rng.integers(0, GRID, GRID).tolist() if kind == 2 else None,
+    }
+
+
+def samples(count: int, first: int = 0) -> Dataset:
+    return Dataset.from_list([sample(number) for number in range(first, first + count)])
+
+
+def settings(out: Path | str, **changes) -> PerceptioSFTConfig:
+    """SGD, whose step is the gradient: Adam would turn the noise of gradients that are nearly zero into steps."""
+    values = {
+        "output_dir": str(out),
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 0.01,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return PerceptioSFTConfig(**(values | changes))
+
+
+def trainer(out: Path | str, *, processor=None, model=None, train=None, evaluation=None, **changes):
+    processor = processor or globals()["processor"]()
+    return PerceptioSFTTrainer(
+        model or random_model(processor),
+        settings(out, **changes),
+        train_dataset=samples(16) if train is None else train,
+        eval_dataset=evaluation,
+        processing_class=processor,
+    )
+
+
+def main(out: str, changes: str) -> None:
+    """Train into `out`, and once more from the first checkpoint into `out`/resumed."""
+    torch.set_num_threads(1)
+    training = trainer(out, evaluation=samples(4, first=100), **json.loads(changes))
+    training.train()
+    evaluation = training.evaluate()
+    training.save_model(out)
+    resumed = trainer(Path(out, "resumed"), **json.loads(changes))
+    resumed.train(resume_from_checkpoint=str(Path(out, "checkpoint-1")))
+    resumed.save_model(str(Path(out, "resumed")))
+    if training.is_world_process_zero():
+        result = {
+            "history": training.state.log_history,
+            "evaluation": evaluation,
+            "kind": str(training.accelerator.distributed_type),
+            "sharded": sum(hasattr(parameter, "full_tensor") for parameter in training.model.parameters()),
+        }
+        Path(out, "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
