@@ -11,10 +11,11 @@ from typing import Annotated
 import typer
 
 from perceptio_hf import __version__
+from perceptio_hf.commands.ablate import ablate
 from perceptio_hf.commands.codebook import app as codebook
 from perceptio_hf.commands.demo import demo
 from perceptio_hf.commands.predict import predict
-from perceptio_hf.commands.train import train
+from perceptio_hf.commands.train import CONTEXT, train
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -30,7 +31,8 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(predict)
-app.command()(train)
+app.command(context_settings=CONTEXT)(train)
+app.command()(ablate)
 app.add_typer(codebook, name="codebook")
 
 

@@ -11,6 +11,8 @@ from ..data.world import HELD_OUT_SEED, Question, Scene, ask, draw_points, rende
 from .depth_metrics import depth_metrics
 
 if TYPE_CHECKING:
+    from transformers import BatchFeature
+
     from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
     from ..processing.processing_perceptio import PerceptioProcessor, SpatialAnswer
 
@@ -24,6 +26,11 @@ class Item:
     scene: Scene
     question: Question
     picture: np.ndarray
+
+
+def conclusion(text: str) -> str:
+    """What an answer concludes: the words behind its last colon, without a final stop, or all of it."""
+    return text.rsplit(":", 1)[-1].strip().rstrip(".").strip()
 
 
 def held_out_items(scenes: int, first_seed: int = HELD_OUT_SEED, size: int = 128) -> list[Item]:
@@ -51,28 +58,25 @@ def answer_items(
     **generate: object,
 ) -> "list[SpatialAnswer]":
     """Greedy answers, in the order of `items`; `generate` goes to `model.generate` (spatial, say)."""
-    from PIL import Image
-
     answers = []
     for start in progress(range(0, len(items), batch_size)):
-        chats = [
-            [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image", "image": Image.fromarray(item.picture)},
-                        {"type": "text", "text": item.question.text},
-                    ],
-                }
-            ]
-            for item in items[start : start + batch_size]
-        ]
-        inputs = processor.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ).to(model.device)
+        inputs = encode_items(processor, items[start : start + batch_size]).to(model.device)
         out = model.generate(**inputs, do_sample=False, return_dict_in_generate=True, **generate)
         answers += processor.post_process_spatial(out)
     return answers
+
+
+def encode_items(processor: "PerceptioProcessor", items: Sequence[Item]) -> "BatchFeature":
+    """The questions with their pictures as inputs of `model.generate`."""
+    from PIL import Image
+
+    chats = []
+    for item in items:
+        picture = {"type": "image", "image": Image.fromarray(item.picture)}
+        chats.append([{"role": "user", "content": [picture, {"type": "text", "text": item.question.text}]}])
+    return processor.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
 
 
 def score_items(items: Sequence[Item], answers: "Sequence[SpatialAnswer]") -> dict[str, float]:
@@ -128,7 +132,7 @@ def _score_masks(pairs: "list[tuple[Item, SpatialAnswer]]") -> dict[str, float]:
 def _score_words(kind: str, pairs: "list[tuple[Item, SpatialAnswer]]") -> dict[str, float]:
     if not pairs:
         return {}
-    right = [answer.text.strip().rstrip(".").lower() == item.question.answer.lower() for item, answer in pairs]
+    right = [conclusion(answer.text).lower() == item.question.answer.lower() for item, answer in pairs]
     groups: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
     for question in (item.question for item, _ in pairs):
         if kind == "closer_object":  # its choices are the phrases of the question: what may be frequent is their place

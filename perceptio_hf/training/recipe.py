@@ -13,6 +13,7 @@ A recipe holds the settings of `PerceptioSFTConfig` and those of `RecipeArgument
       - depth_folder: data/depth    # pictures with depth maps beside them
         unit: mm
         leave_out_every: 5          # all but the 5th, 10th, ... sample; `take_every: 5` takes just these
+        variants: 24                # and 24 of each, see `perceptio_hf.data.variants.with_variants`
 """
 
 import difflib
@@ -31,13 +32,14 @@ from trl import TrlParser
 
 from ..data.mixture import mix_tasks
 from ..data.sources import depth_folder, load_samples
+from ..data.variants import with_variants
 from ..data.world_samples import world_dataset
 from .config import PerceptioSFTConfig
 
 SFT, TINY = "sft", "tiny"
 # The key that says where a task's samples come from -> what reads them; its other arguments are further keys.
 SOURCES: dict[str, Callable] = {"world": world_dataset, "samples": load_samples, "depth_folder": depth_folder}
-_TASK_KEYS = ("name", "weight", "take_every", "leave_out_every")
+_TASK_KEYS = ("name", "weight", "take_every", "leave_out_every", "variants")
 _EXPECTED = {
     bool: "true or false",
     int: "a whole number",
@@ -238,7 +240,8 @@ def load_tasks(
         weight = task.get("weight", 1.0)
         _check_value(f"{place} ({name}): weight", weight, float)
         dataset = _load_task(task, kind, f"{place} ({name})", data_folder)
-        datasets[name], weights[name] = _part_of(dataset, task, f"{place} ({name})"), float(weight)
+        dataset = _part_of(dataset, task, f"{place} ({name})")
+        datasets[name], weights[name] = _varied(dataset, task, f"{place} ({name})"), float(weight)
     return datasets, weights
 
 
@@ -272,6 +275,17 @@ def _part_of(dataset, task: Mapping[str, Any], place: str):
             f"{place}: {key} is {step!r}; expected a whole number from 2 to {size}, the number of samples."
         )
     return dataset.select([index for index in range(size) if (index % step == step - 1) == (key == "take_every")])
+
+
+def _varied(dataset, task: Mapping[str, Any], place: str):
+    if "variants" not in task:
+        return dataset
+    if not hasattr(dataset, "select"):
+        raise ValueError(f"{place}: variants are made of a set that is no stream.")
+    try:
+        return with_variants(dataset, task["variants"])
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 def training_set(arguments: RecipeArguments):

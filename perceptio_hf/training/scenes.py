@@ -5,7 +5,7 @@ is a row of its own behind that prefix. Questions never see one another, as if e
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,46 +14,151 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ..data.cells import cell_at, cell_word, cell_words, nearness_word
 from ..data.world import Question, Scene, ask, draw_points, render_scene
 from ..data.world.scene import COLORS, MATERIALS, SHAPES, SIZES
+from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
 from ..processing.processing_perceptio import PerceptioProcessor
 from ..tokens import SEG_TOKEN, depth_span
+from .loss_labels import IGNORED_LABEL
 
-_IGNORED_LABEL = -100
+_LOOKED_UP = 8  # cells in one question about nearness
+_NEARNESS = ("How near are {cells}?", "Look up {cells}.", "Tell me how near {cells} are.")
+_LOCATE = ("Where are the marked points?", "Which cells hold the circled points?", "Locate the labeled points.")
+LETTERS = "ABCDE"
+SEGMENT, WRITE, FIND, READ = 1, 2, 3, 4  # why a token looks somewhere
+_MARKED, _MARKED_ANYWAY = 0.85, 0.5  # how often the points of a question are shown, and points without one
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """What answers are made of; the variants of an ablation differ here.
+
+    Args:
+        masks: [SEG] tokens for what is named, and referring questions.
+        depth: depth spans where distance matters, questions about depth and nearness.
+        steps: the cells a question is about, and their nearness if there is a span, in words before the conclusion.
+        words: questions that are answered in words.
+    """
+
+    masks: bool = True
+    depth: bool = True
+    steps: bool = True
+    words: bool = True
 
 
 @dataclass(frozen=True)
 class Response:
-    """What the assistant is to write: a mask for each of `masks` (instance ids), a depth span if asked, words."""
+    """What the assistant is to write: a mask for each of `masks` (instance ids), a depth span if asked, words.
+
+    `found` are the cells that the answer must find in the picture (those that only repeat the question are not).
+    """
 
     question: str
     masks: tuple[int, ...]
     depth: bool
     words: str
     kind: str
+    found: tuple[int, ...] = ()
 
 
-def response_to(question: Question, spatial: str = "auto") -> Response:
-    """The response that teaches the order of spans: masks where objects are named, depth where distance matters.
+@dataclass(frozen=True)
+class Marks:
+    """The points drawn into a picture, (x, y) each, and their letters."""
 
-    spatial: "auto" for the question's own form, "none" for words only, "full" for masks and depth.
+    points: tuple[tuple[int, int], ...]
+    letters: tuple[str, ...]
+
+    def cells(self, size: int, grid: int) -> tuple[int, ...]:
+        """The cell of each."""
+        return tuple(cell_at(point, (size, size), grid) for point in self.points)
+
+    @classmethod
+    def anywhere(cls, size: int, grid: int, rng: np.random.Generator) -> "Marks":
+        """Three to five points in cells of their own, off the border."""
+        letters = LETTERS[: rng.integers(3, 6)]
+        side, inner = size / grid, [cell for cell in range(grid**2) if 0 < cell % grid < grid - 1]
+        cells = rng.choice([cell for cell in inner if grid <= cell < grid * (grid - 1)], len(letters), replace=False)
+        spots = rng.uniform(0.15, 0.85, (len(letters), 2))
+        points = tuple(
+            (int((cell % grid + x) * side), int((cell // grid + y) * side))
+            for cell, (x, y) in zip(cells, spots, strict=True)
+        )
+        return cls(points, tuple(letters))
+
+
+def steps_in_words(cells: Sequence[int], letters: Sequence[str] = (), *, nearness: bool) -> str:
+    """`A p27 d00 B p03 d00`: cells, each behind its letter; the nearness is blank, the codec fills it in.
+
+    Without letters the text begins with a space, since the words of cells hold the one before them.
     """
-    masks = question.targets if spatial != "none" else ()
-    depth = spatial == "full" or (spatial == "auto" and question.kind in ("depth", "closer_object", "closest_point"))
-    return Response(question.text, masks, depth, question.answer, question.kind)
+    near = f" {nearness_word(0)}" if nearness else ""
+    heads = [f" {letter}" for letter in letters] or [""] * len(cells)
+    text = "".join(f"{head} {cell_word(cell)}{near}" for head, cell in zip(heads, cells, strict=True))
+    return text[1:] if letters else text
 
 
-def choose_responses(questions: list[Question], rng: np.random.Generator) -> list[Response]:
-    """One depth span for the depth question and one for another: a span costs as many tokens as four questions."""
-    responses = []
-    with_span = [index for index, q in enumerate(questions) if q.kind in ("refer", "closer_object", "closest_point")]
-    chosen = rng.choice(with_span) if with_span else -1
-    for index, question in enumerate(questions):
-        if index == chosen:
-            responses.append(response_to(question, "full"))
-        elif question.kind not in ("closer_object", "closest_point"):
-            responses.append(response_to(question))
-    return responses
+class Responder:
+    """Makes responses to the questions about one scene."""
+
+    def __init__(self, form: AnswerForm, grid: int):
+        self.form, self.grid = form, grid
+
+    def respond(self, scene: Scene, question: Question, *, masks: bool, depth: bool) -> Response:
+        """The response with the spans asked for, as far as the form allows them."""
+        masks, depth = masks and self.form.masks, depth and self.form.depth
+        if question.points:
+            places, letters = question.points, question.letters
+        elif question.kind == "closer_object":
+            places, letters = [scene.objects[k - 1].center for k in question.targets], ()
+        else:
+            places, letters = (), ()
+        cells = tuple(cell_at(place, scene.instances.shape, self.grid) for place in places)
+        words = question.answer
+        if cells and self.form.steps:
+            words = f"{steps_in_words(cells, letters, nearness=depth)}: {words}"
+        found = cells if self.form.steps else ()
+        return Response(question.text, question.targets if masks else (), depth, words, question.kind, found)
+
+    def choose(self, scene: Scene, questions: list[Question], marks: Marks, rng: np.random.Generator) -> list[Response]:
+        """A response to every question, and those that only training asks: cells of marks, nearness of cells.
+
+        A span costs as many tokens as four questions, so that only questions that rest on it get one: the closest
+        mark, one about two objects, one about depth or nearness, now and then a referring one.
+        """
+        responses, compared = [], False
+        for question in questions:
+            if question.kind == "refer" and self.form.masks:
+                responses.append(self.respond(scene, question, masks=True, depth=rng.random() < 0.06))
+            elif question.kind == "depth" and self.form.depth:
+                responses.append(self._depth(scene, question, marks, rng))
+            elif question.kind == "closest_point" and self.form.words:
+                responses.append(self.respond(scene, question, masks=False, depth=True))
+            elif question.kind == "closer_object" and self.form.words and not compared:
+                responses.append(self.respond(scene, question, masks=rng.random() < 0.5, depth=True))
+                compared = True
+            elif question.kind in ("count", "attribute") and self.form.words:
+                responses.append(self.respond(scene, question, masks=False, depth=False))
+        if marks.points and self.form.words and self.form.steps:
+            cells = marks.cells(scene.size, self.grid)
+            words = steps_in_words(cells, marks.letters, nearness=False)
+            responses.append(Response(str(rng.choice(_LOCATE)), (), False, words, "locate", cells))
+        return responses
+
+    def _depth(self, scene: Scene, question: Question, marks: Marks, rng: np.random.Generator) -> Response:
+        """The question about depth itself, or about the nearness of cells or marks."""
+        draw = rng.random()
+        if not (self.form.words and self.form.steps) or draw < 0.4:
+            return self.respond(scene, question, masks=False, depth=True)
+        if draw < 0.7 or not marks.points:
+            cells = rng.choice(self.grid**2, _LOOKED_UP, replace=False).tolist()
+            named = ", ".join(map(cell_word, cells[:-1])) + f" and {cell_word(cells[-1])}"
+            found, letters = (), ()
+        else:
+            cells = found = marks.cells(scene.size, self.grid)
+            named, letters = "the marked points", marks.letters
+        text = str(rng.choice(_NEARNESS)).format(cells=named)
+        return Response(text, (), True, steps_in_words(cells, letters, nearness=True), "nearness", found)
 
 
 @dataclass
@@ -65,13 +170,14 @@ class AskedScene:
     instances: np.ndarray  # (H, W) uint8
     kinds: np.ndarray  # (objects + 1, 4) shape, colour, size, material of each instance id; 0 = background
     cells: np.ndarray  # (g * g,) instance id that each image token sees
+    letters: np.ndarray  # (g * g,) 1 + index of the letter of the point marked there, 0 = none
     turns: list[tuple[list[int], list[int], Response]]
 
 
 class SceneAsker:
     """Renders scenes and tokenizes their questions for one processor; the depth codes are filled in by the codec."""
 
-    def __init__(self, processor: PerceptioProcessor, size: int):
+    def __init__(self, processor: PerceptioProcessor, size: int, form: AnswerForm | None = None):
         self.processor, self.size = processor, size
         self.grid = int(processor.image_seq_length**0.5)
         picture = (
@@ -80,6 +186,11 @@ class SceneAsker:
         self.prefix = self._encode(f"<|im_start|>user\n{picture}\n")
         self.blank_span = depth_span([0] * processor.num_depth_tokens)
         self.end = processor.tokenizer.eos_token_id
+        ids = processor.spatial_token_ids()
+        self.seg_id, self.start_id = ids["seg_token_id"], ids["depth_start_token_id"]
+        words = processor.tokenizer.convert_tokens_to_ids(cell_words(self.grid))
+        self.cell_ids = {token: cell for cell, token in enumerate(words)}
+        self.responder = Responder(form or AnswerForm(), self.grid)
 
     def _encode(self, text: str) -> list[int]:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -90,22 +201,58 @@ class SceneAsker:
         span = self.blank_span if response.depth else ""
         return asked, [*self._encode(SEG_TOKEN * len(response.masks) + span + response.words), self.end]
 
+    def looks(
+        self, scene: AskedScene, asked: int, answer: list[int], response: Response
+    ) -> Iterator[tuple[int, list[int] | int, int]]:
+        """Where each token of an answer had better look: (its place in the turn, places of prefix and turn, why).
+
+        A code of the span looks at its own image token when it is predicted, a [SEG] at the object's, a cell that must
+        be found at its own when it is predicted; a cell that was written, at its code in the span.
+        """
+        picture = self.prefix.index(self.processor.image_token_id)
+        segs, found, span = iter(response.masks), set(response.found), None
+        for place, token in enumerate(answer, start=asked):
+            if token == self.seg_id:
+                instance = next(segs)
+                yield place, [picture + cell for cell in np.flatnonzero(scene.cells == instance)], SEGMENT
+            elif token == self.start_id:
+                span = place + 1
+                for cell in range(self.grid**2):
+                    yield place + cell, picture + cell, WRITE
+            elif token in self.cell_ids:
+                cell = self.cell_ids[token]
+                if cell in found:
+                    yield place - 1, picture + cell, FIND
+                if span is not None:
+                    yield place, len(self.prefix) + span + cell, READ
+
+    def _marks(self, questions: list[Question], rng: np.random.Generator) -> Marks | None:
+        """The points that a question is about, now and then none: most users' pictures are not marked."""
+        marked = [Marks(question.points, question.letters) for question in questions if question.points]
+        return marked[0] if marked and rng.random() < _MARKED else None
+
     def scene(self, seed: int) -> AskedScene:
-        """Render one scene, mark its points, and ask about it."""
+        """Render one scene, mark points, and ask about it."""
         rng = np.random.default_rng([seed, 1])
         scene = render_scene(seed, size=self.size)
         questions = ask(scene, rng)
-        image = scene.image
-        for question in questions:
-            if question.points:
-                image = draw_points(image, question.points, question.letters)
+        marks = self._marks(questions, rng)
+        if marks is None or len(set(marks.cells(self.size, self.grid))) < len(marks.points):
+            # Where two points share a cell, the cells cannot tell which is nearer.
+            questions = [question for question in questions if not question.points]
+            marks = Marks.anywhere(self.size, self.grid, rng) if rng.random() < _MARKED_ANYWAY else Marks((), ())
+        letters = np.zeros(self.grid**2, dtype=np.int64)
+        for cell, letter in zip(marks.cells(self.size, self.grid), marks.letters, strict=True):
+            letters[cell] = 1 + LETTERS.index(letter)
+        responses = self.responder.choose(scene, questions, marks, rng)
         return AskedScene(
-            image=image,
+            image=draw_points(scene.image, marks.points, marks.letters),
             depth=scene.depth,
             instances=scene.instances,
             kinds=describe_objects(scene),
             cells=instance_of_cells(scene, self.grid),
-            turns=[(*self.turn(response), response) for response in choose_responses(questions, rng)],
+            letters=letters,
+            turns=[(*self.turn(response), response) for response in responses],
         )
 
 
@@ -128,6 +275,7 @@ def describe_objects(scene: Scene) -> np.ndarray:
 
 
 KIND_CLASSES = tuple(1 + len(names) for names in (SHAPES, COLORS, SIZES, MATERIALS))
+CELL_CLASSES = (*KIND_CLASSES, 1 + len(LETTERS))
 
 
 @dataclass
@@ -140,6 +288,7 @@ class TurnBatch:
     mask_rows: torch.Tensor  # (m,) scene of each [SEG], in reading order
     mask_instances: torch.Tensor  # (m,) instance id each [SEG] stands for
     mask_kinds: torch.Tensor  # (m, 4) what kind of object that is
+    looks: torch.Tensor  # (n, L, P + L) uint8: where each token had better look, and why, see `SceneAsker.looks`
 
 
 @dataclass
@@ -150,7 +299,7 @@ class SceneBatch:
     mask_pixel_values: torch.Tensor  # (b, 3, S, S) normalised as SAM2 does
     inverse_depth: torch.Tensor  # (b, H, W) relative, 1 = nearest
     instances: torch.Tensor  # (b, H, W)
-    cells: torch.Tensor  # (b, g * g, 4) shape, colour, size, material of what each image token sees; 0 = background
+    cells: torch.Tensor  # (b, g * g, 5) shape, colour, size, material, letter that each image token sees; 0 = none
     prefix_ids: torch.Tensor  # (b, P)
     turns: list[TurnBatch]
 
@@ -170,6 +319,17 @@ class SceneBatch:
         return F.interpolate(inside[:, None], size=size, mode="bilinear", antialias=True)[:, 0]
 
 
+def click_prompts(model: PerceptioForConditionalGeneration, scenes: SceneBatch) -> torch.Tensor:
+    """(m, C): SAM2's embedding of a click somewhere on the object of each [SEG]."""
+    inside = scenes.instances[scenes.mask_rows] == scenes.mask_instances[:, None, None]
+    pixel, size = inside.flatten(1).float().multinomial(1)[:, 0], inside.shape[-1]
+    clicks = torch.stack([pixel % size, pixel // size], -1) + 0.5  # (m, 2) x, y
+    clicks = clicks * scenes.mask_pixel_values.shape[-1] / size
+    labels = torch.ones(len(clicks), 1, 1, dtype=torch.int)
+    points, _ = model.mask_model.prompt_encoder(clicks[:, None, None], labels, input_boxes=None, input_masks=None)
+    return points[:, 0, 0]
+
+
 def normalise(pictures: torch.Tensor, side: int) -> torch.Tensor:
     """(b, H, W, 3) uint8 -> (b, 3, side, side), antialiased bilinear, ImageNet statistics; as the processor does."""
     pixels = pictures.permute(0, 3, 1, 2).float() / 255
@@ -179,61 +339,64 @@ def normalise(pictures: torch.Tensor, side: int) -> torch.Tensor:
     return (pixels - mean[:, None, None]) / std[:, None, None]
 
 
-def collate(scenes: list[AskedScene], *, prefix: list[int], pad: int, mask_side: int) -> SceneBatch:
+def collate(scenes: list[AskedScene], asker: SceneAsker) -> SceneBatch:
     """Stack scenes and pad their turns."""
+    processor = asker.processor
     pictures = torch.from_numpy(np.stack([scene.image for scene in scenes]))
     inverse = 1 / torch.from_numpy(np.stack([scene.depth for scene in scenes]))
     far, near = inverse.amin((1, 2), keepdim=True), inverse.amax((1, 2), keepdim=True)
     turns = [(row, *turn) for row, scene in enumerate(scenes) for turn in scene.turns]
+    cells = [np.column_stack([scene.kinds[scene.cells], scene.letters]) for scene in scenes]
+    groups = [[turn for turn in turns if turn[3].depth], [turn for turn in turns if not turn[3].depth]]
     return SceneBatch(
         pixel_values=normalise(pictures, pictures.shape[1]),
-        mask_pixel_values=normalise(pictures, mask_side),
+        mask_pixel_values=normalise(pictures, processor.mask_image_size),
         inverse_depth=(inverse - far) / (near - far),
         instances=torch.from_numpy(np.stack([scene.instances for scene in scenes])).long(),
-        cells=torch.from_numpy(np.stack([scene.kinds[scene.cells] for scene in scenes])),
-        prefix_ids=torch.tensor([prefix] * len(scenes)),
-        turns=[
-            _stack_turns([turn for turn in turns if turn[3].depth], scenes, pad),
-            _stack_turns([turn for turn in turns if not turn[3].depth], scenes, pad),
-        ],
+        cells=torch.from_numpy(np.stack(cells)),
+        prefix_ids=torch.tensor([asker.prefix] * len(scenes)),
+        turns=[_stack_turns(group, scenes, asker) for group in groups if group],
     )
 
 
 def _stack_turns(
-    turns: list[tuple[int, list[int], list[int], Response]], scenes: list[AskedScene], pad: int
+    turns: list[tuple[int, list[int], list[int], Response]], scenes: list[AskedScene], asker: SceneAsker
 ) -> TurnBatch:
     ids = [torch.tensor(asked + answer) for _, asked, answer, _ in turns]
-    labels = [torch.tensor([_IGNORED_LABEL] * len(asked) + answer) for _, asked, answer, _ in turns]
+    labels = [torch.tensor([IGNORED_LABEL] * len(asked) + answer) for _, asked, answer, _ in turns]
     masks = [(row, instance) for row, *_, response in turns for instance in response.masks]
     kinds = [scenes[row].kinds[instance] for row, instance in masks]
+    input_ids = pad_sequence(ids, batch_first=True, padding_value=asker.processor.tokenizer.pad_token_id)
+    looks = torch.zeros(*input_ids.shape, len(asker.prefix) + input_ids.shape[1], dtype=torch.uint8)
+    for index, (row, asked, answer, response) in enumerate(turns):
+        for query, keys, why in asker.looks(scenes[row], len(asked), answer, response):
+            looks[index, query, keys] = why
     return TurnBatch(
-        input_ids=pad_sequence(ids, batch_first=True, padding_value=pad),
-        labels=pad_sequence(labels, batch_first=True, padding_value=_IGNORED_LABEL),
+        input_ids=input_ids,
+        labels=pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
         rows=torch.tensor([row for row, *_ in turns]),
         mask_rows=torch.tensor([row for row, _ in masks], dtype=torch.long),
         mask_instances=torch.tensor([instance for _, instance in masks], dtype=torch.long),
         mask_kinds=torch.from_numpy(np.array(kinds, dtype=np.int64).reshape(-1, len(KIND_CLASSES))),
+        looks=looks,
     )
 
 
 class SceneStream(IterableDataset):
     """Batches of fresh scenes, from `first_seed` on; no scene comes twice, in whichever process."""
 
-    def __init__(
-        self, processor: PerceptioProcessor, size: int, batch_size: int, first_seed: int, rank: int, processes: int
-    ):
-        self.asker = SceneAsker(processor, size)
+    def __init__(self, asker: SceneAsker, batch_size: int, first_seed: int, rank: int, processes: int):
+        self.asker = asker
         self.batch_size, self.first_seed, self.rank, self.processes = batch_size, first_seed, rank, processes
 
     def __iter__(self) -> Iterator[SceneBatch]:
         torch.set_num_threads(1)
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        tokenizer, side = self.asker.processor.tokenizer, self.asker.processor.mask_image_size
         for step in itertools.count(number, workers):
             first = self.first_seed + (step * self.processes + self.rank) * self.batch_size
             scenes = [self.asker.scene(seed) for seed in range(first, first + self.batch_size)]
-            yield collate(scenes, prefix=self.asker.prefix, pad=tokenizer.pad_token_id, mask_side=side)
+            yield collate(scenes, self.asker)
 
 
 def scene_batches(
@@ -242,6 +405,7 @@ def scene_batches(
     size: int,
     batch_size: int,
     first_seed: int,
+    form: AnswerForm | None = None,
     workers: int = 1,
     rank: int = 0,
     processes: int = 1,
@@ -250,5 +414,5 @@ def scene_batches(
 
     Of `processes` that train together, number `rank` gets every `processes`-th batch.
     """
-    stream = SceneStream(processor, size, batch_size, first_seed, rank, processes)
+    stream = SceneStream(SceneAsker(processor, size, form), batch_size, first_seed, rank, processes)
     return iter(DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))

@@ -28,7 +28,6 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import DynamicCache
 
 from ..data.depth_maps import DepthMap
 from ..data.world import render_scene, text_corpus
@@ -38,11 +37,12 @@ from ..modeling.modeling_depth_vqvae import DepthVQVAE
 from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
 from ..processing.processing_perceptio import PerceptioProcessor
 from .codebook import CodebookOptions, DepthBank, train_codebook
+from .language import LanguageLesson, nearness_of_codes
 from .losses import mask_loss, score_loss
-from .scenes import KIND_CLASSES, SceneBatch, scene_batches
+from .scenes import CELL_CLASSES, KIND_CLASSES, SceneBatch, click_prompts, scene_batches
 from .tiny_model import IMAGE_SEQ_LENGTH, IMAGE_SIZE, tiny_config, tiny_processor, tiny_tokenizer
 
-STAGES = ("masks", "vision", "language")
+STAGES = ("masks", "vision", "lookup", "language")
 # Where masks start from nothing and objects are small, the cross-entropy of the background holds every logit down.
 _DICE_WEIGHT = 4.0
 _RENDEZVOUS = ".rendezvous"  # where the processes find one another
@@ -67,6 +67,9 @@ class TinyRecipe:
     vision_steps: int = 800
     vision_batch: int = 16
     vision_lr: float = 1.5e-3
+    lookup_steps: int = 800
+    lookup_batch: int = 16
+    lookup_lr: float = 2e-3
     language_steps: int = 2500
     language_batch: int = 16
     language_lr: float = 1.5e-3
@@ -82,6 +85,7 @@ class TinyRecipe:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold keys and values, e.g. `seed: 0`.")
+        values.pop("recipe", None)  # what kind of recipe this is, for the command
         known = {item.name: item.type for item in fields(cls)}
         for key, value in values.items():
             if key not in known:
@@ -131,6 +135,8 @@ def _train_stages(rank: int, processes: int, recipe: TinyRecipe, out: Path, work
     torch.manual_seed(recipe.seed * 1000 + rank)  # the weights are the same everywhere, the draws are not
     for stage in STAGES:
         trainer.run(stage)
+        if stage == "lookup" and rank == 0 and not (out / "start").exists():
+            _save(model, processor, out / "start")  # where an ablation begins
     if rank == 0:
         _save(model, processor, out / "checkpoint")
     dist.destroy_process_group()
@@ -220,10 +226,10 @@ class _Stages:
         hidden = model.config.text_config.hidden_size
         prompt = model.config.mask_config.mask_decoder_config.hidden_size
         # Heads that only training needs.
-        self.cell_head = nn.Linear(hidden, model.config.num_depth_codes + sum(KIND_CLASSES))
+        self.cell_head = nn.Linear(hidden, model.config.num_depth_codes + sum(CELL_CLASSES))
         self.kind_prompts = nn.ModuleList([nn.Embedding(count, prompt) for count in KIND_CLASSES])
         self.heads = nn.ModuleList([self.cell_head, self.kind_prompts])
-        self.code_ids = torch.tensor(model.config.depth_token_ids)
+        self.lesson = LanguageLesson(model, processor, nearness_of_codes(model.depth_model, recipe.seed))
 
     def run(self, stage: str) -> None:
         """Train one stage, or load its result where it is finished."""
@@ -286,6 +292,7 @@ class _Stages:
         chosen = {
             "masks": [model.mask_model, self.kind_prompts],
             "vision": [model.model.vision_tower, model.model.multi_modal_projector, self.cell_head],
+            "lookup": [model.model.language_model, model.lm_head],
             "language": [
                 model.model,
                 model.lm_head,
@@ -329,15 +336,7 @@ class _Stages:
         """For each object asked for: (m, C) a learnt vector of its kind, and SAM2's embedding of a click on it."""
         kinds = torch.cat([turns.mask_kinds for turns in scenes.turns])
         named = sum(table(kinds[:, index]) for index, table in enumerate(self.kind_prompts))
-        inside = scenes.instances[scenes.mask_rows] == scenes.mask_instances[:, None, None]
-        pixel, size = inside.flatten(1).float().multinomial(1)[:, 0], inside.shape[-1]
-        clicks = torch.stack([pixel % size, pixel // size], -1) + 0.5  # (m, 2) x, y
-        clicks = clicks * self.processor.mask_image_size / size
-        labels = torch.ones(len(clicks), 1, 1, dtype=torch.int)
-        points, _ = self.model.mask_model.prompt_encoder(
-            clicks[:, None, None], labels, input_boxes=None, input_masks=None
-        )
-        return named, points[:, 0, 0]
+        return named, click_prompts(self.model, scenes)
 
     def _prompted_masks(self, scenes: SceneBatch, *prompts) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Losses of the masks that each set of prompts (m, C) gives; the parts are those of the first set.
@@ -372,7 +371,7 @@ class _Stages:
         return self._cell_parts(scenes, features, self.model.depth_model.encode(scenes.inverse_depth))
 
     def _cell_parts(self, scenes: SceneBatch, features, codes) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        depth, *kinds = self.cell_head(features).float().split([self.model.config.num_depth_codes, *KIND_CLASSES], -1)
+        depth, *kinds = self.cell_head(features).float().split([self.model.config.num_depth_codes, *CELL_CLASSES], -1)
         code_loss = F.cross_entropy(depth.flatten(0, 1), codes.flatten())
         kind_losses = [
             F.cross_entropy(kind.flatten(0, 1), scenes.cells[..., index].flatten()) for index, kind in enumerate(kinds)
@@ -380,46 +379,20 @@ class _Stages:
         parts = {"cell_code": code_loss, "cell_kind": sum(kind_losses)}
         return code_loss + sum(kind_losses), parts
 
+    def _lookup_loss(self, scenes: SceneBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self.lesson.look_up(self.model.depth_model.encode(scenes.inverse_depth))
+
     def _language_loss(self, scenes: SceneBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        codes = self.model.depth_model.encode(scenes.inverse_depth)  # (b, N)
-        prefix = self.model.model(
-            input_ids=scenes.prefix_ids, pixel_values=scenes.pixel_values, past_key_values=DynamicCache()
-        )
-        states, losses, is_code = [], [], []
-        for turns in scenes.turns:
-            row_codes = codes[turns.rows]
-            hidden = self._after_prefix(
-                prefix.past_key_values, self._fill_spans(turns.input_ids, row_codes), turns.rows
-            )
-            targets = self._fill_spans(turns.labels, row_codes)[:, 1:]
-            supervised = targets != -100
-            logits = self.model.lm_head(hidden[:, :-1][supervised]).float()
-            losses.append(F.cross_entropy(logits, targets[supervised], reduction="none"))
-            is_code.append(torch.isin(targets[supervised], self.code_ids))
-            states.append(hidden[turns.labels == self.model.config.seg_token_id])
-        losses, is_code = torch.cat(losses), torch.cat(is_code)
-        parts = {"text": losses[~is_code].mean(), "depth": losses[is_code].mean()}
-        segs, taught = self.model.seg_projector(torch.cat(states)), sum(self._prompts(scenes))
+        lesson = self.lesson.read(scenes)
+        segs, taught = self.model.seg_projector(lesson.seg_states), sum(self._prompts(scenes))
         masks, mask_parts = self._prompted_masks(scenes, segs, taught)
         mask_parts["align"] = F.mse_loss(segs.float(), taught.detach().float())
-        cells, cell_parts = self._cell_parts(scenes, prefix.image_hidden_states, codes)
-        total = parts["text"] + parts["depth"] + masks + 0.25 * mask_parts["align"] + 0.2 * cells
-        return total, parts | mask_parts | cell_parts
-
-    def _after_prefix(self, prefix: DynamicCache, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Hidden states (n, L, d) of turns behind the cached prefixes of their scenes, with gradients through both."""
-        cache = DynamicCache([(layer.keys[rows], layer.values[rows]) for layer in prefix.layers])
-        return self.model.model(input_ids=ids, past_key_values=cache).last_hidden_state
-
-    def _fill_spans(self, ids: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """Put each row's codes (n, N) into its blank depth span, if it has one."""
-        ids = ids.clone()
-        blank = ids == self.code_ids[0]
-        ids[blank] = self.code_ids[codes[blank.any(1)]].flatten()
-        return ids
+        cells, cell_parts = self._cell_parts(scenes, lesson.image_states, lesson.codes)
+        total = lesson.loss + masks + 0.25 * mask_parts["align"] + 0.2 * cells
+        return total, lesson.parts | mask_parts | cell_parts
 
 
-_FIRST_SEEDS = {"masks": 10_000_000, "vision": 20_000_000, "language": 30_000_000}
+_FIRST_SEEDS = {"masks": 10_000_000, "vision": 20_000_000, "lookup": 50_000_000, "language": 30_000_000}
 
 
 def schedule(step: int, steps: int, warmup: int = 100) -> float:

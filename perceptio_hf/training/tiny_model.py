@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GotOcr2ImageProcessorPil, PreTrainedTokenizerFast, Qwen2Config, Sam2Config
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 
+from ..data.cells import cell_words, nearness_words
 from ..modeling.configuration_depth_vqvae import DepthVQVAEConfig
 from ..modeling.configuration_perceptio import PerceptioConfig
 from ..processing.processing_perceptio import PerceptioProcessor
@@ -34,7 +35,8 @@ _WORDS_MACRO = (
 
 
 def tiny_tokenizer(corpus: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer learnt from `corpus`, with InternVL's special tokens."""
+    """A byte-level BPE tokenizer learnt from `corpus`, with InternVL's special tokens and one token for each cell and
+    each nearness level in words."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -45,7 +47,7 @@ def tiny_tokenizer(corpus: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(
+    words = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
@@ -57,6 +59,8 @@ def tiny_tokenizer(corpus: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
             "video_token": "<video>",
         },
     )
+    words.add_tokens(cell_words(int(IMAGE_SEQ_LENGTH**0.5)) + nearness_words())
+    return words
 
 
 def tiny_processor(tokenizer: PreTrainedTokenizerFast, depth_config: DepthVQVAEConfig) -> PerceptioProcessor:

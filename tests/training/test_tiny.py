@@ -1,13 +1,16 @@
 """The tiny training: its sequences are ordinary conversations, its stages learn, and a stopped run goes on."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, DynamicCache
 
 from perceptio_hf import DepthVQVAE, PerceptioForConditionalGeneration
-from perceptio_hf.data.world import ask, render_scene, text_corpus
-from perceptio_hf.training.scenes import SceneAsker, choose_responses, collate, scene_batches
+from perceptio_hf.data.cells import cell_at
+from perceptio_hf.data.world import render_scene, text_corpus
+from perceptio_hf.training.scenes import AnswerForm, SceneAsker, collate, scene_batches
 from perceptio_hf.training.tiny import STAGES, TinyRecipe, fresh_model, schedule, train_tiny
 from perceptio_hf.training.tiny_model import tiny_processor, tiny_tokenizer
 
@@ -36,7 +39,7 @@ def test_a_turn_behind_its_prefix_equals_a_conversation(fresh, scene_processor):
     """Same states as the chat template's text in one row, which is what users will ask."""
     asker = SceneAsker(scene_processor, 128)
     scenes = [asker.scene(seed) for seed in (1, 2)]
-    batch = collate(scenes, prefix=asker.prefix, pad=scene_processor.tokenizer.pad_token_id, mask_side=192)
+    batch = collate(scenes, asker)
     prefix = fresh.model(
         input_ids=batch.prefix_ids, pixel_values=batch.pixel_values, past_key_values=DynamicCache()
     ).past_key_values
@@ -73,7 +76,7 @@ def test_a_turn_behind_its_prefix_equals_a_conversation(fresh, scene_processor):
 def test_the_pixels_are_the_processor_s(scene_processor):
     asker = SceneAsker(scene_processor, 128)
     scene = asker.scene(3)
-    batch = collate([scene], prefix=asker.prefix, pad=0, mask_side=scene_processor.mask_image_size)
+    batch = collate([scene], asker)
     inputs = scene_processor(images=[scene.image], text="<IMG_CONTEXT>", return_tensors="pt")
     torch.testing.assert_close(batch.pixel_values, inputs.pixel_values, atol=2e-2, rtol=0)
     torch.testing.assert_close(batch.mask_pixel_values, inputs.mask_pixel_values)
@@ -102,12 +105,67 @@ def test_processes_share_scenes_without_overlap(scene_processor):
     assert torch.equal(one, torch.cat([first[0], second[0], first[1], second[1]]))
 
 
-def test_one_span_besides_the_depth_question():
-    for seed in range(20):
-        questions = ask(render_scene(seed), np.random.default_rng(seed))
-        responses = choose_responses(questions, np.random.default_rng(seed))
-        assert sum(response.depth for response in responses) <= 2
-        assert any(response.kind == "depth" and response.depth for response in responses)
+def test_answers_take_the_form_asked_for(scene_processor):
+    forms = {
+        "full": AnswerForm(),
+        "words": AnswerForm(masks=False, depth=False),
+        "answers": AnswerForm(masks=False, depth=False, steps=False),
+        "masks": AnswerForm(depth=False, steps=False, words=False),
+    }
+    for name, form in forms.items():
+        asker = SceneAsker(scene_processor, 128, form)
+        responses = [turn[2] for seed in range(12) for turn in asker.scene(seed).turns]
+        kinds = {response.kind for response in responses}
+        assert any(response.depth for response in responses) == form.depth
+        assert any(response.masks for response in responses) == form.masks
+        assert ({"closest_point", "count", "attribute"} <= kinds) == form.words
+        assert any(re.search(r"\bp\d\d\b", response.words) for response in responses) == form.steps
+        assert any(" d00" in response.words for response in responses) == form.depth, name
+
+
+def test_tokens_are_told_to_look_where_their_answer_is(scene_processor):
+    asker = SceneAsker(scene_processor, 128)
+    scenes = [asker.scene(seed) for seed in range(6)]
+    batch = collate(scenes, asker)
+    picture, words = asker.prefix.index(scene_processor.image_token_id), scene_processor.tokenizer
+    checked = {"span": 0, "read": 0, "found": 0, "seg": 0}
+    for group in batch.turns:
+        turns = [(row, turn) for row, scene in enumerate(scenes) for turn in scene.turns]
+        turns = [(row, turn) for row, turn in turns if turn[2].depth == bool((group.labels == asker.start_id).any())]
+        for ids, looks, (row, (asked, answer, response)) in zip(group.input_ids, group.looks, turns, strict=True):
+            sequence = asker.prefix + ids.tolist()
+            for place in range(len(asked), len(asked) + len(answer)):
+                keys = looks[place].nonzero()[:, 0].tolist()
+                token, following = ids[place].item(), words.decode(ids[place + 1 : place + 2])
+                if token == asker.seg_id:
+                    checked["seg"] += 1
+                    assert [key - picture for key in keys] == np.flatnonzero(
+                        np.isin(scenes[row].cells, response.masks[: 1 + (ids[:place] == asker.seg_id).sum()])
+                        & np.isin(scenes[row].cells, [response.masks[(ids[:place] == asker.seg_id).sum()]])
+                    ).tolist()
+                elif following.startswith(" p") and following[2:].isdecimal() and response.found:
+                    checked["found"] += 1
+                    assert keys == [picture + int(following[2:])]
+                elif token in asker.cell_ids and response.depth:
+                    checked["read"] += 1
+                    start = sequence.index(asker.start_id)
+                    assert keys == [start + 1 + asker.cell_ids[token]]
+                elif response.depth and token == asker.start_id:
+                    checked["span"] += 1
+                    assert keys == [picture]
+                assert all(key <= len(asker.prefix) + place for key in keys)  # nobody looks ahead
+    assert all(checked.values()), checked
+
+
+def test_no_marked_cell_is_shared(scene_processor):
+    asker = SceneAsker(scene_processor, 128)
+    marked = 0
+    for seed in range(30):
+        letters = asker.scene(seed).letters
+        marked += bool(letters.any())
+        assert not letters.any() or sorted(letters[letters > 0]) == list(range(1, (letters > 0).sum() + 1))
+    assert 10 < marked < 30
+    assert cell_at((127, 0), (128, 128), 8) == 7 and cell_at((0, 127), (128, 128), 8) == 56
 
 
 def test_schedule():
@@ -154,6 +212,7 @@ def fresh_model_of(recipe: TinyRecipe, out) -> dict[str, torch.Tensor]:
         ("- 1", "keys and values"),
         ("language_steps: -1", "0 or more"),
         ("language_steps: many", "0 or more"),
+        ("recipe: tiny\nlookup: 3", "unknown key 'lookup'"),
     ],
 )
 def test_recipes_with_mistakes(tmp_path, text, message):

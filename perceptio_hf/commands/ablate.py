@@ -1,0 +1,81 @@
+"""`perceptio ablate`: what each part of the training contributes."""
+
+import itertools
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def ablate(
+    start: Annotated[
+        Path,
+        typer.Option(
+            help="Checkpoint every run starts from: `start` in the folder of `perceptio train --config "
+            "recipes/tiny.yaml`.",
+            show_default=False,
+        ),
+    ],
+    config: Annotated[Path, typer.Option(help="The recipe, a YAML file.")] = Path("recipes/ablation.yaml"),
+    out: Annotated[Path, typer.Option(help="Folder of the scores of each run; a stopped ablation goes on.")] = Path(
+        "runs/ablation"
+    ),
+    results: Annotated[
+        Path | None, typer.Option(help="Folder for table, numbers and plot; default: OUT.", show_default=False)
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
+    variants: Annotated[str, typer.Option(help="Names with commas between, or `all`.", show_default=True)] = "all",
+    processes: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
+) -> None:
+    """Train variants of the objectives from one start, evaluate them, and write one table with mean and spread."""
+    if not (start / "config.json").is_file():
+        raise ValueError(
+            f"{start} holds no checkpoint; `perceptio train --config recipes/tiny.yaml` leaves one in runs/tiny/start."
+        )
+    from perceptio_hf.evaluation.ablation_report import write_report
+    from perceptio_hf.training.ablation import VARIANTS, AblationRecipe, summarise
+
+    names = list(VARIANTS) if variants == "all" else [name.strip() for name in variants.split(",")]
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown:
+        raise ValueError(f"Unknown variants {', '.join(unknown)}; use {', '.join(VARIANTS)}.")
+    recipe = AblationRecipe.read(config)
+    scores: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
+    runs = [(name, seed) for seed, name in itertools.product(range(seeds), names)]
+    for (name, seed), figures in _run_all(runs, recipe, start, out, processes):
+        scores[name][seed] = figures
+        done = {variant: [found[key] for key in sorted(found)] for variant, found in scores.items() if found}
+        command = f"perceptio ablate --start {start} --config {config} --seeds {seeds} --variants {variants}"
+        write_report(summarise(done), results or out, command=command)
+    print(f"The table is {(results or out) / 'ablation.md'}")
+
+
+def _run_all(runs: list[tuple[str, int]], recipe, start: Path, out: Path, processes: int):
+    """((variant, seed), scores) of every run as they finish."""
+    from tqdm.auto import tqdm
+
+    from perceptio_hf.training.ablation import run_variant
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes started here
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(processes, mp_context=context, initializer=_quiet) as pool,
+        tqdm(total=len(runs), desc="runs") as bar,
+    ):
+        waiting = {
+            pool.submit(run_variant, name, seed, recipe, start, out, position=1 + index % processes): (name, seed)
+            for index, (name, seed) in enumerate(runs)
+        }
+        for finished in as_completed(waiting):
+            bar.update()
+            yield waiting[finished], finished.result()
+
+
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

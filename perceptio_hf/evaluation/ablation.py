@@ -1,0 +1,161 @@
+"""All the figures of one ablated model, on held-out scenes."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from transformers import GenerationMixin
+
+from ..data.world import HELD_OUT_SEED
+from ..data.world.fair import FairSet, fair_sets
+from ..tokens import read_sequence
+from .closest import answer_closest, token_replacement
+from .scenes import Item, answer_items, conclusion, encode_items, held_out_items, score_items
+
+if TYPE_CHECKING:
+    from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
+    from ..processing.processing_perceptio import PerceptioProcessor, SpatialAnswer
+    from ..training.scenes import AnswerForm
+
+POINTS = (3, 4, 5)
+METRICS = (
+    "closest_3",
+    "closest_4",
+    "closest_5",
+    "closest",
+    "closest_lowest_rule",
+    "object_closer",
+    "absrel",
+    "delta1",
+    "malformed_rate",
+    "count_mae",
+    "ciou",
+    "giou",
+    "plain_accuracy",
+    "trt_own",
+    "trt_oracle",
+    "trt_random",
+    "trt_other_image",
+    "trt_first_repeat",
+)
+_ITEMS_SEED = HELD_OUT_SEED + 500_000_000  # away from the scenes of the fair sets
+
+
+def evaluate(
+    model: "PerceptioForConditionalGeneration",
+    processor: "PerceptioProcessor",
+    *,
+    form: "AnswerForm",
+    closest: int,
+    replaced: int,
+    scenes: int,
+    malformed: int,
+) -> dict[str, float]:
+    """The metrics of METRICS that the form of the answers allows.
+
+    Args:
+        form: what the model was taught to answer with.
+        closest, replaced: fair questions for each number of points, and how many of them get their span replaced.
+        scenes: held-out scenes for all else.
+        malformed: responses that are sampled without the grammar.
+    """
+    items = held_out_items(scenes, first_seed=_ITEMS_SEED)
+    scores = {}
+    if form.words:
+        scores |= _closest_scores(model, processor, form, closest, replaced) | _words(model, processor, form, items)
+    if form.depth:
+        scores |= _depth(model, processor, items) | {
+            "malformed_rate": malformed_rate(model, processor, items, malformed)
+        }
+    if form.masks:
+        found = score_items(*_answered(model, processor, items, ("refer",), "seg"))
+        scores |= {"ciou": found["ciou"], "giou": found["miou"]}
+    return scores
+
+
+def _closest_scores(model, processor, form: "AnswerForm", count: int, replaced: int) -> dict[str, float]:
+    scores, rule, replacements = {}, [], []
+    for points in POINTS:
+        sets: list[FairSet] = fair_sets(points, count)
+        answers, codes = answer_closest(model, processor, sets, spatial="depth" if form.depth else "none")
+        right = [answer == item.answer for answer, item in zip(answers, sets, strict=True)]
+        scores[f"closest_{points}"] = float(np.mean(right))
+        rule.append(np.mean([item.lowest == item.answer for item in sets]))
+        if codes is not None:
+            # The first ones are whole sets too, so that they are as fair as all of them.
+            replacements.append(
+                token_replacement(
+                    model, processor, sets[: replaced // points * points], codes[: replaced // points * points]
+                )
+            )
+    scores["closest"] = float(np.mean([scores[f"closest_{points}"] for points in POINTS]))
+    scores["closest_lowest_rule"] = float(np.mean(rule))
+    return scores | {name: float(np.mean([one[name] for one in replacements])) for name in dict(*replacements[:1])}
+
+
+def _answered(model, processor, items: list[Item], kinds: Sequence[str], spatial: str):
+    chosen = [item for item in items if item.question.kind in kinds]
+    return chosen, answer_items(model, processor, chosen, batch_size=128, spatial=spatial)
+
+
+def _words(model, processor, form: "AnswerForm", items: list[Item]) -> dict[str, float]:
+    plain, answers = _answered(model, processor, items, ("count", "attribute"), "none")
+    pairs, answered = _answered(model, processor, items, ("closer_object",), "depth" if form.depth else "none")
+    counts = [(item, answer) for item, answer in zip(plain, answers, strict=True) if item.question.kind == "count"]
+    return {
+        "plain_accuracy": _accuracy(plain, answers),
+        "object_closer": _accuracy(pairs, answered),
+        "count_mae": float(np.mean([abs(_number(answer.text) - int(item.question.answer)) for item, answer in counts])),
+    }
+
+
+def _accuracy(items: list[Item], answers: "list[SpatialAnswer]") -> float:
+    right = [
+        conclusion(answer.text).lower() == item.question.answer.lower()
+        for item, answer in zip(items, answers, strict=True)
+    ]
+    return float(np.mean(right))
+
+
+def _number(text: str) -> int:
+    """The number an answer gives; what is none counts as 0."""
+    words = conclusion(text)
+    return int(words) if words.isdecimal() else 0
+
+
+def _depth(model, processor, items: list[Item]) -> dict[str, float]:
+    found = score_items(*_answered(model, processor, items, ("depth",), "depth"))
+    return {name: found[name] for name in ("absrel", "delta1")}
+
+
+@torch.no_grad()
+def malformed_rate(
+    model: "PerceptioForConditionalGeneration",
+    processor: "PerceptioProcessor",
+    items: list[Item],
+    count: int,
+    *,
+    batch_size: int = 128,
+    seed: int = 0,
+) -> float:
+    """Share of `count` responses to questions about depth, sampled at temperature 1 by transformers' own `generate`
+    without our grammar, that hold a broken span or none at all."""
+    asked = [item for item in items if item.question.kind == "depth"]
+    words, broken = model.spatial_vocabulary(), 0
+    torch.manual_seed(seed)
+    for start in range(0, count, batch_size):
+        chosen = [asked[index % len(asked)] for index in range(start, min(start + batch_size, count))]
+        inputs = encode_items(processor, chosen)
+        ids = GenerationMixin.generate(
+            model,
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            pixel_values=inputs["pixel_values"],
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=words.span_length + 12,
+        )
+        read = [read_sequence(row, words, inputs["input_ids"].shape[1]) for row in ids.tolist()]
+        broken += sum(not row.well_formed or len(row.spans) != 1 for row in read)
+    return broken / count

@@ -1,0 +1,216 @@
+"""What each part of the training contributes: variants trained alike from one start, over several seeds.
+
+Every run has the same start, number of steps and stream of scenes; what differs is the answers that are learnt and the
+losses. The vision tower, SAM2's image encoder and the depth codec are frozen, as in fine-tuning a real checkpoint.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..evaluation.ablation import METRICS, evaluate
+from ..files import replacing, write_json
+from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
+from ..processing.processing_perceptio import PerceptioProcessor
+from .language import LanguageLesson, nearness_of_codes
+from .losses import LossWeights, mask_loss, score_loss
+from .scenes import AnswerForm, SceneBatch, click_prompts, scene_batches
+from .tiny import schedule
+from .tiny_model import IMAGE_SIZE
+
+_FIRST_SEED = 200_000_000  # of the scenes that are trained on
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one variant learns: the form of its answers and the losses of its words.
+
+    `plain` takes cross-entropy over all learnt tokens in place of the composite objective with `weights`.
+    """
+
+    form: AnswerForm
+    plain: bool = False
+    weights: LossWeights = field(default_factory=LossWeights)
+
+
+_SPANS, _NO_RECONSTRUCTION = AnswerForm(), LossWeights(reconstruction=0.0)
+VARIANTS = {
+    "answers_only": Variant(AnswerForm(masks=False, depth=False, steps=False), plain=True),
+    "steps_only": Variant(AnswerForm(masks=False, depth=False), plain=True),
+    "spans_ce": Variant(_SPANS, plain=True),
+    "composite": Variant(_SPANS, weights=_NO_RECONSTRUCTION),
+    "full": Variant(_SPANS),
+    "full_no_seg": Variant(AnswerForm(masks=False)),
+    "seg_only": Variant(AnswerForm(depth=False, steps=False, words=False), plain=True),
+}
+
+
+@dataclass(frozen=True)
+class AblationRecipe:
+    """Settings of all runs; `recipes/ablation.yaml` holds those of the published table.
+
+    Args:
+        steps, batch, learning_rate: of each run; the rate is the peak of a warm-up and cosine schedule.
+        dice_weight, click_weight: of the mask loss, and of pulling [SEG] towards SAM2's own embedding of a click.
+        closest, replaced: fair questions for each number of points, and how many of them get their span replaced.
+        scenes: held-out scenes for all other metrics.
+        malformed: sampled responses without the grammar.
+    """
+
+    steps: int = 400
+    batch: int = 8
+    learning_rate: float = 1e-3
+    dice_weight: float = 4.0
+    click_weight: float = 0.25
+    closest: int = 500
+    replaced: int = 150
+    scenes: int = 192
+    malformed: int = 1024
+
+    @classmethod
+    def read(cls, path: str | Path) -> "AblationRecipe":
+        """Read a YAML file.
+
+        Raises:
+            ValueError: for a file that is no mapping, a key that is unknown, or a value of another kind or not above 0.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"There is no recipe {path}; recipes/ablation.yaml is the one of the published table.")
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold keys and values, e.g. `steps: 400`.")
+        known = {item.name: item.type for item in fields(cls)}
+        for key, value in values.items():
+            if key not in known:
+                raise ValueError(f"{path}: unknown key {key!r}; known are {', '.join(known)}.")
+            kinds = (int,) if known[key] is int else (int, float)
+            if not isinstance(value, kinds) or isinstance(value, bool) or value <= 0:
+                raise ValueError(f"{path}: {key} must be a number above 0 ({known[key].__name__}), got {value!r}.")
+        return cls(**values)
+
+
+def run_variant(
+    name: str, seed: int, recipe: AblationRecipe, start: str | Path, out: str | Path, *, position: int = 0
+) -> dict[str, float]:
+    """Train one variant from the checkpoint `start` and evaluate it; the scores are kept in `out`/NAME-SEED.json.
+
+    A run whose scores are there already is not repeated, one that was trained is only evaluated.
+
+    Raises:
+        ValueError: if `out` holds the scores of another recipe or start, or the name is unknown.
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"Unknown variant {name!r}; use {', '.join(VARIANTS)}.")
+    path, claim = Path(out) / f"{name}-{seed}.json", asdict(recipe) | {"start": Path(start).name}
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["recipe"] != claim:
+            raise ValueError(f"{path} holds the scores of another recipe; choose another folder.")
+        return kept["scores"]
+    torch.set_num_threads(1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = PerceptioForConditionalGeneration.from_pretrained(start, attn_implementation="eager")
+    processor = PerceptioProcessor.from_pretrained(start)
+    weights = path.with_suffix(".pt")
+    if weights.exists():
+        model.load_state_dict(torch.load(weights, weights_only=True))
+    else:
+        _train(
+            model,
+            processor,
+            VARIANTS[name],
+            recipe,
+            seed,
+            lambda steps: tqdm(steps, total=recipe.steps, desc=f"{name} {seed}", position=position, leave=False),
+        )
+        with replacing(weights) as partial:
+            torch.save(model.state_dict(), partial)
+    scores = evaluate(
+        model.eval(),
+        processor,
+        form=VARIANTS[name].form,
+        closest=recipe.closest,
+        replaced=recipe.replaced,
+        scenes=recipe.scenes,
+        malformed=recipe.malformed,
+    )
+    write_json(path, {"recipe": claim, "scores": scores})
+    weights.unlink()
+    return scores
+
+
+def _train(
+    model: PerceptioForConditionalGeneration,
+    processor: PerceptioProcessor,
+    variant: Variant,
+    recipe: AblationRecipe,
+    seed: int,
+    progress: Callable,
+) -> None:
+    torch.manual_seed(seed)
+    lesson = LanguageLesson(
+        model, processor, nearness_of_codes(model.depth_model), weights=variant.weights, plain=variant.plain
+    )
+    parameters = _trainable(model)
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
+    batches = scene_batches(
+        processor,
+        size=IMAGE_SIZE,
+        batch_size=recipe.batch,
+        first_seed=_FIRST_SEED + seed * 10_000_000,
+        form=variant.form,
+        workers=0,
+    )
+    for step, scenes in enumerate(progress(islice(batches, recipe.steps))):
+        optimizer.param_groups[0]["lr"] = recipe.learning_rate * schedule(step, recipe.steps, warmup=20)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = _loss(model, lesson, scenes, recipe)
+        if not torch.isfinite(loss):
+            raise RuntimeError(f"step {step}: the loss is {loss.item()}.")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+
+def _trainable(model: PerceptioForConditionalGeneration) -> list[nn.Parameter]:
+    model.train().requires_grad_(False)
+    model.model.vision_tower.eval()
+    parts = [model.model.language_model, model.model.multi_modal_projector, model.lm_head, model.seg_projector]
+    parts.append(model.mask_model.mask_decoder)
+    return list({id(p): p for part in parts for p in part.requires_grad_().parameters()}.values())
+
+
+def _loss(
+    model: PerceptioForConditionalGeneration, lesson: LanguageLesson, scenes: SceneBatch, recipe: AblationRecipe
+) -> torch.Tensor:
+    read = lesson.read(scenes)
+    if not len(read.seg_states):
+        return read.loss
+    logits, scores = model.predict_masks(read.seg_states, scenes.mask_pixel_values, scenes.mask_rows)
+    targets = scenes.mask_targets(tuple(logits.shape[1:]))
+    masks, _ = mask_loss(logits, targets, dice_weight=recipe.dice_weight)
+    clicks = click_prompts(model, scenes)
+    pull = nn.functional.mse_loss(model.seg_projector(read.seg_states).float(), clicks.detach().float())
+    return read.loss + masks + 0.5 * score_loss(scores, logits, targets) + recipe.click_weight * pull
+
+
+def summarise(scores: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
+    """{variant: [scores of each seed]} -> {variant: {metric: {mean, std, n}}}; std is the sample's, 0 for one seed."""
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for variant, runs in scores.items():
+        table[variant] = {}
+        for metric in METRICS:
+            values = torch.tensor([run[metric] for run in runs if metric in run], dtype=torch.float64)
+            if len(values):
+                spread = float(values.std()) if len(values) > 1 else 0.0
+                table[variant][metric] = {"mean": float(values.mean()), "std": spread, "n": len(values)}
+    return table

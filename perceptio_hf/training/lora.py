@@ -1,0 +1,162 @@
+"""LoRA for Perceptio: which layers of a model PEFT adapts, and what is saved beside the adapter.
+
+    model = PerceptioForConditionalGeneration.from_pretrained(folder)
+    trainer = PerceptioSFTTrainer(model, settings, train_dataset=samples, peft_config=lora_config(model, r=16))
+
+What is trained is an ordinary PEFT adapter: `PeftModel.from_pretrained(base, folder)` loads it, and `merge_and_unload`
+makes a plain Perceptio of both.
+"""
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+    from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
+    from ..processing.processing_perceptio import PerceptioProcessor
+
+_BLOCKS = "model.language_model.layers"
+MODULES_TO_SAVE = ("seg_projector", "mask_decoder")
+
+
+def lora_config(
+    model: "PerceptioForConditionalGeneration",
+    *,
+    r: int = 16,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_layers: Sequence[str] | None = None,
+    modules_to_save: Sequence[str] = MODULES_TO_SAVE,
+    extra_token_ids: Iterable[int] = (),
+) -> "LoraConfig":
+    """What `PerceptioSFTTrainer(peft_config=...)` and `peft.get_peft_model` need to adapt `model`.
+
+    Low-rank adapters go into linear layers of the language model's blocks and nowhere else: layers of the vision tower
+    and of SAM2 have the same names, and stay as they are. Of the embedding and of `lm_head` the rows of the spatial
+    tokens learn, in one copy where both are tied; all other rows keep their bits.
+
+    Args:
+        model: the model that will be adapted; it is only looked at.
+        r: rank of the adapters, 1 or more.
+        alpha: their scale is alpha / r; None: 2 r.
+        dropout: of their input, 0 or more and below 1.
+        target_layers: names of linear layers in a block, such as "q_proj"; None: all of them.
+        modules_to_save: parts that are trained as a whole and saved with the adapter, by the end of their names: by
+            default the [SEG] projector and SAM2's mask decoder; "multi_modal_projector" is InternVL's projector.
+        extra_token_ids: further rows of the embedding that learn, of words that were added to the vocabulary.
+
+    Raises:
+        ValueError: for a model that has no spatial tokens or has adapters already, numbers out of range, and names of
+            layers or parts that the model does not have.
+        ImportError: where PEFT is not installed.
+    """
+    LoraConfig = _import_peft()
+    _check_model(model)
+    _check_numbers(r, alpha, dropout)
+    words = model.spatial_vocabulary()
+    tokens = sorted(
+        {words.seg, words.depth_start, words.depth_end, *words.codes, *_checked_ids(model, extra_token_ids)}
+    )
+    return LoraConfig(
+        r=r,
+        lora_alpha=2 * r if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=_pattern(_chosen(target_layers, block_layers(model))),
+        # Both are named: PEFT shares one copy of the rows where they are tied, and needs two where they are not.
+        trainable_token_indices={"embed_tokens": tokens, "lm_head": list(tokens)},
+        modules_to_save=_checked_parts(model, modules_to_save),
+    )
+
+
+def block_layers(model: "PerceptioForConditionalGeneration") -> list[str]:
+    """The names of the linear layers in a block of the language model, such as "q_proj", in order."""
+    blocks = model.get_submodule(_BLOCKS)
+    names = [name.rpartition(".")[2] for name, layer in blocks.named_modules() if isinstance(layer, nn.Linear)]
+    return list(dict.fromkeys(names))
+
+
+def save_merged(model: "PeftModel", processor: "PerceptioProcessor", folder: str | os.PathLike) -> Path:
+    """Merge the adapters into the model and save it as a checkpoint that needs no PEFT; `model` is used up.
+
+    Raises:
+        OSError: if it cannot be saved; the folder appears, or is replaced, when it is complete.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        model.merge_and_unload().save_pretrained(partial)
+        processor.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _import_peft() -> "type[LoraConfig]":
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("LoRA needs the `peft` library: pip install 'perceptio-hf[train]'.") from error
+    return LoraConfig
+
+
+def _check_model(model: nn.Module) -> None:
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "The model has adapters already; give the model without them, or merge them first (merge_and_unload)."
+        )
+    if getattr(getattr(model, "config", None), "model_type", None) != "perceptio":
+        raise ValueError(f"`model` is a {type(model).__name__}; expected a PerceptioForConditionalGeneration.")
+
+
+def _check_numbers(r: int, alpha: float | None, dropout: float) -> None:
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ValueError(f"The rank r is {r!r}; expected a whole number of 1 or more, e.g. 16.")
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha is {alpha}; expected a number above 0, or None for twice the rank.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"The dropout is {dropout}; expected a number of 0 or more and below 1.")
+
+
+def _checked_ids(model: nn.Module, ids: Iterable[int]) -> list[int]:
+    ids, rows = list(ids), model.config.text_config.vocab_size
+    wrong = [token for token in ids if not 0 <= token < rows]
+    if wrong:
+        raise ValueError(f"extra_token_ids has {wrong[:5]}; the embedding has the rows 0 to {rows - 1}.")
+    return ids
+
+
+def _chosen(names: Sequence[str] | None, known: list[str]) -> list[str]:
+    names = known if names is None else [names] if isinstance(names, str) else list(names)
+    wrong = [name for name in names if name not in known]
+    if wrong or not names:
+        raise ValueError(
+            f"target_layers has {', '.join(map(repr, wrong)) or 'no name'}; the linear layers of the language model's "
+            f"blocks are {', '.join(known)}."
+        )
+    return names
+
+
+def _pattern(names: Sequence[str]) -> str:
+    """What the full names of these layers look like, and no other's: PEFT matches a string against the whole name."""
+    return rf"{re.escape(_BLOCKS)}\.\d+\.(?:.+\.)?(?:{'|'.join(map(re.escape, names))})"
+
+
+def _checked_parts(model: nn.Module, names: Sequence[str]) -> list[str]:
+    names, parts = [names] if isinstance(names, str) else list(names), [name for name, _ in model.named_modules()]
+    wrong = [name for name in names if not any(part == name or part.endswith(f".{name}") for part in parts)]
+    if wrong:
+        raise ValueError(
+            f"modules_to_save has {', '.join(map(repr, wrong))}, which no part of the model is named; the usual ones "
+            f"are {', '.join((*MODULES_TO_SAVE, 'multi_modal_projector'))}."
+        )
+    return names

@@ -1,0 +1,324 @@
+"""LoRA: what is adapted, what moves, and that an adapter survives saving, resuming, merging and a fresh base."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sft_helpers as sft
+import torch
+from helpers import chat, encode, picture, random_model
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from perceptio_hf import PerceptioForConditionalGeneration, PerceptioSFTTrainer
+from perceptio_hf.commands.train import _fine_tune
+from perceptio_hf.training.lora import MODULES_TO_SAVE, block_layers, lora_config
+from perceptio_hf.training.recipe import load_tasks, read_recipe, training_set
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+UNUSED = (".pred_obj_score_head.", ".output_hypernetworks_mlps.")  # of the mask decoder: videos, and further masks
+
+
+def load(folder: Path) -> PerceptioForConditionalGeneration:
+    return PerceptioForConditionalGeneration.from_pretrained(folder)
+
+
+def trainer_of(base: Path, out: Path, processor, **changes) -> PerceptioSFTTrainer:
+    model = load(base)
+    values = {"max_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-2, "per_device_train_batch_size": 4}
+    return PerceptioSFTTrainer(
+        model,
+        sft.settings(out, **(values | changes)),
+        train_dataset=sft.samples(16),
+        processing_class=processor,
+        peft_config=lora_config(model, r=4, dropout=0.1),
+    )
+
+
+@dataclass
+class Trained:
+    """A finished training: the base it began with, its checkpoints and adapter, and parameters before and after."""
+
+    base: Path
+    out: Path
+    model: PeftModel
+    before: dict[str, torch.Tensor]
+
+    @property
+    def adapter(self) -> Path:
+        return self.out / "checkpoint"
+
+    @property
+    def after(self) -> dict[str, torch.Tensor]:
+        return dict(self.model.named_parameters())
+
+    def fresh(self) -> PeftModel:
+        """The adapter on a fresh base, by PEFT's own call."""
+        return PeftModel.from_pretrained(load(self.base), self.adapter)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return sft.processor()
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def trained(request, processor, tmp_path_factory) -> Trained:
+    folder = tmp_path_factory.mktemp(request.param)
+    base, out = folder / "base", folder / "out"
+    random_model(processor, tie=request.param == "tied").save_pretrained(base)
+    processor.save_pretrained(base)
+    trainer = trainer_of(base, out, processor, save_strategy="steps", save_steps=2)
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    trainer.save_finished(out / "checkpoint")
+    return Trained(base, out, trainer.model, before)
+
+
+@torch.no_grad()
+def outputs(model, processor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a prompt followed by [SEG], and its mask."""
+    inputs = encode(processor, chat(picture(seed=1)))
+    ids = torch.cat([inputs["input_ids"], torch.tensor([[model.spatial_vocabulary().seg]])], dim=1)
+    pixels = {name: inputs[name] for name in ("pixel_values", "mask_pixel_values")}
+    result = model.eval()(input_ids=ids, **pixels)
+    return result.logits, result.mask_logits
+
+
+def assert_same(model, other, processor, tolerance: float = 1e-5) -> None:
+    for one, two in zip(outputs(model, processor), outputs(other, processor), strict=True):
+        assert one.numel()
+        torch.testing.assert_close(one, two, rtol=0, atol=tolerance * max(1, float(two.abs().max())))
+
+
+def new_rows(model) -> list[int]:
+    words = model.spatial_vocabulary()
+    return sorted({words.seg, words.depth_start, words.depth_end, *words.codes})
+
+
+def old_rows(model) -> list[int]:
+    return sorted(set(range(model.config.text_config.vocab_size)) - set(new_rows(model)))
+
+
+def is_learnt(name: str) -> bool:
+    return any(part in name for part in ("lora_", "trainable_tokens_delta", "modules_to_save.default"))
+
+
+def test_adapters_are_in_every_layer_of_the_language_model_and_nowhere_else(trained):
+    adapted = {name.partition(".lora_A")[0] for name in trained.after if "lora_A" in name}
+    prefix = "base_model.model.model.language_model.layers."
+    expected = {f"{prefix}{n}.self_attn.{name}" for n in (0, 1) for name in LINEAR[:4]}
+    expected |= {f"{prefix}{n}.mlp.{name}" for n in (0, 1) for name in LINEAR[4:]}
+    assert adapted == expected
+    assert any("vision_tower" in name and "q_proj" in name for name in trained.after)  # which has none
+    assert any("mask_decoder" in name and "q_proj" in name for name in trained.after)
+
+
+def test_what_is_learnt_moves_and_nothing_else_does(trained):
+    after = trained.after
+    assert {name for name in after if after[name].requires_grad} == {name for name in after if is_learnt(name)}
+    moved = {name for name in after if not torch.equal(after[name], trained.before[name])}
+    assert not {name for name in moved if not is_learnt(name)}
+    still = {name for name in after if is_learnt(name) and name not in moved}
+    assert all(any(part in name for part in UNUSED) for name in still)
+
+
+def test_the_adapter_holds_only_what_was_learnt(trained):
+    saved = load_file(trained.adapter / "adapter_model.safetensors")
+    tied = trained.model.config.text_config.tie_word_embeddings
+    rows = [value.shape[0] for name, value in saved.items() if "trainable_tokens_delta" in name]
+    assert rows == [len(new_rows(trained.model))] * (1 if tied else 2)
+    prefix = "base_model.model."
+    assert {f"{prefix}seg_projector.linear_in.weight", f"{prefix}mask_model.mask_decoder.conv_s0.weight"} <= set(saved)
+    parts = ("lora_", "trainable_tokens_delta", *MODULES_TO_SAVE)
+    assert all(any(part in name for part in parts) for name in saved)
+    assert (trained.adapter / "processor_config.json").is_file()
+
+
+def test_resuming_changes_no_bit(trained, processor, tmp_path):
+    resumed = trainer_of(trained.base, tmp_path, processor)
+    resumed.train(resume_from_checkpoint=str(trained.out / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+    state, expected = resumed.model.state_dict(), trained.model.state_dict()
+    assert state.keys() == expected.keys()
+    assert not [name for name in state if not torch.equal(state[name], expected[name])]
+
+
+def test_a_fresh_base_takes_the_adapter_by_pefts_own_call(trained, processor):
+    base, fresh = load(trained.base), trained.fresh()
+    assert not torch.allclose(outputs(base, processor)[0], outputs(trained.model, processor)[0], atol=0.1)
+    assert_same(fresh, trained.model, processor, tolerance=0)
+    with fresh.disable_adapter():
+        assert_same(fresh, base, processor, tolerance=0)
+
+
+def test_merged_and_saved_it_is_a_plain_perceptio(trained, processor, tmp_path):
+    merged = trained.fresh().merge_and_unload()
+    assert type(merged) is PerceptioForConditionalGeneration
+    assert_same(merged, trained.model, processor)
+    merged.save_pretrained(tmp_path)
+    reloaded, base = load(tmp_path), load(trained.base)
+    assert_same(reloaded, trained.model, processor)
+    assert reloaded.state_dict().keys() == base.state_dict().keys()
+    embedding, head = reloaded.model.language_model.embed_tokens.weight, reloaded.lm_head.weight
+    assert (embedding is head) == base.config.text_config.tie_word_embeddings
+    new, old = new_rows(base), old_rows(base)
+    for now, before in ((embedding, base.model.language_model.embed_tokens.weight), (head, base.lm_head.weight)):
+        assert torch.equal(now[old], before[old])
+        assert (now[new] != before[new]).any(1).all()
+
+
+def test_it_generates_and_decodes_as_the_merged_model_does(trained, processor):
+    inputs = encode(processor, chat(picture(seed=2)), chat(picture(seed=3), text="Segment the red ball."))
+    options = {"max_new_tokens": 40, "spatial": "seg+depth", "do_sample": False, "return_dict_in_generate": True}
+    model = trained.fresh().eval()
+    out = model.generate(**inputs, **options)
+    answers = processor.post_process_spatial(out)
+    again = processor.post_process_spatial(model.decode_spatial(out.sequences, **inputs))
+    merged_out = model.merge_and_unload().generate(**inputs, **options)
+    assert torch.equal(merged_out.sequences, out.sequences)
+    for answer, same, merged in zip(answers, again, processor.post_process_spatial(merged_out), strict=True):
+        assert answer.well_formed and len(answer.masks) and answer.depth is not None
+        for other in (same, merged):
+            assert np.mean(answer.masks != other.masks) < 0.01
+            np.testing.assert_allclose(answer.depth, other.depth, atol=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing(trained, processor, tmp_path):
+    """Nor does what was drawn before: adapters and their dropout begin with the seed of the settings."""
+    states = []
+    for checkpointing in (False, True):
+        trainer = trainer_of(trained.base, tmp_path, processor, max_steps=2, gradient_checkpointing=checkpointing)
+        trainer.train()
+        states.append(trainer.model.state_dict())
+    assert all(torch.allclose(states[0][name], states[1][name], atol=1e-6) for name in states[0])
+
+
+def test_a_base_in_bfloat16_trains(trained, processor, tmp_path):
+    model = PerceptioForConditionalGeneration.from_pretrained(trained.base, dtype=torch.bfloat16)
+    settings = sft.settings(tmp_path, optim="adamw_torch", learning_rate=1e-2)
+    arguments = {"train_dataset": sft.samples(8), "processing_class": processor, "peft_config": lora_config(model, r=2)}
+    trainer = PerceptioSFTTrainer(model, settings, **arguments)
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters() if "lora_" in name}
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    assert all(value.dtype == torch.float32 and not torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_the_choice_of_layers_parts_and_rows(processor):
+    model = random_model(processor)
+    assert block_layers(model) == LINEAR
+    config = lora_config(
+        model, r=4, target_layers=["v_proj"], modules_to_save=["multi_modal_projector"], extra_token_ids=[5, 3]
+    )
+    assert config.lora_alpha == 8 and config.modules_to_save == ["multi_modal_projector"]
+    assert config.trainable_token_indices["embed_tokens"] == [3, 5, *new_rows(model)]
+    adapted = {name for name, _ in PeftModel(model, config).named_modules() if name.endswith("lora_A")}
+    assert len(adapted) == 2 and all(name.endswith("self_attn.v_proj.lora_A") for name in adapted)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 0}, r"rank r is 0"),
+        ({"r": 1.5}, r"rank r is 1\.5"),
+        ({"alpha": -1.0}, r"alpha is -1"),
+        ({"dropout": 1.0}, r"dropout is 1"),
+        ({"target_layers": ["query"]}, r"target_layers has 'query'; .* q_proj, k_proj"),
+        ({"target_layers": []}, r"target_layers has no name"),
+        ({"modules_to_save": ["sam"]}, r"modules_to_save has 'sam'.*mask_decoder"),
+        ({"extra_token_ids": [-1]}, r"extra_token_ids has \[-1\]; the embedding has the rows 0 to"),
+    ],
+)
+def test_what_cannot_be_adapted_is_said(processor, options, message):
+    with pytest.raises(ValueError, match=message):
+        lora_config(random_model(processor), **options)
+
+
+def test_only_a_perceptio_without_adapters_is_adapted(processor):
+    model = random_model(processor)
+    with pytest.raises(ValueError, match=r"is a Linear; expected a PerceptioForConditionalGeneration"):
+        lora_config(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="has adapters already"):
+        lora_config(PeftModel(model, lora_config(model)))
+
+
+@pytest.fixture
+def rooms(tmp_path) -> Path:
+    """A folder of ten pictures with depth in millimetres, some of it missing."""
+    folder = tmp_path / "rooms"
+    folder.mkdir()
+    for number in range(10):
+        picture(seed=number).save(folder / f"{number}.color.jpg")
+        depth = np.random.default_rng(number).integers(500, 4000, (40, 48)).astype(np.uint16)
+        depth[:8] = 0
+        np.save(folder / f"{number}.depth.npy", depth)
+    return folder
+
+
+def recipe_of(folder: Path, text: str) -> Path:
+    file = folder / "recipe.yaml"
+    tasks = "tasks:\n  - {depth_folder: ., unit: mm, depths: '*.depth.npy', leave_out_every: 5, name: depth}\n"
+    file.write_text(f"model_name_or_path: {folder / 'base'}\nreport_to: none\nbf16: false\nmax_steps: 2\n{tasks}{text}")
+    return file
+
+
+def test_a_recipe_trains_adapters_and_merges_them(processor, rooms, tmp_path):
+    random_model(processor).save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    file = recipe_of(tmp_path, "lora_r: 2\nlora_layers: [q_proj, v_proj]\nlora_merge: true\n")
+    _fine_tune(file, tmp_path / "out", ["--data_folder", str(rooms), "--lora_alpha", "8"])
+    adapter = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "out" / "checkpoint")
+    config = adapter.peft_config["default"]
+    assert (config.r, config.lora_alpha) == (2, 8)
+    assert {name.split(".")[-3] for name in load_file(tmp_path / "out/checkpoint/adapter_model.safetensors")} >= {
+        "q_proj",
+        "v_proj",
+    }
+    assert_same(load(tmp_path / "out" / "merged"), adapter, processor)
+
+
+def test_a_recipe_leaves_every_fifth_sample_out(rooms, tmp_path):
+    recipe = read_recipe(recipe_of(tmp_path, "lora_r: 2\n"), ["--output_dir", "x", "--data_folder", str(rooms)])
+    assert sorted(training_set(recipe.arguments)["id"]) == list("01235678")
+
+
+def test_lora_settings_without_a_rank_are_a_mistake(tmp_path):
+    with pytest.raises(ValueError, match=r"has lora_alpha, lora_layers, but no lora_r"):
+        read_recipe(recipe_of(tmp_path, "lora_alpha: 8\nlora_layers: [q_proj]\n"), ["--output_dir", "x"])
+
+
+def test_the_guide_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    guide = (Path(__file__).parents[2] / "docs" / "lora.md").read_text(encoding="utf-8")
+    names: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL):
+        exec(code, names)
+    assert (tmp_path / "runs/lora/checkpoint/adapter_config.json").is_file()
+    load(tmp_path / "runs/lora/merged")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"take_every": 11}, r"Task 1 \(rooms\): take_every is 11; expected a whole number from 2 to 10"),
+        (
+            {"take_every": 5, "leave_out_every": 5},
+            r"Task 1 \(rooms\): take_every and leave_out_every are for one of two",
+        ),
+        ({"variants": 0}, r"Task 1 \(rooms\): variants is 0; expected a whole number of 1 or more"),
+        ({"take_evry": 5}, r"Task 1 \(rooms\): unknown key 'take_evry'; did you mean take_every"),
+    ],
+)
+def test_a_part_or_variants_that_cannot_be_are_said(rooms, changes, message):
+    task = {"depth_folder": str(rooms), "unit": "mm", "depths": "*.depth.npy"}
+    with pytest.raises(ValueError, match=message):
+        load_tasks([task | changes])
+
+
+def test_parts_are_taken_before_variants_are_made(rooms):
+    task = {"depth_folder": "rooms", "unit": "mm", "depths": "*.depth.npy", "take_every": 5, "variants": 3}
+    datasets, _ = load_tasks([task], str(rooms.parent))
+    assert [name.partition(",")[0] for name in datasets["rooms"]["id"]] == ["4", "9", "4", "4", "4", "9", "9", "9"]
