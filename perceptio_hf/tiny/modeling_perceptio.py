@@ -1,9 +1,11 @@
 """Perceptio: InternVL whose language model also writes masks ([SEG]) and depth (a span of codes)."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers.models.internvl.modeling_internvl import (
     InternVLCausalLMOutputWithPast,
@@ -25,11 +27,19 @@ class PerceptioCausalLMOutputWithPast(InternVLCausalLMOutputWithPast):
         last_hidden_state: (batch, sequence, hidden) states after the final norm.
         mask_logits: (n, h, w) float32, one per [SEG] of the batch in reading order, if `mask_pixel_values` were given.
         mask_scores: (n,) SAM2's predicted IoU of each mask.
+        loss_parts: scalars by name, if a `criterion` was given.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     mask_logits: torch.FloatTensor | None = None
     mask_scores: torch.FloatTensor | None = None
+    loss_parts: dict[str, torch.Tensor] | None = None
+
+
+# (hidden_states (batch, sequence, hidden), lm_head, the output so far) -> (loss, its parts by name)
+Criterion = Callable[
+    [torch.Tensor, nn.Module, PerceptioCausalLMOutputWithPast], tuple[torch.Tensor, dict[str, torch.Tensor]]
+]
 
 
 class SegProjector(nn.Module):
@@ -125,6 +135,7 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
         mm_encoder_outputs: dict | None = None,
         mask_pixel_values: torch.FloatTensor | None = None,
         spatial_recorder: SpatialRecorder | None = None,
+        criterion: Criterion | None = None,
         **kwargs,
     ) -> PerceptioCausalLMOutputWithPast:
         """InternVL's forward (transformers 5.17 to 5.23, `InternVLForConditionalGeneration.forward`) and the masks.
@@ -133,7 +144,17 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
             mask_pixel_values: (pictures, 3, S, S) as the processor prepares them for SAM2. If given, every [SEG] in
                 `input_ids` becomes a mask, with gradients through projector and mask decoder.
             spatial_recorder: set by `generate`.
+            criterion: computes `loss` and `loss_parts` from the hidden states, the head and the output so far (masks
+                included, `logits` None: it calls the head where it needs to). It runs in here so that wrappers which
+                shard or replicate the model see every use of its parameters.
+
+        Raises:
+            ValueError: if both `labels` and `criterion` are given.
         """
+        if criterion is not None and labels is not None:
+            raise ValueError(
+                "Both `labels` and `criterion` came; a criterion brings its own labels, leave out `labels`."
+            )
         if mm_encoder_outputs is not None:  # transformers 5.17 does not know the name
             kwargs["mm_encoder_outputs"] = mm_encoder_outputs
         return_dict = kwargs.pop("return_dict", None)
@@ -151,8 +172,10 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, keep])
+        logits = None
+        if criterion is None:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, keep])
         if spatial_recorder is not None and input_ids is not None:
             end = input_ids.shape[1] if outputs.past_key_values is None else outputs.past_key_values.get_seq_length()
             spatial_recorder.record_states(input_ids, end, hidden)
@@ -163,7 +186,9 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         mask_logits, mask_scores = None, None
         if mask_pixel_values is not None:
-            mask_logits, mask_scores = self._masks_of_batch(input_ids, hidden, mask_pixel_values)
+            mask_logits, mask_scores = self._masks_of_batch(
+                input_ids, hidden, mask_pixel_values, always=criterion is not None and _several_processes()
+            )
         result = PerceptioCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -175,11 +200,15 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
             mask_logits=mask_logits,
             mask_scores=mask_scores,
         )
+        if criterion is not None:
+            loss, parts = criterion(hidden, self.lm_head, result)
+            result = replace(result, loss=loss, loss_parts=parts)
         return result.to_tuple() if return_dict is False else result
 
     def _masks_of_batch(
-        self, input_ids: torch.Tensor, hidden: torch.Tensor, mask_pixel_values: torch.Tensor
+        self, input_ids: torch.Tensor, hidden: torch.Tensor, mask_pixel_values: torch.Tensor, *, always: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks of all [SEG] tokens; with `always`, SAM2 and the projector run even where there is none."""
         words = self.spatial_vocabulary()
         counts = count_pictures(input_ids, words.image)
         first_picture = (counts.cumsum(0) - counts).tolist()
@@ -188,9 +217,22 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
             for seg in read_sequence(ids, words).segs:
                 states.append(hidden[row, seg.position])
                 pictures.append(first_picture[row] + seg.picture)
-        if not states:
-            return self._no_masks(mask_pixel_values.device)
-        return self.predict_masks(torch.stack(states), mask_pixel_values, torch.tensor(pictures))
+        if states:
+            return self.predict_masks(torch.stack(states), mask_pixel_values, torch.tensor(pictures))
+        return self._no_masks_used(hidden, mask_pixel_values) if always else self._no_masks(mask_pixel_values.device)
+
+    def _no_masks_used(
+        self, hidden: torch.Tensor, mask_pixel_values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `_no_masks`, but as an empty share of a blank picture's mask, so that parameters get a gradient of zero.
+
+        Processes that train together exchange gradients, and shards of parameters, module by module: one that leaves a
+        module out would keep the others waiting.
+        """
+        blank = mask_pixel_values.new_zeros(1, *mask_pixel_values.shape[1:])
+        first = torch.zeros(1, dtype=torch.long)
+        logits, scores = self.predict_masks(hidden.new_zeros(1, hidden.shape[-1]), blank, first)
+        return logits[:0], scores[:0]
 
     def _no_masks(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.zeros(0, *self.mask_size, device=device), torch.zeros(0, device=device)
@@ -254,6 +296,10 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
         best = scores.argmax(-1)
         rows = torch.arange(count, device=best.device)
         return masks[rows, best].float(), scores[rows, best].float()
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _check_loaded(source, info: dict) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 def alignment_loss(attention: Tensor, looks: Tensor) -> Tensor:
     """-log(share of the attention that goes where a token was told to look), averaged over heads and tokens.
 
-    Tokens may be told for different reasons, numbered from 1; every reason weighs the same, however many tokens have it:
-    a span has a hundred tokens that look at the picture, a word that looks at the span is one.
+    Tokens may be told for different reasons, numbered from 1; every reason weighs the same, however many tokens have
+    it: a span has a hundred tokens that look at the picture, a word that looks at the span is one.
 
     Args:
         attention: (b, h, L, S) attention weights of the heads that are taught, rows that sum to 1.
@@ -37,7 +37,7 @@ def alignment_loss(attention: Tensor, looks: Tensor) -> Tensor:
 
 
 def looking_costs(attention: Tensor, looks: Tensor) -> tuple[Tensor, Tensor]:
-    """What each of the m tokens that are told where to look costs, and its reason: (m,) and (m,). As `alignment_loss`."""
+    """What each of the m tokens that are told where to look costs, and its reason: (m,) each. As `alignment_loss`."""
     rows, tokens = looks.any(-1).nonzero(as_tuple=True)
     told = looks[rows, tokens]  # (m, S)
     share = torch.where(told[:, None] > 0, attention[rows, :, tokens].float(), 0.0).sum(-1)  # (m, h)

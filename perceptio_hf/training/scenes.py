@@ -28,6 +28,7 @@ _LOCATE = ("Where are the marked points?", "Which cells hold the circled points?
 LETTERS = "ABCDE"
 SEGMENT, WRITE, FIND, READ = 1, 2, 3, 4  # why a token looks somewhere
 _MARKED, _MARKED_ANYWAY = 0.85, 0.5  # how often the points of a question are shown, and points without one
+_CROWD = 14
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,14 @@ class Marks:
     def cells(self, size: int, grid: int) -> tuple[int, ...]:
         """The cell of each."""
         return tuple(cell_at(point, (size, size), grid) for point in self.points)
+
+    @classmethod
+    def crowd(cls, size: int, grid: int, rng: np.random.Generator) -> "Marks":
+        """A dozen points with letters that repeat, for learning to read them."""
+        cells = rng.choice(grid**2, _CROWD, replace=False)
+        letters = rng.choice(list(LETTERS), _CROWD).tolist()
+        spots = (np.column_stack([cells % grid, cells // grid]) + rng.uniform(0.15, 0.85, (_CROWD, 2))) * size / grid
+        return cls(tuple((int(x), int(y)) for x, y in spots), tuple(letters))
 
     @classmethod
     def anywhere(cls, size: int, grid: int, rng: np.random.Generator) -> "Marks":
@@ -241,10 +250,21 @@ class SceneAsker:
             # Where two points share a cell, the cells cannot tell which is nearer.
             questions = [question for question in questions if not question.points]
             marks = Marks.anywhere(self.size, self.grid, rng) if rng.random() < _MARKED_ANYWAY else Marks((), ())
+        return self._asked(scene, marks, self.responder.choose(scene, questions, marks, rng))
+
+    def practice(self, seed: int) -> AskedScene:
+        """Render one scene that nothing is asked about, every other one crowded with marks.
+
+        A small ViT reads letters of five pixels only after some hundred thousand of them.
+        """
+        rng = np.random.default_rng([seed, 2])
+        marks = Marks.crowd if seed % 2 else Marks.anywhere
+        return self._asked(render_scene(seed, size=self.size), marks(self.size, self.grid, rng), [])
+
+    def _asked(self, scene: Scene, marks: Marks, responses: list[Response]) -> AskedScene:
         letters = np.zeros(self.grid**2, dtype=np.int64)
         for cell, letter in zip(marks.cells(self.size, self.grid), marks.letters, strict=True):
             letters[cell] = 1 + LETTERS.index(letter)
-        responses = self.responder.choose(scene, questions, marks, rng)
         return AskedScene(
             image=draw_points(scene.image, marks.points, marks.letters),
             depth=scene.depth,
@@ -385,8 +405,8 @@ def _stack_turns(
 class SceneStream(IterableDataset):
     """Batches of fresh scenes, from `first_seed` on; no scene comes twice, in whichever process."""
 
-    def __init__(self, asker: SceneAsker, batch_size: int, first_seed: int, rank: int, processes: int):
-        self.asker = asker
+    def __init__(self, asker: SceneAsker, batch_size: int, first_seed: int, rank: int, processes: int, practice: bool):
+        self.asker, self.render = asker, asker.practice if practice else asker.scene
         self.batch_size, self.first_seed, self.rank, self.processes = batch_size, first_seed, rank, processes
 
     def __iter__(self) -> Iterator[SceneBatch]:
@@ -395,7 +415,7 @@ class SceneStream(IterableDataset):
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         for step in itertools.count(number, workers):
             first = self.first_seed + (step * self.processes + self.rank) * self.batch_size
-            scenes = [self.asker.scene(seed) for seed in range(first, first + self.batch_size)]
+            scenes = [self.render(seed) for seed in range(first, first + self.batch_size)]
             yield collate(scenes, self.asker)
 
 
@@ -406,13 +426,15 @@ def scene_batches(
     batch_size: int,
     first_seed: int,
     form: AnswerForm | None = None,
+    practice: bool = False,
     workers: int = 1,
     rank: int = 0,
     processes: int = 1,
 ) -> Iterator[SceneBatch]:
     """An endless stream of training batches, rendered by `workers` other processes (0: by this one).
 
-    Of `processes` that train together, number `rank` gets every `processes`-th batch.
+    Of `processes` that train together, number `rank` gets every `processes`-th batch. `practice` gives scenes without
+    questions, to learn to see.
     """
-    stream = SceneStream(SceneAsker(processor, size, form), batch_size, first_seed, rank, processes)
+    stream = SceneStream(SceneAsker(processor, size, form), batch_size, first_seed, rank, processes, practice)
     return iter(DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))

@@ -263,6 +263,7 @@ class _Stages:
             size=IMAGE_SIZE,
             batch_size=batch // self.processes,
             first_seed=_FIRST_SEEDS[stage] + self.recipe.seed * 100_000_000 + seen,
+            practice=stage == "vision",
             workers=self.workers,
             rank=self.rank,
             processes=self.processes,
@@ -373,10 +374,9 @@ class _Stages:
     def _cell_parts(self, scenes: SceneBatch, features, codes) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         depth, *kinds = self.cell_head(features).float().split([self.model.config.num_depth_codes, *CELL_CLASSES], -1)
         code_loss = F.cross_entropy(depth.flatten(0, 1), codes.flatten())
-        kind_losses = [
-            F.cross_entropy(kind.flatten(0, 1), scenes.cells[..., index].flatten()) for index, kind in enumerate(kinds)
-        ]
+        kind_losses = [balanced_cross_entropy(kind, scenes.cells[..., index]) for index, kind in enumerate(kinds)]
         parts = {"cell_code": code_loss, "cell_kind": sum(kind_losses)}
+        parts["letters"] = (kinds[-1].argmax(-1) == scenes.cells[..., -1])[scenes.cells[..., -1] > 0].float().mean()
         return code_loss + sum(kind_losses), parts
 
     def _lookup_loss(self, scenes: SceneBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -393,6 +393,14 @@ class _Stages:
 
 
 _FIRST_SEEDS = {"masks": 10_000_000, "vision": 20_000_000, "lookup": 50_000_000, "language": 30_000_000}
+
+
+def balanced_cross_entropy(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of (b, N, C) logits, averaged over all cells and once more over those that are not background (0),
+    which are few."""
+    costs = F.cross_entropy(logits.flatten(0, 1), classes.flatten(), reduction="none")
+    shown = classes.flatten() > 0
+    return costs.mean() + (costs[shown].mean() if shown.any() else 0.0)
 
 
 def schedule(step: int, steps: int, warmup: int = 100) -> float:
