@@ -21,9 +21,13 @@ if TYPE_CHECKING:
     from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
     from ..processing.processing_perceptio import PerceptioProcessor
 
-CLOSEST_QUESTION = "Which of the circled points is the closest to the camera?"
 REPLACEMENTS = ("own", "oracle", "random", "other_image", "first_repeat")
 _ANSWER_TOKENS = 40
+
+
+def closest_question(item: FairSet) -> str:
+    """The question with its choices, as HardBLINK names them."""
+    return f"Which is closest to the camera: {', '.join(item.letters[:-1])} or {item.letters[-1]}?"
 
 
 def answer_closest(
@@ -97,7 +101,7 @@ def _inputs(processor: "PerceptioProcessor", sets: Sequence[FairSet]) -> dict[st
     chats = []
     for item in sets:
         picture = draw_points(render_scene(item.seed).image, item.points, item.letters)
-        parts = [{"type": "image", "image": Image.fromarray(picture)}, {"type": "text", "text": CLOSEST_QUESTION}]
+        parts = [{"type": "image", "image": Image.fromarray(picture)}, {"type": "text", "text": closest_question(item)}]
         chats.append([{"role": "user", "content": parts}])
     return dict(
         processor.apply_chat_template(

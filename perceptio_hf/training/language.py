@@ -21,9 +21,18 @@ from .alignment import alignment_loss, looking_costs, mean_by_reason
 from .lookup import LookupAsker
 from .loss_labels import IGNORED_LABEL
 from .losses import LossCounts, LossWeights, composite_loss, loss_counts
-from .scenes import FIND, READ, SEGMENT, WRITE, SceneBatch, TurnBatch
+from .scenes import FIND, FIND_OBJECT, READ, SEGMENT, WRITE, SceneBatch, TurnBatch
 
-_REASONS = {SEGMENT: "look_segment", WRITE: "look_write", FIND: "look_find", READ: "look_read"}
+_REASONS = {
+    WRITE: "look_write",
+    FIND: "look_find",
+    READ: "look_read",
+    SEGMENT: "look_segment",
+    FIND_OBJECT: "look_object",
+}
+# The layer whose attention is taught, for each reason: words must have been read before what they name can be found.
+_LAYERS = {1: (WRITE, FIND, READ), 2: (SEGMENT, FIND_OBJECT)}
+_LOOKUP_LAYER = 1
 _NEARNESS_SCENES, _NEARNESS_SEED = 256, 40_000_000
 
 
@@ -68,7 +77,7 @@ class LanguageLesson:
         nearness: (K,) level of each code, see `nearness_of_codes`.
         weights: of the parts of the composite objective; None: plain cross-entropy over all learnt tokens.
         alignment: weight of `alignment_loss`.
-        layer, heads: the attention that is taught where to look: the first `heads` of one layer.
+        heads: how many heads of a layer are taught where to look.
     """
 
     def __init__(
@@ -80,12 +89,11 @@ class LanguageLesson:
         weights: LossWeights | None = None,
         plain: bool = False,
         alignment: float = 1.0,
-        layer: int = 1,
         heads: int = 2,
     ):
         self.model, self.nearness, self.plain = model, nearness, plain
         self.weights = weights or LossWeights()
-        self.alignment, self.layer, self.heads = alignment, layer, heads
+        self.alignment, self.heads = alignment, heads
         self.vocabulary = model.spatial_vocabulary()
         self.code_ids = torch.tensor(model.config.depth_token_ids)
         grid = model.config.depth_config.grid_size
@@ -110,7 +118,9 @@ class LanguageLesson:
             total = total + loss
             parts = {name: parts.get(name, 0) + own.get(name, 0) for name in parts | own}
             states.append(hidden[turns.labels == self.vocabulary.seg])
-            looking.append(looking_costs(attention, turns.looks))
+            for layer, reasons in _LAYERS.items():
+                wanted = torch.isin(turns.looks, torch.tensor(reasons, dtype=torch.uint8))
+                looking.append(looking_costs(attention[layer], turns.looks * wanted))
         costs, reasons = (torch.cat(group) for group in zip(*looking, strict=True))
         if len(costs):
             total = total + self.alignment * mean_by_reason(costs, reasons)
@@ -125,7 +135,10 @@ class LanguageLesson:
         learnt = batch.labels[:, 1:] != IGNORED_LABEL
         logits = self.model.lm_head(hidden[:, :-1][learnt]).float()
         targets = batch.labels[:, 1:][learnt]
-        parts = {"text": F.cross_entropy(logits, targets), "looking": alignment_loss(attention, batch.looks)}
+        parts = {
+            "text": F.cross_entropy(logits, targets),
+            "looking": alignment_loss(attention[_LOOKUP_LAYER], batch.looks),
+        }
         right = (logits.argmax(-1) == targets).float().detach()
         is_level = (targets >= self.first_level) & (targets < self.first_level + NEARNESS_LEVELS)
         figures = {"read": right[is_level].mean(), "concluded": right[~is_level & (targets != self.asker.stop)].mean()}
@@ -152,12 +165,12 @@ class LanguageLesson:
             counts=counts,
         )
 
-    def _behind(self, prefix: DynamicCache, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """States (n, L, d) of `ids` (n, L) behind the cached prefixes `rows` (n,), with gradients through both, and the
-        attention (n, heads, L, P + L) that is taught where to look."""
+    def _behind(self, prefix: DynamicCache, rows: Tensor, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """States (n, L, d) of `ids` (n, L) behind the cached prefixes `rows` (n,), with gradients through both, and of
+        every layer the attention (n, heads, L, P + L) that may be taught where to look."""
         cache = DynamicCache([(layer.keys[rows], layer.values[rows]) for layer in prefix.layers])
         output = self.model.model(input_ids=ids, past_key_values=cache, output_attentions=True)
-        return output.last_hidden_state, output.attentions[self.layer][:, : self.heads]
+        return output.last_hidden_state, [attention[:, : self.heads] for attention in output.attentions]
 
     def _fill(self, ids: Tensor, codes: Tensor) -> Tensor:
         """Put each row's codes (n, N) into its blank depth span, if it has one, and the nearness behind its cells."""

@@ -26,7 +26,7 @@ _LOOKED_UP = 8  # cells in one question about nearness
 _NEARNESS = ("How near are {cells}?", "Look up {cells}.", "Tell me how near {cells} are.")
 _LOCATE = ("Where are the marked points?", "Which cells hold the circled points?", "Locate the labeled points.")
 LETTERS = "ABCDE"
-SEGMENT, WRITE, FIND, READ = 1, 2, 3, 4  # why a token looks somewhere
+WRITE, FIND, READ, SEGMENT, FIND_OBJECT = 1, 2, 3, 4, 5  # why a token looks somewhere
 _MARKED, _MARKED_ANYWAY = 0.85, 0.5  # how often the points of a question are shown, and points without one
 _CROWD = 14
 
@@ -231,7 +231,7 @@ class SceneAsker:
             elif token in self.cell_ids:
                 cell = self.cell_ids[token]
                 if cell in found:
-                    yield place - 1, picture + cell, FIND
+                    yield place - 1, picture + cell, FIND_OBJECT if response.kind == "closer_object" else FIND
                 if span is not None:
                     yield place, len(self.prefix) + span + cell, READ
 

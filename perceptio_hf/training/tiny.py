@@ -376,7 +376,10 @@ class _Stages:
         code_loss = F.cross_entropy(depth.flatten(0, 1), codes.flatten())
         kind_losses = [balanced_cross_entropy(kind, scenes.cells[..., index]) for index, kind in enumerate(kinds)]
         parts = {"cell_code": code_loss, "cell_kind": sum(kind_losses)}
-        parts["letters"] = (kinds[-1].argmax(-1) == scenes.cells[..., -1])[scenes.cells[..., -1] > 0].float().mean()
+        marked = scenes.cells[..., -1] > 0
+        if marked.any():
+            right = kinds[-1].argmax(-1) == scenes.cells[..., -1]
+            parts["letters"] = right[marked].float().mean()
         return code_loss + sum(kind_losses), parts
 
     def _lookup_loss(self, scenes: SceneBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
