@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from perceptio_hf.data.cells import cell_at, cell_word
 from perceptio_hf.data.rows import import_datasets, sample_features, to_row
 from perceptio_hf.data.world import Question, Scene, ask, draw_points, render_scene
 from perceptio_hf.run_length import encode_mask
@@ -24,7 +25,13 @@ _SHARDS = 1024  # at most; a stream is split between processes, and skipped thro
 
 
 def world_sample(
-    scene: Scene, question: Question, *, task: str | None = None, masks: bool = True, depth: bool = True
+    scene: Scene,
+    question: Question,
+    *,
+    task: str | None = None,
+    masks: bool = True,
+    depth: bool = True,
+    cells: int | None = None,
 ) -> dict[str, Any]:
     """A question about a scene as a sample (see `perceptio_hf.data.samples.Sample`).
 
@@ -32,10 +39,17 @@ def world_sample(
         task: its name; default: the question's kind.
         masks: write a [SEG] for each object that the answer rests on.
         depth: write a depth span where the answer rests on depth.
+        cells: side of a grid; the answer about marked points then names the cell of each before it concludes, as in
+            `A p27 B p03: A` (see `perceptio_hf.data.cells`).
     """
     targets = question.targets if masks else ()
     spatial = depth and question.kind in ("depth", *WORLD_TASKS["spatial"])
-    said = SEG_TOKEN * len(targets) + (DEPTH_START_TOKEN + DEPTH_END_TOKEN) * spatial + question.answer
+    words = question.answer
+    if cells and question.points:
+        places = (cell_word(cell_at(point, scene.instances.shape, cells)) for point in question.points)
+        steps = " ".join(f"{letter} {place}" for letter, place in zip(question.letters, places, strict=True))
+        words = f"{steps}: {words}"
+    said = SEG_TOKEN * len(targets) + (DEPTH_START_TOKEN + DEPTH_END_TOKEN) * spatial + words
     drawn = question.points
     sample = {
         "id": f"scene {scene.seed}: {question.text}",
@@ -48,7 +62,7 @@ def world_sample(
 
 
 def iter_world_samples(
-    task: str, seeds: Sequence[int], *, size: int = 128, **options: bool
+    task: str, seeds: Sequence[int], *, size: int = 128, **options: Any
 ) -> Iterator[dict[str, Any]]:
     """All samples of a task about the scenes with these numbers; `options` go to `world_sample`.
 
@@ -63,7 +77,14 @@ def iter_world_samples(
 
 
 def world_dataset(
-    task: str, *, scenes: int, first_seed: int = 0, size: int = 128, masks: bool = True, depth: bool = True
+    task: str,
+    *,
+    scenes: int,
+    first_seed: int = 0,
+    size: int = 128,
+    masks: bool = True,
+    depth: bool = True,
+    cells: int | None = None,
 ) -> "IterableDataset":
     """A stream of samples that are rendered as they are needed.
 
@@ -72,7 +93,7 @@ def world_dataset(
         scenes: how many.
         first_seed: number of the first; see `perceptio_hf.data.world` for the numbers that are held out.
         size: width and height of the pictures in pixels.
-        masks, depth: as in `world_sample`.
+        masks, depth, cells: as in `world_sample`.
 
     Raises:
         ValueError: for an unknown task or no scene.
@@ -83,7 +104,7 @@ def world_dataset(
     last = first_seed + scenes
     per_shard = -(-scenes // _SHARDS)
     shards = [(start, min(start + per_shard, last)) for start in range(first_seed, last, per_shard)]
-    options = {"task": task, "size": size, "masks": masks, "depth": depth}
+    options = {"task": task, "size": size, "masks": masks, "depth": depth, "cells": cells}
     return import_datasets().IterableDataset.from_generator(
         _rows, features=sample_features(), gen_kwargs={"shards": shards, "options": options}
     )

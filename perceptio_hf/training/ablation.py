@@ -25,6 +25,7 @@ from .scenes import AnswerForm, SceneBatch, click_prompts, scene_batches
 from .tiny import schedule
 from .tiny_model import IMAGE_SIZE
 
+_REVISED = 2  # spans per step that are also asked about without their pictures
 _FIRST_SEED = 200_000_000  # of the scenes that are trained on
 
 
@@ -157,7 +158,12 @@ def _train(
 ) -> None:
     torch.manual_seed(seed)
     lesson = LanguageLesson(
-        model, processor, nearness_of_codes(model.depth_model), weights=variant.weights, plain=variant.plain
+        model,
+        processor,
+        nearness_of_codes(model.depth_model),
+        weights=variant.weights,
+        plain=variant.plain,
+        revise=_REVISED if variant.form.depth and variant.form.words else 0,
     )
     parameters = _trainable(model)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)

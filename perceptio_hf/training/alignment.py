@@ -9,6 +9,9 @@ changes.
 import torch
 from torch import Tensor
 
+# Why a token looks somewhere: it writes a code, finds a mark, reads the span, segments or finds an object.
+WRITE, FIND, READ, SEGMENT, FIND_OBJECT = 1, 2, 3, 4, 5
+
 
 def alignment_loss(attention: Tensor, looks: Tensor) -> Tensor:
     """-log(share of the attention that goes where a token was told to look), averaged over heads and tokens.

@@ -45,6 +45,10 @@ class PerceptioSFTConfig(SFTConfig):
             mask_dice_weight, mask_score_weight: weights of the parts of the loss, 0 or more; 0 switches one off.
         gradient_weight: of the gradient-matching term inside the reconstruction loss.
         merge_temperature: of soft-merge, above 0.
+        look_weight: of teaching attention where to look (`alignment`), 0 by default: codes at their own place in the
+            picture, [SEG] at its object. For small models, or little data. Needs a language model with eager attention
+            and keeps the attention weights of all its layers in memory.
+        look_layer, look_heads: the layer whose first heads are taught; None: the one a third of the way up.
         freeze_language_model, freeze_vision_tower, freeze_projector, freeze_mask_decoder: parts that keep their
             weights. The language model includes embeddings and `lm_head`; the projector is InternVL's. The [SEG]
             projector always learns, SAM2's image encoder and the depth codec never do. With a `peft_config` PEFT
@@ -92,6 +96,9 @@ class PerceptioSFTConfig(SFTConfig):
     merge_temperature: float = field(
         default=LossWeights.temperature, metadata={"help": "Temperature of soft-merge; towards 0 it decodes hard."}
     )
+    look_weight: float = field(default=0.0, metadata={"help": "Weight of teaching attention where to look."})
+    look_layer: int | None = field(default=None, metadata={"help": "The layer whose attention is taught."})
+    look_heads: int = field(default=2, metadata={"help": "How many of its heads are taught."})
     freeze_language_model: bool = field(
         default=False, metadata={"help": "Keep the language model's weights, embeddings and lm_head included."}
     )
@@ -144,6 +151,15 @@ class PerceptioSFTConfig(SFTConfig):
             value = getattr(self, f"{name}_weight")
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}_weight is {value}; a weight of the loss is a finite number of 0 or more.")
+        if not (math.isfinite(self.look_weight) and self.look_weight >= 0):
+            raise ValueError(f"look_weight is {self.look_weight}; it must be a finite number of 0 or more.")
+        if self.look_weight and self.look_heads < 1:
+            raise ValueError(f"look_heads is {self.look_heads}; at least one head can be taught where to look.")
+        if self.look_weight and self.gradient_checkpointing:
+            raise ValueError(
+                "look_weight needs attention weights, which gradient checkpointing throws away: set "
+                "gradient_checkpointing: false, or leave look_weight out."
+            )
         if not (math.isfinite(self.merge_temperature) and self.merge_temperature > 0):
             raise ValueError(f"merge_temperature is {self.merge_temperature}; it must be a finite number above 0.")
         if not any(getattr(self, f"{name}_weight") for name in self._PARTS):

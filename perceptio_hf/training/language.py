@@ -17,11 +17,20 @@ from ..data.world import render_scene
 from ..modeling.modeling_depth_vqvae import DepthVQVAE
 from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
 from ..processing.processing_perceptio import PerceptioProcessor
-from .alignment import alignment_loss, looking_costs, mean_by_reason
+from .alignment import (
+    FIND,
+    FIND_OBJECT,
+    READ,
+    SEGMENT,
+    WRITE,
+    alignment_loss,
+    looking_costs,
+    mean_by_reason,
+)
 from .lookup import LookupAsker
 from .loss_labels import IGNORED_LABEL
 from .losses import LossCounts, LossWeights, composite_loss, loss_counts
-from .scenes import FIND, FIND_OBJECT, READ, SEGMENT, WRITE, SceneBatch, TurnBatch
+from .scenes import SceneBatch, TurnBatch
 
 _REASONS = {
     WRITE: "look_write",
@@ -78,6 +87,7 @@ class LanguageLesson:
         weights: of the parts of the composite objective; None: plain cross-entropy over all learnt tokens.
         alignment: weight of `alignment_loss`.
         heads: how many heads of a layer are taught where to look.
+        revise: spans of a batch that are also asked about without their pictures (`lookup`), lest it be forgotten.
     """
 
     def __init__(
@@ -90,10 +100,11 @@ class LanguageLesson:
         plain: bool = False,
         alignment: float = 1.0,
         heads: int = 2,
+        revise: int = 0,
     ):
         self.model, self.nearness, self.plain = model, nearness, plain
         self.weights = weights or LossWeights()
-        self.alignment, self.heads = alignment, heads
+        self.alignment, self.heads, self.revise = alignment, heads, revise
         self.vocabulary = model.spatial_vocabulary()
         self.code_ids = torch.tensor(model.config.depth_token_ids)
         grid = model.config.depth_config.grid_size
@@ -125,6 +136,10 @@ class LanguageLesson:
         if len(costs):
             total = total + self.alignment * mean_by_reason(costs, reasons)
             parts |= {name: costs[reasons == why].mean() for why, name in _REASONS.items() if (reasons == why).any()}
+        if self.revise:
+            revision, figures = self.look_up(codes[: self.revise])
+            total = total + revision
+            parts |= {name: figures[name] for name in ("read", "concluded") if name in figures}
         return Lesson(total, parts, torch.cat(states), prefix.image_hidden_states, codes)
 
     def look_up(self, codes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -141,7 +156,10 @@ class LanguageLesson:
         }
         right = (logits.argmax(-1) == targets).float().detach()
         is_level = (targets >= self.first_level) & (targets < self.first_level + NEARNESS_LEVELS)
-        figures = {"read": right[is_level].mean(), "concluded": right[~is_level & (targets != self.asker.stop)].mean()}
+        concluding = ~is_level & (targets != self.asker.stop)
+        figures = {"read": right[is_level].mean()}
+        if concluding.any():
+            figures["concluded"] = right[concluding].mean()
         return parts["text"] + self.alignment * parts["looking"], parts | figures
 
     def _token_losses(

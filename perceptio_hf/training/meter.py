@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable
 
 from .loss_labels import LossCounts
-from .losses import PARTS
 
 _COUNT_OF = {
     "text": "text",
@@ -15,6 +14,8 @@ _COUNT_OF = {
     "mask_bce": "masks",
     "mask_dice": "masks",
     "mask_score": "masks",
+    "look_write": "codes",
+    "look_segment": "masks",
 }
 
 
@@ -34,8 +35,8 @@ class PartMeter:
 
     def means(self, reduced: Callable[[list[float]], list[float]]) -> dict[str, float]:
         """The means of those parts that had any item, and a new start. `reduced` sums numbers over processes."""
-        totals = reduced([table[name] for table in (self.sums, self.items) for name in PARTS])
+        totals = reduced([table[name] for table in (self.sums, self.items) for name in _COUNT_OF])
         self.sums.clear()
         self.items.clear()
-        sums, items = totals[: len(PARTS)], totals[len(PARTS) :]
-        return {name: total / count for name, total, count in zip(PARTS, sums, items, strict=True) if count > 0}
+        sums, items = totals[: len(_COUNT_OF)], totals[len(_COUNT_OF) :]
+        return {name: total / count for name, total, count in zip(_COUNT_OF, sums, items, strict=True) if count > 0}

@@ -20,13 +20,13 @@ from ..data.world.scene import COLORS, MATERIALS, SHAPES, SIZES
 from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
 from ..processing.processing_perceptio import PerceptioProcessor
 from ..tokens import SEG_TOKEN, depth_span
+from .alignment import FIND, FIND_OBJECT, READ, SEGMENT, WRITE
 from .loss_labels import IGNORED_LABEL
 
 _LOOKED_UP = 8  # cells in one question about nearness
 _NEARNESS = ("How near are {cells}?", "Look up {cells}.", "Tell me how near {cells} are.")
 _LOCATE = ("Where are the marked points?", "Which cells hold the circled points?", "Locate the labeled points.")
 LETTERS = "ABCDE"
-WRITE, FIND, READ, SEGMENT, FIND_OBJECT = 1, 2, 3, 4, 5  # why a token looks somewhere
 _MARKED, _MARKED_ANYWAY = 0.85, 0.5  # how often the points of a question are shown, and points without one
 _CROWD = 14
 

@@ -45,6 +45,7 @@ from .tiny_model import IMAGE_SEQ_LENGTH, IMAGE_SIZE, tiny_config, tiny_processo
 STAGES = ("masks", "vision", "lookup", "language")
 # Where masks start from nothing and objects are small, the cross-entropy of the background holds every logit down.
 _DICE_WEIGHT = 4.0
+_REVISED = 2  # spans per process and step of the language stage
 _RENDEZVOUS = ".rendezvous"  # where the processes find one another
 
 
@@ -229,7 +230,9 @@ class _Stages:
         self.cell_head = nn.Linear(hidden, model.config.num_depth_codes + sum(CELL_CLASSES))
         self.kind_prompts = nn.ModuleList([nn.Embedding(count, prompt) for count in KIND_CLASSES])
         self.heads = nn.ModuleList([self.cell_head, self.kind_prompts])
-        self.lesson = LanguageLesson(model, processor, nearness_of_codes(model.depth_model, recipe.seed))
+        self.lesson = LanguageLesson(
+            model, processor, nearness_of_codes(model.depth_model, recipe.seed), revise=_REVISED
+        )
 
     def run(self, stage: str) -> None:
         """Train one stage, or load its result where it is finished."""

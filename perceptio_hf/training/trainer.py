@@ -24,6 +24,7 @@ from .checkpoints import WholeCheckpoints, last_checkpoint
 from .collator import PerceptioDataCollator
 from .config import PerceptioSFTConfig
 from .curves import draw_losses
+from .looking import look_layer, looking_parts, places_to_look
 from .loss_labels import LossCounts, loss_counts, read_labels
 from .losses import composite_loss
 from .meter import PartMeter
@@ -81,6 +82,7 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         source, model = _loaded(model, args)
         init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None  # used up; SFTTrainer would say ignored
         processing_class = processing_class or PerceptioProcessor.from_pretrained(source)
+        self._look_layer = look_layer(model.config.text_config, args.look_layer) if args.look_weight else None
         if not is_peft_model(model):
             choose_trainable(model, args)
         if data_collator is None:
@@ -188,7 +190,9 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         counts = num_items_in_batch
         if counts is None:
             counts = loss_counts(targets["labels"], self._vocabulary, targets["depth_valid"])
-        outputs = model(**inputs, use_cache=False, criterion=self._criterion(targets, counts))
+        extras = {"output_attentions": True} if self.args.look_weight else {}
+        criterion = self._criterion(inputs["input_ids"], targets, counts)
+        outputs = model(**inputs, use_cache=False, criterion=criterion, **extras)
         loss = outputs.loss
         self._record(loss, outputs.loss_parts, counts, is_share=num_items_in_batch is not None)
         if num_items_in_batch is not None:
@@ -227,7 +231,7 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
             filled[name][rows, columns] = tokens
         return {**inputs, **filled}
 
-    def _criterion(self, targets: dict[str, Tensor], counts: LossCounts) -> Callable:
+    def _criterion(self, input_ids: Tensor, targets: dict[str, Tensor], counts: LossCounts) -> Callable:
         """What the model calls inside its forward, where every use of a parameter is seen by DDP and FSDP."""
         modules = [self._perceptio.seg_projector, self._perceptio.mask_model.mask_decoder]
 
@@ -246,9 +250,24 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
                 weights=self._weights,
                 counts=counts,
             )
+            if self.args.look_weight:
+                looking = self._looking(input_ids, targets, counts, outputs.attentions)
+                loss, parts = loss + self.args.look_weight * sum(looking.values()), parts | looking
             return loss + _zero_of(modules), {name: part.detach() for name, part in parts.items()}
 
         return criterion
+
+    def _looking(
+        self, input_ids: Tensor, targets: dict[str, Tensor], counts: LossCounts, attentions: tuple[Tensor, ...]
+    ) -> dict[str, Tensor]:
+        looks = places_to_look(
+            input_ids,
+            targets["labels"],
+            self._vocabulary,
+            targets["mask_targets"],
+            image_seq_length=self._perceptio.config.image_seq_length,
+        )
+        return looking_parts(attentions[self._look_layer][:, : self.args.look_heads], looks, counts)
 
     def _record(self, loss: Tensor, parts: dict[str, Tensor], counts: LossCounts, *, is_share: bool) -> None:
         total, *values = torch.stack([loss.detach(), *(part.to(loss.device) for part in parts.values())]).tolist()
@@ -369,13 +388,13 @@ def _checked_args(model, args: PerceptioSFTConfig | None) -> PerceptioSFTConfig:
 
 
 def _with_columns(dataset, name: str):
-    """The data set, or one made of it that has the columns `messages` and `images`."""
+    """The data set with the columns of a sample, its pictures undecoded: one that cannot be read is an error of its own
+    sample then, which `on_error` decides about."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise ValueError(
             f"The {name} set is a {type(dataset).__name__}; expected a Dataset or IterableDataset of `datasets`."
         )
-    columns = next(iter(dataset), ()) if dataset.column_names is None else dataset.column_names
-    return dataset if {"messages", "images"} <= set(columns) else as_rows(dataset, f"The {name} set")
+    return as_rows(dataset, f"The {name} set")
 
 
 def _evaluation_sets(dataset):

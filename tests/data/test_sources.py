@@ -173,6 +173,14 @@ def test_the_world(task, collator):
     assert not any("[SEG]" in str(row["messages"]) or "DEPTH" in str(row["messages"]) for row in bare)
 
 
+def test_answers_that_name_cells():
+    samples = list(iter_world_samples("spatial", range(12), cells=8))
+    said = [sample["messages"][1]["content"] for sample in samples if "p" in sample["messages"][1]["content"]]
+    walks = [re.fullmatch(r"<DEPTH_START><DEPTH_END>((?:[A-E] p\d\d ?)+): ([A-E])", words) for words in said]
+    assert sum(map(bool, walks)) >= 3
+    assert all(walk[2] in walk[1] for walk in walks if walk)
+
+
 def test_the_world_refuses():
     with pytest.raises(ValueError, match="Unknown task 'segment'; the world has refer, depth, spatial, plain"):
         world_dataset("segment", scenes=1)
