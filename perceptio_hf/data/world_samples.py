@@ -61,9 +61,7 @@ def world_sample(
     return sample | ({"depth": scene.depth, "depth_unit": "m"} if spatial else {})
 
 
-def iter_world_samples(
-    task: str, seeds: Sequence[int], *, size: int = 128, **options: Any
-) -> Iterator[dict[str, Any]]:
+def iter_world_samples(task: str, seeds: Sequence[int], *, size: int = 128, **options: Any) -> Iterator[dict[str, Any]]:
     """All samples of a task about the scenes with these numbers; `options` go to `world_sample`.
 
     Raises:

@@ -111,4 +111,5 @@ def _bars(axis, table: Table, variants: list[str], metrics: tuple[str, ...], tit
     axis.set_ylim(0, 1)
     axis.set_title(title, loc="left", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, ncols=4, frameon=False, loc="upper right")
+    if variants:
+        axis.legend(fontsize=8, ncols=4, frameon=False, loc="upper right")
