@@ -16,7 +16,7 @@ from .scenes import Item, answer_items, conclusion, encode_items, held_out_items
 if TYPE_CHECKING:
     from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
     from ..processing.processing_perceptio import PerceptioProcessor, SpatialAnswer
-    from ..training.scenes import AnswerForm
+    from ..training.answers import AnswerForm
 
 POINTS = (3, 4, 5)
 METRICS = (

@@ -19,9 +19,10 @@ from ..evaluation.ablation import METRICS, evaluate
 from ..files import replacing, write_json
 from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
 from ..processing.processing_perceptio import PerceptioProcessor
+from .answers import AnswerForm
 from .language import LanguageLesson, nearness_of_codes
 from .losses import LossWeights, mask_loss, score_loss
-from .scenes import AnswerForm, SceneBatch, click_prompts, scene_batches
+from .scenes import SceneBatch, click_prompts, scene_batches
 from .tiny import schedule
 from .tiny_model import IMAGE_SIZE
 

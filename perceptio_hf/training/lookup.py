@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..data.cells import cell_words, nearness_words
 from ..processing.processing_perceptio import PerceptioProcessor
+from .answers import LETTERS
 from .loss_labels import IGNORED_LABEL
-from .scenes import LETTERS
 
 _CHAINS, _CHAIN_CELLS = 6, 8  # chains of cells behind each span, and their length
 _CONCLUSIONS = 6

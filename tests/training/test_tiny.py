@@ -10,7 +10,8 @@ from transformers import AutoModel, DynamicCache
 from perceptio_hf import DepthVQVAE, PerceptioForConditionalGeneration
 from perceptio_hf.data.cells import cell_at
 from perceptio_hf.data.world import render_scene, text_corpus
-from perceptio_hf.training.scenes import AnswerForm, SceneAsker, collate, scene_batches
+from perceptio_hf.training.answers import AnswerForm
+from perceptio_hf.training.scenes import SceneAsker, collate, scene_batches
 from perceptio_hf.training.tiny import STAGES, TinyRecipe, fresh_model, schedule, train_tiny
 from perceptio_hf.training.tiny_model import tiny_processor, tiny_tokenizer
 
