@@ -11,6 +11,7 @@ from ..tokens import SpatialVocabulary, read_sequence
 from .alignment import SEGMENT, WRITE, looking_costs
 from .loss_labels import IGNORED_LABEL, LossCounts
 
+LOOKS = ("look_write", "look_segment")  # the parts of the loss
 _MOSTLY = 0.5  # image tokens count as the object's that hold at least this share of what the fullest one holds
 
 

@@ -24,10 +24,11 @@ from .checkpoints import WholeCheckpoints, last_checkpoint
 from .collator import PerceptioDataCollator
 from .config import PerceptioSFTConfig
 from .curves import draw_losses
-from .looking import look_layer, looking_parts, places_to_look
+from .looking import LOOKS, look_layer, looking_parts, places_to_look
 from .loss_labels import LossCounts, loss_counts, read_labels
 from .losses import composite_loss
 from .meter import PartMeter
+from .trainable import check_trains, choose_trainable, zero_of
 
 _logger = logging.getLogger(__name__)
 _TARGETS = ("labels", "mask_targets", "depth_targets", "depth_valid", "depth_given_as_codes")
@@ -107,7 +108,7 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
             peft_config=peft_config,
         )
         args.model_init_kwargs = init_kwargs
-        _check_trains(self.model)
+        check_trains(self.model)
         self._weights = args.loss_weights()
         self._vocabulary = self._perceptio.spatial_vocabulary()
         self._codec = self._perceptio.depth_model
@@ -253,7 +254,7 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
             if self.args.look_weight:
                 looking = self._looking(input_ids, targets, counts, outputs.attentions)
                 loss, parts = loss + self.args.look_weight * sum(looking.values()), parts | looking
-            return loss + _zero_of(modules), {name: part.detach() for name, part in parts.items()}
+            return loss + zero_of(modules), {name: part.detach() for name, part in parts.items()}
 
         return criterion
 
@@ -325,7 +326,8 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._meters["eval"].means(self._reduced)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        output.metrics[f"{metric_key_prefix}_loss"] = sum(getattr(self._weights, name) * means[name] for name in means)
+        weights = vars(self._weights) | dict.fromkeys(LOOKS, self.args.look_weight)
+        output.metrics[f"{metric_key_prefix}_loss"] = sum(weights[name] * means[name] for name in means)
         return output
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
@@ -363,21 +365,6 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
             _logger.warning("%d samples could not be used and were left out: %s.", sum(map(int, counts)), parts)
 
 
-def choose_trainable(model: PerceptioForConditionalGeneration, args: PerceptioSFTConfig) -> None:
-    """Set which parameters of `model` require gradients: what `args` does not freeze."""
-    model.requires_grad_(False)
-    model.seg_projector.requires_grad_(True)
-    for frozen, modules in (
-        (args.freeze_language_model, (model.model.language_model, model.lm_head)),
-        (args.freeze_projector, (model.model.multi_modal_projector,)),
-        (args.freeze_vision_tower, (model.model.vision_tower,)),
-        (args.freeze_mask_decoder, (model.mask_model.mask_decoder,)),
-    ):
-        for module in modules:
-            module.requires_grad_(not frozen)
-    model.mask_model.mask_decoder.pred_obj_score_head.requires_grad_(False)  # speaks of objects in videos; unused
-
-
 def _checked_args(model, args: PerceptioSFTConfig | None) -> PerceptioSFTConfig:
     if args is None:
         name = model if isinstance(model, str) else model.config.name_or_path or "perceptio"
@@ -412,18 +399,3 @@ def _loaded(model, args: PerceptioSFTConfig) -> tuple[str, torch.nn.Module]:
     if args.model_init_kwargs:
         raise ValueError("model_init_kwargs are for a model given by its path; this one has been made already.")
     return model.config.name_or_path, model
-
-
-def _check_trains(model: torch.nn.Module) -> None:
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
-            "This trains nothing: no parameter of the model requires a gradient. Freeze less, or give a peft_config."
-        )
-
-
-def _zero_of(modules: list[torch.nn.Module]) -> Tensor:
-    """A zero that depends on all their trainable parameters, so that each gets a gradient in every micro batch, with
-    and without masks. FSDP exchanges the gradients there are, and waits for ever where processes differ in them; an
-    optimizer steps where there is one, and must do so however a batch is divided."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    return sum((parameter.sum() * 0 for parameter in parameters), 0.0)

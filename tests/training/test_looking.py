@@ -81,6 +81,17 @@ def test_the_trainer_learns_where_to_look_and_logs_it(tmp_path, processor):
     assert "look_write" not in parts(0.0)[0]
 
 
+def test_evaluation_counts_what_training_counts(tmp_path, processor):
+    model = random_model(processor)
+    model.set_attn_implementation("eager")
+    run = trainer(tmp_path, processor=processor, model=model, look_weight=2.0, evaluation=samples(4), text_weight=1.5)
+    metrics = run.evaluate()
+    weights = vars(run.args.loss_weights()) | {"look_write": 2.0, "look_segment": 2.0}
+    parts = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    expected = sum(weight * parts[name] for name, weight in weights.items() if name in parts)
+    assert metrics["eval_loss"] == pytest.approx(expected) and metrics["eval_look_write"] > 0
+
+
 def test_micro_batches_weigh_as_one(tmp_path, processor):
     weights = []
     for size, accumulated in ((8, 1), (2, 4)):
