@@ -22,6 +22,8 @@ _TITLES = {
     "mask_bce": "masks: cross-entropy",
     "mask_dice": "masks: Dice",
     "mask_score": "predicted IoU: squared error",
+    "look_write": "where codes look",
+    "look_segment": "where [SEG] looks",
 }
 _COLUMNS = 3
 _TRAIN, _EVALS = "#1f6fb4", ("#d1495b", "#2e8b57", "#8e5ea2", "#c17c00")
@@ -30,18 +32,21 @@ _MANY = 60  # points of a curve above which a moving median is drawn over it
 Curve = list[tuple[int, float]]  # (step, value)
 
 
-def draw_losses(history: Sequence[Mapping[str, float]], path: str | Path) -> Path | None:
+def draw_losses(
+    history: Sequence[Mapping[str, float]], path: str | Path, *, names: Sequence[str] | None = None
+) -> Path | None:
     """Draw the loss and its parts over the steps, in training and evaluation.
 
     Args:
         history: `trainer.state.log_history`: dicts with `step` and, in training, `loss` and the parts, or in evaluation
             the same names behind `eval_` (`eval_<set>_` where there are several sets).
         path: of the PNG; it appears when it is complete.
+        names: what to draw; None: the loss and the parts of the composite objective.
 
     Returns:
         The path, or None where there is nothing to draw.
     """
-    panels = {name: curves for name in _TITLES if (curves := loss_curves(history, name))}
+    panels = {name: curves for name in names or _TITLES if (curves := loss_curves(history, name))}
     if not panels:
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -56,7 +61,7 @@ def draw_losses(history: Sequence[Mapping[str, float]], path: str | Path) -> Pat
     labels = sorted({label for curves in panels.values() for label in curves} - {"training"})
     colors = dict(zip(labels, _EVALS * len(labels), strict=False))  # the same in all panels
     for axes, (name, curves) in zip(grid.flat, panels.items(), strict=False):
-        _draw_panel(axes, _TITLES[name], curves, colors)
+        _draw_panel(axes, _TITLES.get(name, name), curves, colors)
     if any(len(curves) > 1 for curves in panels.values()):
         widest = max(grid.flat, key=lambda axes: len(axes.get_legend_handles_labels()[1]))
         figure.legend(*widest.get_legend_handles_labels(), loc="outside upper right", ncols=6, frameon=False)

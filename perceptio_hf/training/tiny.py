@@ -19,7 +19,7 @@ import shutil
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ from ..modeling.modeling_depth_vqvae import DepthVQVAE
 from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
 from ..processing.processing_perceptio import PerceptioProcessor
 from .codebook import CodebookOptions, DepthBank, train_codebook
+from .curves import draw_losses
 from .language import LanguageLesson, nearness_of_codes
 from .losses import mask_loss, score_loss
 from .scenes import CELL_CLASSES, KIND_CLASSES, SceneBatch, click_prompts, scene_batches
@@ -45,6 +46,7 @@ from .tiny_model import IMAGE_SEQ_LENGTH, IMAGE_SIZE, tiny_config, tiny_processo
 STAGES = ("masks", "vision", "lookup", "language")
 # Where masks start from nothing and objects are small, the cross-entropy of the background holds every logit down.
 _DICE_WEIGHT = 4.0
+_SHOWN = 20  # steps that progress bar and plot average over
 _REVISED = 2  # spans per process and step of the language stage
 _RENDEZVOUS = ".rendezvous"  # where the processes find one another
 
@@ -243,8 +245,9 @@ class _Stages:
         steps, batch, rate = (getattr(self.recipe, f"{stage}_{what}") for what in ("steps", "batch", "lr"))
         parameters = self._parameters(stage)
         optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
+        self.history: list[dict[str, float]] = []
         first = self._load(path, optimizer) if path.exists() else 0
-        shown: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=50))
+        shown: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_SHOWN))
         batches = islice(self._batches(stage, first * batch, batch), steps - first)
         progress = tqdm(batches, desc=stage, initial=first, total=steps, disable=self.rank > 0)
         for step, scenes in enumerate(progress, start=first):
@@ -252,11 +255,16 @@ class _Stages:
             for name, value in self._step(stage, step, scenes, parameters, optimizer).items():
                 shown[name].append(float(value))
             if step % 10 == 0:
-                progress.set_postfix({name: f"{sum(v) / len(v):.3f}" for name, v in shown.items()})
+                means = {name: sum(values) / len(values) for name, values in shown.items()}
+                self.history.append({"step": step} | means)
+                progress.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()})
             if (step + 1) % self.recipe.checkpoint_every == 0 or step + 1 == steps:
                 self._keep(path, step + 1, optimizer)
         dist.barrier()
         if self.rank == 0:
+            picture = "losses.png" if stage == STAGES[-1] else f"losses_{stage}.png"
+            names = [name for name in dict.fromkeys(chain.from_iterable(self.history)) if name != "step"]
+            draw_losses(self.history, self.out / picture, names=names)
             done.touch()
 
     def _batches(self, stage: str, seen: int, batch: int) -> Iterator[SceneBatch]:
@@ -318,6 +326,7 @@ class _Stages:
             "heads": self.heads.state_dict(),
             "optimizer": optimizer.state_dict(),
             "step": step,
+            "history": self.history,
         }
         with replacing(path) as partial:
             torch.save(state, partial)
@@ -328,6 +337,7 @@ class _Stages:
         self.heads.load_state_dict(state["heads"])
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
+            self.history = state.get("history", [])
         return state["step"]
 
     def _masks_loss(self, scenes: SceneBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

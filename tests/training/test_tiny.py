@@ -189,6 +189,7 @@ def test_all_stages_run_resume_and_load(tmp_path):
     assert all(name.startswith(("depth_model", "mask_model")) for name in frozen)
     assert {name for name in start if name.startswith("depth_model")} <= frozen
 
+    assert (tmp_path / "run" / "losses.png").is_file() and (tmp_path / "run" / "losses_vision.png").is_file()
     before = model.state_dict()
     (tmp_path / "run" / "language.done").unlink()  # as if stopped right after the last checkpoint
     again = AutoModel.from_pretrained(train_tiny(recipe, tmp_path / "run", processes=2, workers=0)).state_dict()
