@@ -39,3 +39,23 @@ def write_json(path: str | os.PathLike, document: Any) -> None:
 def write_picture(path: str | os.PathLike, picture: Image.Image) -> None:
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG")
+
+
+def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    """The keys and values of a recipe.
+
+    Raises:
+        ValueError: if the file does not exist, is no YAML or no mapping.
+    """
+    import yaml  # here: most commands read none
+
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no recipe {path}.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{path} must hold keys and values, e.g. `seed: 0`.")
+    return values

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Options that are not listed here belong to the recipe: `--max_steps 10` takes the place of its `max_steps`.
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
+SFT, TINY = "sft", "tiny"  # kinds of recipes
 _RECIPE_FILE = "recipe.json"
 _PLACES = ("output_dir", "resume_from_checkpoint")  # of a run, not of what it trains
 
@@ -45,7 +46,7 @@ def train(
 
     Any key of a fine-tuning recipe can be given as an option, e.g. `--max_steps 10`.
     """
-    from perceptio_hf.training.recipe import SFT, TINY, read_yaml
+    from perceptio_hf.files import read_yaml
 
     kind = read_yaml(config).get("recipe", SFT)
     if kind == SFT:
@@ -72,8 +73,12 @@ def _from_scratch(config: Path, out: Path, processes: int, workers: int) -> None
 
 
 def _fine_tune(config: Path, out: Path | None, overrides: Sequence[str]) -> None:
-    from perceptio_hf.files import write_json
-    from perceptio_hf.training.recipe import read_recipe, read_yaml
+    from perceptio_hf.files import read_yaml, write_json
+
+    try:
+        from perceptio_hf.training.recipe import read_recipe
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is missing, which fine-tuning needs: install the extra `train`.") from None
 
     if out is not None:
         overrides = [*overrides, "--output_dir", str(out)]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from perceptio_hf.data.depth_maps import UNITS
 from perceptio_hf.data.rows import as_rows, dataset_of, import_datasets, sample_features, to_row
+from perceptio_hf.data.world.questions import DEPTH_QUESTIONS
 from perceptio_hf.files import write_text
 from perceptio_hf.tokens import DEPTH_END_TOKEN, DEPTH_START_TOKEN
 
@@ -21,14 +22,6 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 SAMPLES_FILE = "samples.jsonl"
-DEPTH_QUESTIONS = (
-    "Describe the depth of the scene.",
-    "How far is everything?",
-    "Show the depth of this picture.",
-    "Give me a depth map.",
-    "Estimate the depth of the picture.",
-    "How far away are the things in the picture?",
-)
 DEPTH_ANSWER = "Here is the depth map."
 _SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"\x93NUM": ".npy", b"GIF8": ".gif"}
 

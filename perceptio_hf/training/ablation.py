@@ -4,6 +4,7 @@ Every run has the same start, number of steps and stream of scenes; what differs
 losses. The vision tower, SAM2's image encoder and the depth codec are frozen, as in fine-tuning a real checkpoint.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -11,12 +12,11 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-import yaml
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..evaluation.ablation import METRICS, evaluate
-from ..files import replacing, write_json
+from ..files import read_yaml, replacing, write_json
 from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
 from ..processing.processing_perceptio import PerceptioProcessor
 from .answers import AnswerForm
@@ -83,12 +83,7 @@ class AblationRecipe:
         Raises:
             ValueError: for a file that is no mapping, a key that is unknown, or a value of another kind or not above 0.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"There is no recipe {path}; recipes/ablation.yaml is the one of the published table.")
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold keys and values, e.g. `steps: 400`.")
+        values = read_yaml(path)
         known = {item.name: item.type for item in fields(cls)}
         for key, value in values.items():
             if key not in known:
@@ -111,7 +106,7 @@ def run_variant(
     """
     if name not in VARIANTS:
         raise ValueError(f"Unknown variant {name!r}; use {', '.join(VARIANTS)}.")
-    path, claim = Path(out) / f"{name}-{seed}.json", asdict(recipe) | {"start": Path(start).name}
+    path, claim = Path(out) / f"{name}-{seed}.json", asdict(recipe) | {"start": _digest(start)}
     if path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["recipe"] != claim:
@@ -123,7 +118,10 @@ def run_variant(
     processor = PerceptioProcessor.from_pretrained(start)
     weights = path.with_suffix(".pt")
     if weights.exists():
-        model.load_state_dict(torch.load(weights, weights_only=True))
+        kept = torch.load(weights, weights_only=True)
+        if kept["recipe"] != claim:
+            raise ValueError(f"{weights} was trained by another recipe; choose another folder.")
+        model.load_state_dict(kept["model"])
     else:
         _train(
             model,
@@ -134,7 +132,7 @@ def run_variant(
             lambda steps: tqdm(steps, total=recipe.steps, desc=f"{name} {seed}", position=position, leave=False),
         )
         with replacing(weights) as partial:
-            torch.save(model.state_dict(), partial)
+            torch.save({"recipe": claim, "model": model.state_dict()}, partial)
     scores = evaluate(
         model.eval(),
         processor,
@@ -147,6 +145,14 @@ def run_variant(
     write_json(path, {"recipe": claim, "scores": scores})
     weights.unlink()
     return scores
+
+
+def _digest(start: str | Path) -> str:
+    """What tells the weights of one start from those of another."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(start).glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _train(

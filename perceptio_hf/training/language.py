@@ -45,15 +45,14 @@ _LOOKUP_LAYER = 1
 _NEARNESS_SCENES, _NEARNESS_SEED = 256, 40_000_000
 
 
-def nearness_of_codes(codec: DepthVQVAE, seed: int = 0) -> Tensor:
+def nearness_of_codes(codec: DepthVQVAE) -> Tensor:
     """(K,) the nearness level, 0 to NEARNESS_LEVELS - 1, that each code stands for.
 
     A code's nearness is the mean of what cells with that code decode to, over rendered scenes; the levels hold equally
     many cells each. Codes that no cell has get level 0.
     """
-    first = _NEARNESS_SEED + seed * 100_000_000
     maps = [
-        DepthMap.from_metric(render_scene(first + k, size=codec.config.image_size).depth).relative
+        DepthMap.from_metric(render_scene(_NEARNESS_SEED + k, size=codec.config.image_size).depth).relative
         for k in range(_NEARNESS_SCENES)
     ]
     with torch.no_grad():

@@ -27,16 +27,15 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import yaml
 from trl import TrlParser
 
 from ..data.mixture import mix_tasks
 from ..data.sources import depth_folder, load_samples
 from ..data.variants import with_variants
 from ..data.world_samples import world_dataset
+from ..files import read_yaml
 from .config import PerceptioSFTConfig
 
-SFT, TINY = "sft", "tiny"
 # The key that says where a task's samples come from -> what reads them; its other arguments are further keys.
 SOURCES: dict[str, Callable] = {"world": world_dataset, "samples": load_samples, "depth_folder": depth_folder}
 _TASK_KEYS = ("name", "weight", "take_every", "leave_out_every", "variants")
@@ -90,7 +89,7 @@ class RecipeArguments:
     lora_merge: bool = field(
         default=False, metadata={"help": "Also save a plain model with the adapters merged in, as OUT/merged."}
     )
-    recipe: str = field(default=SFT, metadata={"help": "Kind of training: sft (this one) or tiny."})
+    recipe: str = field(default="sft", metadata={"help": "Kind of training: sft (this one) or tiny."})
 
     def __post_init__(self):
         if not self.model_name_or_path:
@@ -124,24 +123,6 @@ class _Parser(TrlParser):
 
     def error(self, message: str) -> typing.NoReturn:
         raise ValueError(f"{message}.")
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a file.
-
-    Raises:
-        ValueError: if it does not exist, is no YAML or no mapping.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"There is no recipe {path}.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"{path} must hold keys and values, e.g. `max_steps: 100`.")
-    return values
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -25,13 +25,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import yaml
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..data.depth_maps import DepthMap
 from ..data.world import render_scene, text_corpus
-from ..files import replacing, write_text
+from ..files import read_yaml, replacing, write_text
 from ..modeling.configuration_depth_vqvae import DepthVQVAEConfig
 from ..modeling.modeling_depth_vqvae import DepthVQVAE
 from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
@@ -85,9 +84,7 @@ class TinyRecipe:
         Raises:
             ValueError: for a file that is no mapping, a key that is unknown, or a number out of range.
         """
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold keys and values, e.g. `seed: 0`.")
+        values = read_yaml(path)
         values.pop("recipe", None)  # what kind of recipe this is, for the command
         known = {item.name: item.type for item in fields(cls)}
         for key, value in values.items():
@@ -232,9 +229,7 @@ class _Stages:
         self.cell_head = nn.Linear(hidden, model.config.num_depth_codes + sum(CELL_CLASSES))
         self.kind_prompts = nn.ModuleList([nn.Embedding(count, prompt) for count in KIND_CLASSES])
         self.heads = nn.ModuleList([self.cell_head, self.kind_prompts])
-        self.lesson = LanguageLesson(
-            model, processor, nearness_of_codes(model.depth_model, recipe.seed), revise=_REVISED
-        )
+        self.lesson = LanguageLesson(model, processor, nearness_of_codes(model.depth_model), revise=_REVISED)
 
     def run(self, stage: str) -> None:
         """Train one stage, or load its result where it is finished."""

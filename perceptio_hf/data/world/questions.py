@@ -299,7 +299,7 @@ def _ask_points(scene: Scene, speaker: Speaker, r: random.Random) -> Question | 
     )
 
 
-_DEPTH = (
+DEPTH_QUESTIONS = (
     "Describe the depth of the scene.",
     "How far is everything?",
     "Show the depth of this picture.",
@@ -318,7 +318,7 @@ def _ask_depth(scene: Scene, speaker: Speaker, r: random.Random) -> Question | N
         answer = f"{capitalized(names[0])} is nearest."
         if depths[-1] >= depths[-2] * DEPTH_RATIO and r.random() < 0.5:
             answer = f"{capitalized(names[0])} is nearest and {names[-1]} is farthest."
-    return Question("depth", pick(r, _DEPTH), answer)
+    return Question("depth", pick(r, DEPTH_QUESTIONS), answer)
 
 
 _ASKERS: dict[str, Callable[[Scene, Speaker, random.Random], Question | None]] = {
