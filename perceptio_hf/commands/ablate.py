@@ -14,8 +14,7 @@ def ablate(
     start: Annotated[
         Path,
         typer.Option(
-            help="Checkpoint every run starts from: `start` in the folder of `perceptio train --config "
-            "recipes/tiny.yaml`.",
+            help="Checkpoint to begin with: `start` in the folder of `perceptio train --config recipes/tiny.yaml`.",
             show_default=False,
         ),
     ],
@@ -30,22 +29,23 @@ def ablate(
     variants: Annotated[str, typer.Option(help="Names with commas between, or `all`.", show_default=True)] = "all",
     processes: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
 ) -> None:
-    """Train variants of the objectives from one start, evaluate them, and write one table with mean and spread."""
+    """Train variants of the objectives from one base, evaluate them, and write one table with mean and spread."""
     if not (start / "config.json").is_file():
         raise ValueError(
             f"{start} holds no checkpoint; `perceptio train --config recipes/tiny.yaml` leaves one in runs/tiny/start."
         )
     from perceptio_hf.evaluation.ablation_report import write_report
-    from perceptio_hf.training.ablation import VARIANTS, AblationRecipe, summarise
+    from perceptio_hf.training.ablation import VARIANTS, AblationRecipe, summarise, train_base
 
     names = list(VARIANTS) if variants == "all" else [name.strip() for name in variants.split(",")]
     unknown = [name for name in names if name not in VARIANTS]
     if unknown:
         raise ValueError(f"Unknown variants {', '.join(unknown)}; use {', '.join(VARIANTS)}.")
     recipe = AblationRecipe.read(config)
+    base = train_base(recipe, start, out)
     scores: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
     runs = [(name, seed) for seed, name in itertools.product(range(seeds), names)]
-    for (name, seed), figures in _run_all(runs, recipe, start, out, processes):
+    for (name, seed), figures in _run_all(runs, recipe, base, out, processes):
         scores[name][seed] = figures
         done = {variant: [found[key] for key in sorted(found)] for variant, found in scores.items() if found}
         command = f"perceptio ablate --start {start} --config {config} --seeds {seeds} --variants {variants}"
@@ -53,7 +53,7 @@ def ablate(
     print(f"The table is {(results or out) / 'ablation.md'}")
 
 
-def _run_all(runs: list[tuple[str, int]], recipe, start: Path, out: Path, processes: int):
+def _run_all(runs: list[tuple[str, int]], recipe, base: Path, out: Path, processes: int):
     """((variant, seed), scores) of every run as they finish."""
     from tqdm.auto import tqdm
 
@@ -66,7 +66,7 @@ def _run_all(runs: list[tuple[str, int]], recipe, start: Path, out: Path, proces
         tqdm(total=len(runs), desc="runs") as bar,
     ):
         waiting = {
-            pool.submit(run_variant, name, seed, recipe, start, out, position=1 + index % processes): (name, seed)
+            pool.submit(run_variant, name, seed, recipe, base, out, position=1 + index % processes): (name, seed)
             for index, (name, seed) in enumerate(runs)
         }
         for finished in as_completed(waiting):

@@ -1,12 +1,15 @@
-"""What each part of the training contributes: variants trained alike from one start, over several seeds.
+"""What each part of the training contributes: variants trained alike from one base, over several seeds.
 
-Every run has the same start, number of steps and stream of scenes; what differs is the answers that are learnt and the
-losses. The vision tower, SAM2's image encoder and the depth codec are frozen, as in fine-tuning a real checkpoint.
+A Perceptio is made from a model that answers questions about pictures already. Here that is the base: a short training
+in words alone, which every run starts from. Every run then has the same number of steps and stream of scenes; what
+differs is the answers that are learnt and the losses. The vision tower, SAM2's image encoder and the depth codec are
+frozen, as in fine-tuning a real checkpoint.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
+import os
+import shutil
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
@@ -27,7 +30,7 @@ from .tiny import schedule
 from .tiny_model import IMAGE_SIZE
 
 _REVISED = 2  # spans per step that are also asked about without their pictures
-_FIRST_SEED = 200_000_000  # of the scenes that are trained on
+_BASE_SEED, _FIRST_SEED = 190_000_000, 200_000_000  # of the scenes that base and variants are trained on
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ VARIANTS = {
     "full_no_seg": Variant(AnswerForm(masks=False)),
     "seg_only": Variant(AnswerForm(depth=False, steps=False, words=False), plain=True),
 }
+_CLAIM = "recipe.json"
+_BASE = VARIANTS["steps_only"]  # finds what a question names, and answers in words
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class AblationRecipe:
     """Settings of all runs; `recipes/ablation.yaml` holds those of the published table.
 
     Args:
+        base_steps: of the base that all runs start from.
         steps, batch, learning_rate: of each run; the rate is the peak of a warm-up and cosine schedule.
         dice_weight, click_weight: of the mask loss, and of pulling [SEG] towards SAM2's own embedding of a click.
         closest, replaced: fair questions for each number of points, and how many of them get their span replaced.
@@ -66,6 +72,7 @@ class AblationRecipe:
         malformed: sampled responses without the grammar.
     """
 
+    base_steps: int = 1000
     steps: int = 400
     batch: int = 8
     learning_rate: float = 1e-3
@@ -94,6 +101,32 @@ class AblationRecipe:
         return cls(**values)
 
 
+def train_base(recipe: AblationRecipe, start: str | Path, out: str | Path) -> Path:
+    """Train the base from the checkpoint `start`; returns its folder, `out`/base, which is not made twice.
+
+    Raises:
+        ValueError: if `out` holds the base of another recipe or start.
+    """
+    folder, claim = Path(out) / "base", asdict(recipe) | {"start": _digest(start)}
+    if folder.exists():
+        if json.loads((folder / _CLAIM).read_text(encoding="utf-8")) != claim:
+            raise ValueError(f"{folder} was trained by another recipe or from another start; choose another folder.")
+        return folder
+    partial = folder.with_name("base.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    torch.set_num_threads(1)
+    model, processor = _load(start)
+    progress = tqdm(total=recipe.base_steps, desc="base")
+    lesson = _lesson(model, processor, _BASE, revise=_REVISED)  # lest the look-ups the start knows be forgotten
+    _train(lesson, _BASE, recipe, steps=recipe.base_steps, seed=0, first_seed=_BASE_SEED, progress=progress)
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    write_json(partial / _CLAIM, claim)
+    os.replace(partial, folder)
+    return folder
+
+
 def run_variant(
     name: str, seed: int, recipe: AblationRecipe, start: str | Path, out: str | Path, *, position: int = 0
 ) -> dict[str, float]:
@@ -114,29 +147,24 @@ def run_variant(
         return kept["scores"]
     torch.set_num_threads(1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    model = PerceptioForConditionalGeneration.from_pretrained(start, attn_implementation="eager")
-    processor = PerceptioProcessor.from_pretrained(start)
-    weights = path.with_suffix(".pt")
+    model, processor = _load(start)
+    variant, weights = VARIANTS[name], path.with_suffix(".pt")
     if weights.exists():
         kept = torch.load(weights, weights_only=True)
         if kept["recipe"] != claim:
             raise ValueError(f"{weights} was trained by another recipe; choose another folder.")
         model.load_state_dict(kept["model"])
     else:
-        _train(
-            model,
-            processor,
-            VARIANTS[name],
-            recipe,
-            seed,
-            lambda steps: tqdm(steps, total=recipe.steps, desc=f"{name} {seed}", position=position, leave=False),
-        )
+        lesson = _lesson(model, processor, variant, revise=_REVISED if variant.form.depth and variant.form.words else 0)
+        progress = tqdm(total=recipe.steps, desc=f"{name} {seed}", position=position, leave=False)
+        first_seed = _FIRST_SEED + seed * 10_000_000
+        _train(lesson, variant, recipe, steps=recipe.steps, seed=seed, first_seed=first_seed, progress=progress)
         with replacing(weights) as partial:
             torch.save({"recipe": claim, "model": model.state_dict()}, partial)
     scores = evaluate(
         model.eval(),
         processor,
-        form=VARIANTS[name].form,
+        form=variant.form,
         closest=recipe.closest,
         replaced=recipe.replaced,
         scenes=recipe.scenes,
@@ -155,43 +183,52 @@ def _digest(start: str | Path) -> str:
     return digest.hexdigest()
 
 
+def _load(folder: str | Path) -> tuple[PerceptioForConditionalGeneration, PerceptioProcessor]:
+    model = PerceptioForConditionalGeneration.from_pretrained(folder, attn_implementation="eager")
+    return model, PerceptioProcessor.from_pretrained(folder)
+
+
+def _lesson(
+    model: PerceptioForConditionalGeneration, processor: PerceptioProcessor, variant: Variant, *, revise: int
+) -> LanguageLesson:
+    nearness = nearness_of_codes(model.depth_model)
+    return LanguageLesson(model, processor, nearness, weights=variant.weights, plain=variant.plain, revise=revise)
+
+
 def _train(
-    model: PerceptioForConditionalGeneration,
-    processor: PerceptioProcessor,
+    lesson: LanguageLesson,
     variant: Variant,
     recipe: AblationRecipe,
+    *,
+    steps: int,
     seed: int,
-    progress: Callable,
+    first_seed: int,
+    progress,
 ) -> None:
     torch.manual_seed(seed)
-    lesson = LanguageLesson(
-        model,
-        processor,
-        nearness_of_codes(model.depth_model),
-        weights=variant.weights,
-        plain=variant.plain,
-        revise=_REVISED if variant.form.depth and variant.form.words else 0,
-    )
-    parameters = _trainable(model)
+    parameters = _trainable(lesson.model)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
     batches = scene_batches(
-        processor,
+        lesson.processor,
         size=IMAGE_SIZE,
         batch_size=recipe.batch,
-        first_seed=_FIRST_SEED + seed * 10_000_000,
+        first_seed=first_seed,
         form=variant.form,
         workers=0,
     )
-    for step, scenes in enumerate(progress(islice(batches, recipe.steps))):
-        optimizer.param_groups[0]["lr"] = recipe.learning_rate * schedule(step, recipe.steps, warmup=20)
+    for step, scenes in enumerate(islice(batches, steps)):
+        optimizer.param_groups[0]["lr"] = recipe.learning_rate * schedule(step, steps, warmup=20)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = _loss(model, lesson, scenes, recipe)
+            loss, parts = _loss(lesson, scenes, recipe)
         if not torch.isfinite(loss):
             raise RuntimeError(f"step {step}: the loss is {loss.item()}.")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        progress.set_postfix({name: f"{value.item():.2f}" for name, value in parts.items()}, refresh=False)
+        progress.update()
+    progress.close()
 
 
 def _trainable(model: PerceptioForConditionalGeneration) -> list[nn.Parameter]:
@@ -203,17 +240,18 @@ def _trainable(model: PerceptioForConditionalGeneration) -> list[nn.Parameter]:
 
 
 def _loss(
-    model: PerceptioForConditionalGeneration, lesson: LanguageLesson, scenes: SceneBatch, recipe: AblationRecipe
-) -> torch.Tensor:
-    read = lesson.read(scenes)
+    lesson: LanguageLesson, scenes: SceneBatch, recipe: AblationRecipe
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model, read = lesson.model, lesson.read(scenes)
     if not len(read.seg_states):
-        return read.loss
+        return read.loss, read.parts
     logits, scores = model.predict_masks(read.seg_states, scenes.mask_pixel_values, scenes.mask_rows)
     targets = scenes.mask_targets(tuple(logits.shape[1:]))
     masks, _ = mask_loss(logits, targets, dice_weight=recipe.dice_weight)
     clicks = click_prompts(model, scenes)
     pull = nn.functional.mse_loss(model.seg_projector(read.seg_states).float(), clicks.detach().float())
-    return read.loss + masks + 0.5 * score_loss(scores, logits, targets) + recipe.click_weight * pull
+    total = read.loss + masks + 0.5 * score_loss(scores, logits, targets) + recipe.click_weight * pull
+    return total, read.parts | {"masks": masks}
 
 
 def summarise(scores: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:

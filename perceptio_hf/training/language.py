@@ -101,7 +101,7 @@ class LanguageLesson:
         heads: int = 2,
         revise: int = 0,
     ):
-        self.model, self.nearness, self.plain = model, nearness, plain
+        self.model, self.processor, self.nearness, self.plain = model, processor, nearness, plain
         self.weights = weights or LossWeights()
         self.alignment, self.heads, self.revise = alignment, heads, revise
         self.vocabulary = model.spatial_vocabulary()

@@ -7,16 +7,16 @@ import pytest
 import torch
 import yaml
 
-from perceptio_hf import DepthVQVAE, DepthVQVAEConfig
+from perceptio_hf import DepthVQVAE, DepthVQVAEConfig, PerceptioForConditionalGeneration
 from perceptio_hf.commands.main import run
 from perceptio_hf.data.world import text_corpus
 from perceptio_hf.evaluation.ablation import METRICS
 from perceptio_hf.evaluation.ablation_report import write_report
-from perceptio_hf.training.ablation import VARIANTS, AblationRecipe, run_variant, summarise
+from perceptio_hf.training.ablation import VARIANTS, AblationRecipe, run_variant, summarise, train_base
 from perceptio_hf.training.tiny import fresh_model
 from perceptio_hf.training.tiny_model import tiny_processor, tiny_tokenizer
 
-RECIPE = AblationRecipe(steps=2, batch=1, closest=5, replaced=5, scenes=6, malformed=4)
+RECIPE = AblationRecipe(base_steps=1, steps=2, batch=1, closest=5, replaced=5, scenes=6, malformed=4)
 ASKED = ("answers_only", "spans_ce", "composite", "full", "full_no_seg", "seg_only")
 
 
@@ -50,6 +50,21 @@ def test_a_run_scores_what_its_form_allows_and_is_not_repeated(start, tmp_path):
     assert {"closest_3", "plain_accuracy", "count_mae"} <= set(words) and "absrel" not in words
     with pytest.raises(ValueError, match="another recipe"):
         run_variant("full", 0, replace(RECIPE, steps=3), start, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_base_is_trained_once_and_without_masks_or_depth(start, tmp_path):
+    before = PerceptioForConditionalGeneration.from_pretrained(start).state_dict()
+    base = train_base(RECIPE, start, tmp_path)
+    after = PerceptioForConditionalGeneration.from_pretrained(base).state_dict()
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert any("language_model" in name for name in changed)
+    assert not any(name.startswith(("mask_model", "depth_model", "seg_projector")) for name in changed)
+    written = (base / "model.safetensors").stat().st_mtime_ns
+    assert train_base(RECIPE, start, tmp_path) == base
+    assert (base / "model.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="another recipe"):
+        train_base(replace(RECIPE, base_steps=2), start, tmp_path)
 
 
 def test_unknown_variants_are_named(start, tmp_path, capsys):
