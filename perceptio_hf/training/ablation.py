@@ -26,7 +26,7 @@ from .answers import AnswerForm
 from .language import LanguageLesson, nearness_of_codes
 from .losses import LossWeights, mask_loss, score_loss
 from .scenes import SceneBatch, click_prompts, scene_batches
-from .tiny import schedule
+from .tiny import adamw, schedule, set_rate
 from .tiny_model import IMAGE_SIZE
 
 _REVISED = 2  # spans per step that are also asked about without their pictures
@@ -207,7 +207,7 @@ def _train(
 ) -> None:
     torch.manual_seed(seed)
     parameters = _trainable(lesson.model)
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizer = adamw(lesson.model, parameters)
     batches = scene_batches(
         lesson.processor,
         size=IMAGE_SIZE,
@@ -217,7 +217,7 @@ def _train(
         workers=0,
     )
     for step, scenes in enumerate(islice(batches, steps)):
-        optimizer.param_groups[0]["lr"] = recipe.learning_rate * schedule(step, steps, warmup=20)
+        set_rate(optimizer, recipe.learning_rate * schedule(step, steps, warmup=20))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss, parts = _loss(lesson, scenes, recipe)
         if not torch.isfinite(loss):

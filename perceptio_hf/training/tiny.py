@@ -6,8 +6,8 @@
    projected [SEG] states towards such prompts: what to say to SAM2 is then known before SAM2 has learnt to listen.
 3. vision: the ViT learns what each image token shows (depth code, shape, colour, size, material), by a head that is
    thrown away. Without it the language model has nothing to read from for most of the training.
-4. language: everything but the codec learns to answer, with masks and depth spans. SAM2's image encoder goes on
-   learning here, unlike that of a real Perceptio: a few minutes of stage 2 do not make it a SAM2.
+4. lookup: the language model learns to look cells up in spans of true codes, without pictures.
+5. language: everything but the codec and SAM2's image encoder learns to answer, with masks and depth spans.
 
 Each finished stage is kept in the output folder, and the language stage writes checkpoints, so that a run that was
 stopped goes on where it was.
@@ -45,6 +45,9 @@ from .tiny_model import IMAGE_SEQ_LENGTH, IMAGE_SIZE, tiny_config, tiny_processo
 STAGES = ("masks", "vision", "lookup", "language")
 # Where masks start from nothing and objects are small, the cross-entropy of the background holds every logit down.
 _DICE_WEIGHT = 4.0
+# [SEG] states share a large mean, so that every early step of Adam moves all inputs of a ReLU one way: at the full rate
+# four fifths of the projector's units died, and masks stopped improving.
+_PROJECTOR_RATE = 0.1
 _SHOWN = 20  # steps that progress bar and plot average over
 _REVISED = 2  # spans per process and step of the language stage
 _RENDEZVOUS = ".rendezvous"  # where the processes find one another
@@ -239,14 +242,14 @@ class _Stages:
             return
         steps, batch, rate = (getattr(self.recipe, f"{stage}_{what}") for what in ("steps", "batch", "lr"))
         parameters = self._parameters(stage)
-        optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
+        optimizer = adamw(self.model, parameters)
         self.history: list[dict[str, float]] = []
         first = self._load(path, optimizer) if path.exists() else 0
         shown: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_SHOWN))
         batches = islice(self._batches(stage, first * batch, batch), steps - first)
         progress = tqdm(batches, desc=stage, initial=first, total=steps, disable=self.rank > 0)
         for step, scenes in enumerate(progress, start=first):
-            optimizer.param_groups[0]["lr"] = rate * schedule(step, steps)
+            set_rate(optimizer, rate * schedule(step, steps))
             for name, value in self._step(stage, step, scenes, parameters, optimizer).items():
                 shown[name].append(float(value))
             if step % 10 == 0:
@@ -350,7 +353,7 @@ class _Stages:
     def _prompted_masks(self, scenes: SceneBatch, *prompts) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Losses of the masks that each set of prompts (m, C) gives; the parts are those of the first set.
 
-        Unlike the model's own path this one trains the image encoder.
+        Unlike the model's own path this one lets gradients through to the image encoder, for the masks stage.
         """
         sam, rows = self.model.mask_model, scenes.mask_rows.repeat(len(prompts))
         features = sam.vision_encoder(scenes.mask_pixel_values, return_dict=True).fpn_hidden_states
@@ -412,6 +415,23 @@ def balanced_cross_entropy(logits: torch.Tensor, classes: torch.Tensor) -> torch
     costs = F.cross_entropy(logits.flatten(0, 1), classes.flatten(), reduction="none")
     shown = classes.flatten() > 0
     return costs.mean() + (costs[shown].mean() if shown.any() else 0.0)
+
+
+def adamw(model: PerceptioForConditionalGeneration, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+    """The optimizer of all stages, with a group of its own for the projector of [SEG] states."""
+    projector = {id(parameter) for parameter in model.seg_projector.parameters()}
+    groups = [
+        {"params": [parameter for parameter in parameters if id(parameter) not in projector], "share": 1.0},
+        {"params": [parameter for parameter in parameters if id(parameter) in projector], "share": _PROJECTOR_RATE},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group its share of the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["share"]
 
 
 def schedule(step: int, steps: int, warmup: int = 100) -> float:
