@@ -35,16 +35,34 @@ def decode_mask(lengths: RunLengths) -> np.ndarray:
     """Run lengths, compressed or not -> (height, width) bool.
 
     Raises:
-        ValueError: where the runs do not fill the size.
+        ValueError: as `read_counts`.
     """
-    height, width = lengths["size"]
-    counts = lengths["counts"]
-    if isinstance(counts, (str, bytes)):
-        counts = _read_counts(counts if isinstance(counts, str) else counts.decode("ascii", "replace"))
-    if min(counts, default=0) < 0 or sum(counts) != height * width:
-        raise ValueError(f"These runs cover {sum(counts)} pixels; a mask of {height} x {width} has {height * width}.")
+    counts = read_counts(lengths)
     values = np.arange(len(counts)) % 2 == 1
-    return np.repeat(values, counts).reshape((height, width), order="F")
+    return np.repeat(values, counts).reshape(tuple(lengths["size"]), order="F")
+
+
+def read_counts(lengths: RunLengths) -> np.ndarray:
+    """The runs themselves: (n,) int64, background and mask in turn, down the columns.
+
+    Raises:
+        ValueError: where the size or the counts cannot be read, or the runs do not fill the size.
+    """
+    try:
+        height, width = (int(side) for side in lengths["size"])
+        counts = lengths["counts"]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"Run lengths are {{'size': [height, width], 'counts': ...}}, not {lengths!r:.80}.") from None
+    if isinstance(counts, (str, bytes)):
+        runs = _expand_counts(counts if isinstance(counts, bytes) else counts.encode("utf-8"))
+    else:
+        runs = np.array(counts)
+        if runs.ndim != 1 or (runs.size and runs.dtype.kind not in "iu"):
+            raise ValueError(f"Counts are COCO's text or whole numbers, not {counts!r:.80}.")
+        runs = runs.astype(np.int64)
+    if runs.min(initial=0) < 0 or runs.sum() != height * width:
+        raise ValueError(f"These runs cover {runs.sum()} pixels; a mask of {height} x {width} has {height * width}.")
+    return runs
 
 
 def compress_counts(counts: list[int]) -> str:
@@ -68,17 +86,22 @@ def _digits(number: int) -> str:
             return text
 
 
-def _read_counts(text: str) -> list[int]:
-    counts: list[int] = []
-    number = shift = 0
-    for character in text:
-        group = ord(character) - 48
-        if not 0 <= group < 64:
-            raise ValueError(f"{character!r} does not occur in COCO run lengths.")
-        number |= (group & 31) << shift
-        shift += 5
-        if not group & 32:
-            number -= (1 << shift) if group & 16 else 0
-            counts.append(number + counts[-2] if len(counts) > 2 else number)
-            number = shift = 0
-    return counts
+def _expand_counts(text: bytes) -> np.ndarray:
+    """COCO's text -> run lengths (n,) int64; the reverse of `compress_counts`, all numbers at once."""
+    groups = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
+    wrong = np.flatnonzero((groups < 0) | (groups > 63))
+    if wrong.size:
+        raise ValueError(f"{chr(text[wrong[0]])!r} does not occur in COCO run lengths.")
+    ends = np.flatnonzero(groups & 32 == 0)
+    digits = np.diff(ends, prepend=-1)  # groups per number
+    if digits.sum() != groups.size or digits.max(initial=0) > 7:
+        raise ValueError(f"These COCO run lengths break off or hold a number beyond 32 bits: {text[-20:]!r}.")
+    if not ends.size:
+        return ends
+    starts = ends - digits + 1
+    places = np.arange(groups.size) - np.repeat(starts, digits)
+    numbers = np.add.reduceat((groups & 31) << (5 * places), starts)
+    numbers -= np.where(groups[ends] & 16, 1 << (5 * digits), 0)
+    for first in (1, 2):  # undo `_differences`: every second number, added up
+        numbers[first::2] = np.cumsum(numbers[first::2])
+    return numbers

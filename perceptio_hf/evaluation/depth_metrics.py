@@ -6,6 +6,7 @@ Estimation"). Errors are then measured on distances in metres.
 """
 
 from collections.abc import Iterable
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,25 +59,71 @@ def depth_metrics(
         valid: (H, W) bool; False leaves further pixels out.
 
     Returns:
-        "absrel": mean of |z' - z| / z. "delta1": share of pixels with max(z'/z, z/z') < 1.25. "rmse": in metres.
+        "absrel": mean of |z' - z| / z. "delta1", "delta2", "delta3": share of pixels with max(z'/z, z/z') < 1.25,
+        1.25^2, 1.25^3. "rmse": in metres.
 
     Raises:
         ValueError: As `align_scale_shift`.
     """
     reference = np.asarray(reference_metric, dtype=np.float64)
-    with np.errstate(invalid="ignore"):
-        usable = np.isfinite(reference) & (reference > 0.0)
-    usable = usable if valid is None else usable & np.asarray(valid, dtype=bool)
+    usable = _usable(reference, valid)
     inverse = np.divide(1.0, reference, out=np.zeros_like(reference), where=usable)
     scale, shift = align_scale_shift(prediction_relative, inverse, usable)
     true = inverse[usable]
     fitted = np.clip(scale * np.asarray(prediction_relative)[usable] + shift, true.min(), true.max())
     z, z_true = 1.0 / fitted, 1.0 / true
+    ratio = np.maximum(z / z_true, z_true / z)
     return {
         "absrel": float(np.mean(np.abs(z - z_true) / z_true)),
-        "delta1": float(np.mean(np.maximum(z / z_true, z_true / z) < 1.25)),
+        **{f"delta{power}": float(np.mean(ratio < 1.25**power)) for power in (1, 2, 3)},
         "rmse": float(np.sqrt(np.mean(np.square(z - z_true)))),
     }
+
+
+def mean_depth_metrics(
+    predictions: Iterable[np.ndarray],
+    references: Iterable[np.ndarray],
+    valid: Iterable[np.ndarray | None] | None = None,
+) -> dict[str, float | int]:
+    """`depth_metrics` of every picture, averaged over pictures.
+
+    Pictures are read one at a time, so the iterables may load them lazily. One with fewer than two valid pixels is left
+    out, as any prediction fits it; a constant prediction scores as the mean 1/z of its picture.
+
+    Args:
+        predictions: (H, W) relative inverse depth each, larger = nearer.
+        references: (H, W) distances in metres each; 0, negative and non-finite ones are left out.
+        valid: (H, W) bool each, or None; False leaves further pixels out.
+
+    Returns:
+        The means of `depth_metrics`; "images": how many; "images_left_out": how many had too few valid pixels.
+
+    Raises:
+        ValueError: iterables of two lengths, no picture with two valid pixels, or as `depth_metrics`, naming the
+            picture, counted from 0.
+    """
+    figures, left_out = [], 0
+    pairs = zip(predictions, references, strict=True)
+    masks = repeat(None) if valid is None else valid
+    for index, ((prediction, reference), mask) in enumerate(zip(pairs, masks, strict=valid is not None)):
+        try:
+            if _usable(np.asarray(reference, dtype=np.float64), mask).sum() < 2:
+                left_out += 1
+            else:
+                figures.append(depth_metrics(prediction, reference, mask))
+        except ValueError as error:
+            raise ValueError(f"picture {index}: {error}") from None
+    if not figures:
+        raise ValueError("no picture has two valid pixels, so there is nothing to compare.")
+    means = {key: float(np.mean([item[key] for item in figures])) for key in figures[0]}
+    return {**means, "images": len(figures), "images_left_out": left_out}
+
+
+def _usable(reference: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
+    """Where a distance was measured and may be compared."""
+    with np.errstate(invalid="ignore"):
+        usable = np.isfinite(reference) & (reference > 0.0)
+    return usable if valid is None else usable & np.asarray(valid, dtype=bool)
 
 
 def codebook_usage(codes: np.ndarray, num_codes: int) -> dict[str, float]:

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from perceptio_hf.data.depth_maps import DepthMap, relative_from_metric
-from perceptio_hf.evaluation.depth_metrics import align_scale_shift, codebook_usage, codec_metrics, depth_metrics
+from perceptio_hf.evaluation.depth_metrics import (
+    align_scale_shift,
+    codebook_usage,
+    codec_metrics,
+    depth_metrics,
+    mean_depth_metrics,
+)
 
 
 @pytest.fixture
@@ -51,10 +57,12 @@ def test_metrics_equal_the_naive_loop(scene):
     expected = {
         "absrel": np.mean([abs(a - b) / b for a, b in zip(fitted, z, strict=True)]),
         "delta1": np.mean([max(a / b, b / a) < 1.25 for a, b in zip(fitted, z, strict=True)]),
+        "delta2": np.mean([max(a / b, b / a) < 1.5625 for a, b in zip(fitted, z, strict=True)]),
+        "delta3": np.mean([max(a / b, b / a) < 1.953125 for a, b in zip(fitted, z, strict=True)]),
         "rmse": math.sqrt(np.mean((fitted - z) ** 2)),
     }
     assert depth_metrics(prediction, depth, valid) == pytest.approx(expected)
-    assert 0 < expected["delta1"] < 1
+    assert 0 < expected["delta1"] < expected["delta2"] < expected["delta3"] < 1
 
 
 def test_nothing_to_compare_is_an_error(scene):
@@ -65,6 +73,45 @@ def test_nothing_to_compare_is_an_error(scene):
         align_scale_shift(depth, depth[:5], valid)
     with pytest.raises(ValueError, match="NaN or infinite"):
         depth_metrics(np.full(depth.shape, math.inf), depth, valid)
+
+
+def test_hand_computed():
+    # 1/z = 1, 0.5, 0.25; the prediction has no slope against it: a = 0, b = their mean 7/12, so z' = 12/7 everywhere
+    z = np.array([[1.0, 2.0, 4.0]])
+    figures = depth_metrics(np.full(z.shape, 0.3), z)
+    errors = np.array([5 / 7, 2 / 7, 16 / 7])
+    assert figures["absrel"] == pytest.approx((errors / z).mean())
+    assert figures["rmse"] == pytest.approx(math.sqrt((errors**2).mean()))
+    assert [figures[f"delta{k}"] for k in (1, 2, 3)] == pytest.approx([1 / 3, 1 / 3, 2 / 3])  # ratios 12/7, 7/6, 7/3
+
+
+def test_means_are_over_pictures(scene):
+    depth, valid = scene
+    noise = np.random.default_rng(5)
+    maps = [(depth, valid), (depth[:5, :3] * 2, None), (depth[::-1], ~valid)]
+    predictions = [1 / z + noise.normal(0, 0.1, z.shape) for z, _ in maps]
+    expected = [depth_metrics(p, z, mask) for p, (z, mask) in zip(predictions, maps, strict=True)]
+    hole = np.zeros((2, 2))
+    one = np.array([[0.0, 3.0], [math.nan, math.inf]])
+    figures = mean_depth_metrics(
+        iter([*predictions, hole, hole]), [z for z, _ in maps] + [hole, one], [mask for _, mask in maps] + [None, None]
+    )
+    assert figures.pop("images") == 3 and figures.pop("images_left_out") == 2
+    assert figures == pytest.approx({key: np.mean([item[key] for item in expected]) for key in expected[0]})
+
+
+def test_bad_sets_of_pictures(scene):
+    depth, valid = scene
+    with pytest.raises(ValueError, match="no picture has two valid pixels"):
+        mean_depth_metrics([depth], [depth], [np.zeros_like(valid)])
+    with pytest.raises(ValueError, match="no picture"):
+        mean_depth_metrics([], [])
+    with pytest.raises(ValueError, match="zip"):
+        mean_depth_metrics([depth, depth], [depth])
+    with pytest.raises(ValueError, match="zip"):
+        mean_depth_metrics([depth], [depth], [])
+    with pytest.raises(ValueError, match=r"picture 1: prediction \(5, 17\)"):
+        mean_depth_metrics([depth, depth[:5]], [depth, depth])
 
 
 def test_codebook_usage():
