@@ -85,7 +85,30 @@ def depth_folder(
     """
     if unit not in UNITS:
         raise ValueError(f"Unknown depth unit {unit!r}; say which one the files hold: {', '.join(UNITS)}.")
-    folder = Path(folder).expanduser()
+    pairs = paired_files(Path(folder).expanduser(), pictures, depths)
+    said = DEPTH_START_TOKEN + DEPTH_END_TOKEN + answer
+    return dataset_of(
+        {
+            "id": name,
+            "images": [picture],
+            "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": said}],
+            "depth": depth,
+            "depth_unit": unit,
+            "task": "depth",
+        }
+        for (name, (picture, depth)), question in zip(pairs.items(), itertools.cycle(questions), strict=False)
+    )
+
+
+def paired_files(folder: Path, pictures: str, depths: str) -> dict[str, tuple[Path, Path]]:
+    """The pictures of a folder with their depth maps, by the name that they share, in its order.
+
+    Args:
+        pictures, depths: patterns of the files; what `*` stands for is the shared name.
+
+    Raises:
+        ValueError: patterns without exactly one `*`, no pair, or a file without its partner.
+    """
     seen, measured = _by_name(folder, pictures), _by_name(folder, depths)
     if not seen or set(seen) != set(measured):
         alone = sorted(set(seen) ^ set(measured))
@@ -93,18 +116,7 @@ def depth_folder(
             f"{folder} has {len(seen)} pictures {pictures} and {len(measured)} depth maps {depths}; every picture "
             f"needs its depth map. Without partner: {', '.join(alone[:5]) or 'none'}."
         )
-    said = DEPTH_START_TOKEN + DEPTH_END_TOKEN + answer
-    return dataset_of(
-        {
-            "id": name,
-            "images": [seen[name]],
-            "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": said}],
-            "depth": measured[name],
-            "depth_unit": unit,
-            "task": "depth",
-        }
-        for name, question in zip(sorted(seen), itertools.cycle(questions), strict=False)
-    )
+    return {name: (seen[name], measured[name]) for name in sorted(seen)}
 
 
 def write_samples(folder: str | os.PathLike, samples: Iterable[Mapping[str, Any]]) -> Path:

@@ -1,0 +1,30 @@
+"""Depth estimation on a folder of pictures with measured depth beside them."""
+
+from collections.abc import Iterator
+
+from perceptio_hf.data.depth_maps import UNITS
+from perceptio_hf.data.sources import paired_files
+
+from .prompts import ask
+from .reading import Request
+from .sample import DepthSource, PictureSource, Sample
+
+_PICTURES, _DEPTHS = "*.color.jpg", "*.depth.png"
+
+
+def read_depth_pairs(request: Request) -> Iterator[Sample]:
+    """One sample for each picture with a depth map, in order of the names that they share.
+
+    Raises:
+        ValueError: for a missing or unknown unit, patterns without exactly one `*`, no pair, or a file without its
+            partner.
+    """
+    if request.unit not in UNITS:
+        raise ValueError(f"--unit says what the depth maps hold: {', '.join(UNITS)}; not {request.unit!r}.")
+    if not request.path.is_dir():
+        raise ValueError(f"{request.path} is a file; name the folder of the pictures and depth maps.")
+    pairs = paired_files(request.path, request.pictures or _PICTURES, request.depths or _DEPTHS)
+    for name, (picture, depth) in pairs.items():
+        source = DepthSource(depth.name, depth, request.unit)
+        target = {"depth": depth.relative_to(request.path).as_posix()}
+        yield Sample(name, PictureSource(picture.name, picture), ask(request.name), target, source)
