@@ -47,10 +47,13 @@ def is_tiny(folder: str) -> bool:
         return False
 
 
-def load(folder: str) -> "tuple[PerceptioForConditionalGeneration, PerceptioProcessor]":
-    """Model (in evaluation mode, on the GPU where there is one) and processor of a checkpoint.
+def load(folder: str, device: str | None = None) -> "tuple[PerceptioForConditionalGeneration, PerceptioProcessor]":
+    """Model (in evaluation mode) and processor of a checkpoint.
 
     A small model on the CPU sets torch to one thread.
+
+    Args:
+        device: where the model goes; default: the GPU where there is one.
 
     Raises:
         ValueError: where the checkpoint is of another kind, incomplete, damaged, or not to be had.
@@ -58,7 +61,7 @@ def load(folder: str) -> "tuple[PerceptioForConditionalGeneration, PerceptioProc
     import torch
     from transformers import AutoConfig, AutoModel, AutoProcessor
 
-    _quieten()
+    quieten()
     try:
         kind = AutoConfig.from_pretrained(folder).model_type
         if kind != "perceptio":
@@ -66,13 +69,13 @@ def load(folder: str) -> "tuple[PerceptioForConditionalGeneration, PerceptioProc
         model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     except Exception as error:  # whatever transformers, safetensors or the Hub raise: the user named a wrong checkpoint
         raise ValueError(f"{folder} cannot be loaded as a Perceptio checkpoint: {error}") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cpu" and model.num_parameters() < _SMALL:
         torch.set_num_threads(1)
     return model.eval().to(device), processor
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Keep transformers' progress bars and load reports out of the command's output, unless somebody debugs."""
     from transformers.utils import logging
 

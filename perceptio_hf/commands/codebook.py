@@ -193,29 +193,11 @@ def depth_source(
 
 
 def load_codec(folder: Path) -> "DepthVQVAE":
-    """A saved depth codec in evaluation mode, alone or as part of a saved Perceptio.
-
-    Raises:
-        ValueError: The folder is missing, holds something else, is incomplete, or contradicts its own config.
-    """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a saved depth codec: it has no config.json.")
-
-    from perceptio_hf import DepthVQVAE, DepthVQVAEConfig, PerceptioForConditionalGeneration
+    """A saved depth codec in evaluation mode, alone or as part of a saved Perceptio; errors as `load_depth_codec`."""
+    from perceptio_hf.conversion.components import load_depth_codec
 
     _quieten()
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        if kind == "perceptio":
-            return PerceptioForConditionalGeneration.from_pretrained(folder).depth_model.eval()
-        if kind != DepthVQVAEConfig.model_type:
-            raise ValueError(f"it is a {kind!r} model")
-        model, report = DepthVQVAE.from_pretrained(folder, output_loading_info=True)
-    except Exception as error:  # whatever json, transformers or safetensors raise: the user named a wrong folder
-        raise ValueError(f"{folder} cannot be loaded as a depth codec: {error}") from error
-    if report["missing_keys"]:
-        raise ValueError(f"{folder} is incomplete: {sorted(report['missing_keys'])[0]} is missing from its weights.")
-    return model.eval()
+    return load_depth_codec(folder)
 
 
 def _quieten() -> None:

@@ -12,9 +12,13 @@ import typer
 
 from perceptio_hf import __version__
 from perceptio_hf.commands.ablate import ablate
+from perceptio_hf.commands.build import build
 from perceptio_hf.commands.codebook import app as codebook
+from perceptio_hf.commands.convert import app as convert
 from perceptio_hf.commands.demo import demo
+from perceptio_hf.commands.export import export
 from perceptio_hf.commands.predict import predict
+from perceptio_hf.commands.push import push
 from perceptio_hf.commands.train import CONTEXT, train
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -31,9 +35,13 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(predict)
+app.command()(build)
 app.command(context_settings=CONTEXT)(train)
 app.command()(ablate)
 app.add_typer(codebook, name="codebook")
+app.add_typer(convert, name="convert")
+app.command()(export)
+app.command()(push)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,102 @@
+"""`perceptio build`: a fresh Perceptio out of a stock InternVL, a SAM2 and a depth codec."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from perceptio_hf.conversion.build import BuildReport
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def build(
+    internvl: Annotated[
+        str,
+        typer.Option(
+            help="Folder or Hub name of an InternVL, transformers' layout or OpenGVLab's.", show_default=False
+        ),
+    ],
+    mask_decoder: Annotated[
+        str, typer.Option(help="Meta's SAM2 or SAM2.1 (.pt), or a Sam2Model's folder or Hub name.", show_default=False)
+    ],
+    depth_codec: Annotated[
+        str,
+        typer.Option(help="Folder of a depth codec, or AURORA's vae-final.pt; tiny takes the embedded one's."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to make.", show_default=False)],
+    dtype: Annotated[Dtype, typer.Option(help="Of the InternVL part; auto keeps it. The others are float32.")] = "auto",
+    verify: Annotated[
+        bool, typer.Option(help="Check that without spatial tokens OUT computes bit for bit what the InternVL does.")
+    ] = True,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, e.g. 500MB.")] = "5GB",
+    seed: Annotated[int, typer.Option(min=0, help="Of the new tokens' rows and of the [SEG] projector.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that is in OUT.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")] = False,
+) -> None:
+    """Join a stock InternVL, a SAM2 and a depth codec to a Perceptio that is ready to be trained.
+
+    It answers as the InternVL does; masks and depth mean nothing before training (`perceptio train`). OUT appears when
+    it is complete and verified. Memory for about one copy of the weights is enough.
+    """
+    from perceptio_hf import tiny_checkpoint
+    from perceptio_hf.commands.checkpoints import quieten
+    from perceptio_hf.conversion.build import build as build_folder
+
+    quieten()
+    codec = tiny_checkpoint() if depth_codec == "tiny" else depth_codec
+    with _progress(verify) as on_step:
+        report = build_folder(
+            internvl,
+            mask_decoder,
+            codec,
+            out,
+            dtype=dtype,
+            verify=verify,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            seed=seed,
+            on_step=on_step,
+        )
+    print(json.dumps(report.as_dict(), indent=2) if as_json else _described(report))
+
+
+@contextmanager
+def _progress(verify: bool) -> Iterator[Callable[[str], None]]:
+    """A bar on standard error that advances with every step, where somebody may be watching."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from perceptio_hf.conversion.build import STEPS
+
+    steps = [step for step, needed in STEPS.items() if verify or not needed]
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("Starting", total=len(steps))
+        yield lambda step: progress.update(task, description=step, completed=steps.index(step))
+
+
+def _described(report: "BuildReport") -> str:
+    tokens = (
+        "no new tokens" if not report.new_tokens else f"{report.new_tokens} new tokens from {report.first_new_id} on"
+    )
+    lines = [
+        f"{report.folder}: {report.parameters:,} parameters, InternVL with {report.text_model} in {report.dtype}",
+        f"    vocabulary: {report.rows_before:,} -> {report.rows:,} rows, {tokens}",
+        f"    masks from pictures of {report.mask_image_size} pixels; depth as {report.depth_grid} x "
+        f"{report.depth_grid} of {report.depth_codes} codes",
+    ]
+    check = report.check
+    if check is None:
+        lines.append("    not verified")
+    else:
+        lines.append(
+            f"    verified{' by a sample' if check.sampled else ''}: {check.tokens:,} logits at {check.positions:,} "
+            f"positions of {check.prompts} prompts are the InternVL's, bit for bit; spatial tokens have at most "
+            f"{check.spatial_probability:.2g} of the probability"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,38 @@
+"""`perceptio export`: a Perceptio checkpoint in a format that other programs load."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Format = Literal["internvl"]
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="Folder or Hub name of a Perceptio checkpoint.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    form: Annotated[
+        Format, typer.Option("--format", help="internvl: what stock InternVLForConditionalGeneration loads.")
+    ] = "internvl",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there and not empty.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")] = False,
+) -> None:
+    """Write the InternVL inside the checkpoint MODEL, spatial vocabulary included, as a stock folder OUT.
+
+    transformers' own classes and serving engines that know InternVL load it. It writes masks and depth as tokens; the
+    Perceptio it came from reads them (`decode_spatial`, see docs/export.md).
+    """
+    from perceptio_hf.commands import checkpoints
+    from perceptio_hf.conversion.folders import new_folder
+
+    name = checkpoints.resolve(model)
+    with new_folder(out, overwrite=overwrite) as partial:
+        from perceptio_hf.conversion.export import write_internvl
+
+        write_internvl(*checkpoints.load(name, device="cpu"), partial)
+    files = sorted(path.name for path in out.iterdir())
+    if as_json:
+        print(json.dumps({"model": model, "format": form, "folder": str(out), "files": files}, indent=2))
+    else:
+        print(f"{out} is a stock InternVL checkpoint ({len(files)} files); read masks and depth with {model}.")

@@ -1,0 +1,125 @@
+"""Stock formats out: the InternVL inside a Perceptio, spatial vocabulary included, for whatever knows InternVL."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.models.internvl.configuration_internvl import InternVLConfig
+from transformers.models.internvl.modeling_internvl import InternVLForConditionalGeneration
+
+from ..files import write_json, write_text
+from .folders import new_folder
+
+if TYPE_CHECKING:
+    from ..modeling.configuration_perceptio import PerceptioConfig
+    from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
+    from ..processing.processing_perceptio import PerceptioProcessor
+
+_PROCESSOR_CLASS = "InternVLProcessor"
+# What stock InternVL does to the frames of a video; the rest of its settings is that of the pictures.
+_VIDEO_SETTINGS = {
+    "do_sample_frames": False,
+    "initial_shift": True,
+    "return_metadata": False,
+    "video_processor_type": "InternVLVideoProcessor",
+}
+_OF_PICTURES_ONLY = ("crop_to_patches", "min_patches", "max_patches", "image_processor_type")
+
+
+def export_internvl(
+    model: "PerceptioForConditionalGeneration",
+    processor: "PerceptioProcessor",
+    folder: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+) -> list[str]:
+    """Save the InternVL inside `model` as a folder of the layout that stock InternVL repositories have.
+
+    transformers' own `InternVLForConditionalGeneration` and `AutoProcessor` load it, without this package. Its logits
+    are those of `model`, and `model.decode_spatial` reads masks and depth off what it generates. SAM2, the codec and
+    the [SEG] projector stay behind.
+
+    Args:
+        processor: the one `model` was saved with.
+        folder: what to write; it appears when it is complete.
+        overwrite: replace a folder that is there and not empty.
+
+    Returns:
+        The names of the files, sorted.
+
+    Raises:
+        ValueError: if `model` is no Perceptio, or `folder` is there and `overwrite` is not set.
+    """
+    with new_folder(folder, overwrite=overwrite) as partial:
+        write_internvl(model, processor, partial)
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def write_internvl(
+    model: "PerceptioForConditionalGeneration", processor: "PerceptioProcessor", folder: str | os.PathLike
+) -> None:
+    """As `export_internvl`, file by file into `folder`.
+
+    Raises:
+        ValueError: if `model` is no Perceptio.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind != "perceptio" or hasattr(model, "peft_config"):
+        raise ValueError(
+            f"The export got a {type(model).__name__}; expected a PerceptioForConditionalGeneration (merge adapters "
+            "into it first: merge_and_unload)."
+        )
+    stock_internvl(model).save_pretrained(folder)
+    write_stock_processor(processor, folder)
+
+
+def stock_config(config: "PerceptioConfig") -> InternVLConfig:
+    """The configuration of the InternVL inside a Perceptio."""
+    values = config.to_dict()
+    of_ours = set(type(config).__dataclass_fields__) - set(InternVLConfig.__dataclass_fields__)
+    for name in (*of_ours, "model_type", "architectures", "auto_map", "transformers_version"):
+        values.pop(name, None)
+    return InternVLConfig(**values)
+
+
+def stock_internvl(model: "PerceptioForConditionalGeneration") -> InternVLForConditionalGeneration:
+    """The InternVL inside `model` as a stock one that shares its modules: nothing is copied."""
+    with torch.device("meta"):
+        stock = InternVLForConditionalGeneration(stock_config(model.config))
+    stock.model, stock.lm_head = model.model, model.lm_head
+    stock.generation_config = model.generation_config
+    return stock.eval()
+
+
+def write_stock_processor(processor: "PerceptioProcessor", folder: str | os.PathLike) -> None:
+    """Write the files from which `AutoProcessor` makes a stock `InternVLProcessor`.
+
+    They lie in the files of their own that InternVL's repositories have, which older releases of transformers read too.
+    No class of transformers can write them where torchvision is missing, because the video processor needs it.
+    """
+    folder = Path(folder)
+    processor.tokenizer.save_pretrained(folder)
+    # Saving it as part of a PerceptioProcessor has noted that name.
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["processor_class"] = _PROCESSOR_CLASS
+    write_json(folder / "tokenizer_config.json", settings)
+    pictures = _picture_settings(processor)
+    videos = {name: value for name, value in pictures.items() if name not in _OF_PICTURES_ONLY} | _VIDEO_SETTINGS
+    write_json(folder / "preprocessor_config.json", pictures)
+    write_json(folder / "video_preprocessor_config.json", videos)
+    write_json(
+        folder / "processor_config.json",
+        {"image_seq_length": processor.image_seq_length, "processor_class": _PROCESSOR_CLASS},
+    )
+    if processor.chat_template is not None:
+        write_text(folder / "chat_template.jinja", processor.chat_template)
+
+
+def _picture_settings(processor: "PerceptioProcessor") -> dict:
+    settings = processor.image_processor.to_dict() | {"processor_class": _PROCESSOR_CLASS}
+    if not processor.crop_to_patches:
+        # The stock processor asks for tiles whatever its files say; one tile at most is the same as none.
+        settings |= {"crop_to_patches": False, "max_patches": 1}
+    return settings

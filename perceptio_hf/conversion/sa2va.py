@@ -1,0 +1,163 @@
+"""Sa2VA checkpoints on InternVL (ByteDance's layout) -> Perceptio.
+
+Sa2VA has everything of Perceptio but depth: the language model's [SEG] states prompt SAM2 through `text_hidden_fcs`.
+Depth tokens and a depth codec are added. The code beside the weights is never run.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from perceptio_hf.conversion.folders import check_new_folder, new_folder
+from perceptio_hf.conversion.keys import ConversionReport, KeyMap, fill_model
+from perceptio_hf.conversion.opengvlab import FILES, internvl_from_tensors, set_generation
+from perceptio_hf.conversion.opengvlab_config import read_original_config, text_architecture
+from perceptio_hf.conversion.opengvlab_processor import ProcessorParts, chatml, processor_parts
+from perceptio_hf.conversion.sam2 import sam2_from_tensors
+from perceptio_hf.conversion.sources import local_copy
+from perceptio_hf.conversion.tensors import read_tensors
+from perceptio_hf.tokens import SEG_TOKEN
+
+if TYPE_CHECKING:
+    from transformers import Sam2Config
+
+    from perceptio_hf import DepthVQVAE, PerceptioForConditionalGeneration, PerceptioProcessor
+
+ARCHITECTURES = {"Sa2VAChatModel": "Sa2VA on InternVL"}
+_SAM, _PROJECTOR = "grounding_encoder.sam2_model.", "text_hidden_fcs."
+_PROJECTOR_NAMES = KeyMap([(r"0\.(weight|bias)", r"linear_in.\1"), (r"2\.(weight|bias)", r"linear_out.\1")])
+# Those of Sa2VA's prompt templates that are ChatML; it never says a system message.
+_CHATML_TEMPLATES = ("internlm2_chat", "qwen_chat")
+# What preparing_for_generation sets, whatever config.json says.
+_PICTURE_SETTINGS = {"crop_to_patches": True, "min_patches": 1, "max_patches": 12}
+_FRESH_CODEC = "a new codec, not trained: its depth means nothing before `perceptio codebook` and a training"
+
+
+def load_sa2va(
+    source: str | os.PathLike,
+    *,
+    depth_codec: "str | os.PathLike | DepthVQVAE | None" = None,
+    mask_config: "Sam2Config | None" = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    report: ConversionReport | None = None,
+) -> "tuple[PerceptioForConditionalGeneration, PerceptioProcessor]":
+    """Read a Sa2VA: its answers and masks, as a Perceptio with depth tokens it has yet to learn.
+
+    Prompt, tiling and SAM2's picture (bicubic) are Sa2VA's, kept in the processor. Generate with `spatial="auto"`:
+    Sa2VA answers "Sure, [SEG].", with the token inside the sentence. Takes memory for one copy of the weights; SAM2,
+    stored in bfloat16, becomes float32.
+
+    Args:
+        source: folder or Hub name, e.g. a download of ByteDance/Sa2VA-4B.
+        depth_codec: of the depth tokens that are added; default: a new one of `DepthVQVAEConfig`'s sizes.
+        mask_config: of a SAM2 that has none of the published sizes.
+        dtype: of the language and vision model; default: the one they are stored in.
+        seed: of the new tokens' rows, and of a new codec.
+        report: filled in with what was read, mapped, ignored and added.
+
+    Raises:
+        ValueError: a folder that is no such checkpoint, is damaged, or uses what Perceptio does not have; names the
+            field, or the first unexpected and missing tensors.
+    """
+    from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor
+
+    folder = local_copy(source, FILES)
+    config = read_original_config(folder, ARCHITECTURES)
+    report = ConversionReport(str(source)) if report is None else report
+    report.layout = f"Sa2VA on InternVL ({text_architecture(config)})"
+    codec, parts = _depth_codec(depth_codec, seed, report), _processor_parts(folder, config)
+    tensors = read_tensors(folder)
+    sam2 = _mask_model(tensors, mask_config, report)
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith((_SAM, _PROJECTOR))}
+    internvl = internvl_from_tensors(rest, config, parts.tokenizer, dtype=dtype, report=report)
+    set_generation(internvl, parts.tokenizer, folder)
+    processor = PerceptioProcessor.from_components(parts, sam2, codec)
+    processor.mask_resample = "bicubic"
+    model = PerceptioForConditionalGeneration.from_components(internvl, sam2, codec, processor=processor, seed=seed)
+    _fill_projector(model, tensors, report)
+    report.added["model.language_model.embed_tokens.weight"] = "rows of the depth tokens are new; [SEG] is Sa2VA's"
+    return model, processor
+
+
+def convert_sa2va(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    depth_codec: "str | os.PathLike | DepthVQVAE | None" = None,
+    mask_config: "Sam2Config | None" = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+) -> ConversionReport:
+    """`load_sa2va`, saved to the folder `out`: model, processor, and the code `trust_remote_code` loads.
+
+    Args:
+        out: is there complete or not at all.
+        overwrite: replace a saved model that lies there.
+        max_shard_size: of a weight file.
+
+    Returns:
+        What was read, mapped, ignored and added.
+
+    Raises:
+        ValueError: as `load_sa2va`; or `out` may not be written.
+    """
+    check_new_folder(out, overwrite)
+    report = ConversionReport(str(source))
+    model, processor = load_sa2va(
+        source, depth_codec=depth_codec, mask_config=mask_config, dtype=dtype, seed=seed, report=report
+    )
+    with new_folder(out, overwrite) as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        processor.save_pretrained(folder)
+    return report
+
+
+def _processor_parts(folder: Path, config: Mapping[str, Any]) -> ProcessorParts:
+    template = str(config.get("template")).replace("-", "_")
+    if template not in _CHATML_TEMPLATES:
+        raise ValueError(f"template in config.json is {template!r}; known are {', '.join(_CHATML_TEMPLATES)}.")
+    parts = processor_parts(folder, config, prompt=chatml(), **_PICTURE_SETTINGS)
+    if SEG_TOKEN not in parts.tokenizer.get_vocab():
+        raise ValueError(f"{folder}: the tokenizer has no token {SEG_TOKEN}, so it is not Sa2VA's.")
+    return parts
+
+
+def _depth_codec(source: "str | os.PathLike | DepthVQVAE | None", seed: int, report: ConversionReport) -> "DepthVQVAE":
+    from perceptio_hf import DepthVQVAE, DepthVQVAEConfig
+    from perceptio_hf.conversion.components import load_depth_codec
+
+    if source is not None:
+        report.added["depth_model"] = "the depth codec that was given"
+        return load_depth_codec(source)
+    report.added["depth_model"] = _FRESH_CODEC
+    report.notes.append(f"Sa2VA has no depth: {_FRESH_CODEC}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return DepthVQVAE(DepthVQVAEConfig()).eval()
+
+
+def _mask_model(tensors: Mapping[str, Tensor], config: "Sam2Config | None", report: ConversionReport):
+    part = ConversionReport(f"SAM2 in {report.source}")
+    model = sam2_from_tensors(_under(tensors, _SAM), config=config, report=part)
+    report.merge(part, _SAM, "mask_model.")
+    return model
+
+
+def _fill_projector(
+    model: "PerceptioForConditionalGeneration", tensors: Mapping[str, Tensor], report: ConversionReport
+) -> None:
+    part = ConversionReport(f"{_PROJECTOR}* in {report.source}")
+    renamed = _PROJECTOR_NAMES.apply(_under(tensors, _PROJECTOR), part)
+    fill_model(model.seg_projector, renamed, part, "Sa2VA's projector of [SEG] states")
+    report.merge(part, _PROJECTOR, "seg_projector.")
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

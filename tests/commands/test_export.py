@@ -1,0 +1,45 @@
+"""`perceptio export`: the folder it writes, what it prints, and what it refuses."""
+
+import json
+
+import pytest
+from transformers import InternVLForConditionalGeneration
+
+from perceptio_hf.commands import main
+
+
+def export(*arguments) -> int:
+    return main.run(["export", *map(str, arguments)])
+
+
+def test_writes_a_stock_folder(tiny_folder, tmp_path, capsys):
+    out = tmp_path / "new" / "internvl"
+    assert export(tiny_folder, out, "--format", "internvl", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["files"] == sorted(path.name for path in out.iterdir())
+    assert document["model"] == str(tiny_folder) and document["format"] == "internvl"
+    _, info = InternVLForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+
+
+def test_replaces_only_when_told_and_never_before_it_is_complete(tiny_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert export(tiny_folder, out) == 0
+    (out / "old").touch()
+    assert export(tiny_folder, out) == 2 and "--overwrite" in capsys.readouterr().err
+    assert export(tmp_path / "absent" / "x", out, "--overwrite") == 2 and (out / "old").exists()
+    assert export(tiny_folder, out, "--overwrite") == 0 and not (out / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("arguments", [("--format", "onnx"), ("--bogus",)])
+def test_mistakes_are_one_line(tiny_folder, tmp_path, capsys, arguments):
+    assert export(tiny_folder, tmp_path / "out", *arguments) == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.splitlines()) == 1 and captured.out == "" and not (tmp_path / "out").exists()
+
+
+def test_another_kind_of_model_is_refused(tiny_folder, tmp_path, capsys):
+    assert export(tiny_folder, tmp_path / "stock") == 0
+    assert export(tmp_path / "stock", tmp_path / "again") == 2
+    assert "internvl" in capsys.readouterr().err and not (tmp_path / "again").exists()

@@ -1,0 +1,109 @@
+"""Small random checkpoints of the parts of a Perceptio, in the layouts their own projects save."""
+
+import json
+from pathlib import Path
+
+import torch
+from helpers import depth_config
+from transformers import (
+    GotOcr2ImageProcessorPil,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Sam2Model,
+)
+
+from perceptio_hf import DepthVQVAE
+
+TEXTS = ["Which is closer, the red ball or the blue box?", "Segment the red ball.", "Here is the depth map."]
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "<IMG_CONTEXT>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TILE, PATCH, TOKENS_PER_TILE = 32, 4, 16
+_TEXT_MODEL = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 2048,
+}
+
+
+def stock_tokenizer() -> PreTrainedTokenizerFast:
+    """With InternVL's picture tokens and no spatial ones."""
+    from perceptio_hf.training.tiny_model import tiny_tokenizer
+
+    return tiny_tokenizer(TEXTS, vocab_size=300)
+
+
+def stock_internvl(
+    rows: int, *, family: str = "qwen2", tie: bool = True, dtype=torch.float32, image_token_id: int = 0, seed: int = 0
+) -> InternVLForConditionalGeneration:
+    """A random InternVL whose embedding has `rows` rows."""
+    config = InternVLConfig(
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": [TILE, TILE],
+            "patch_size": [PATCH, PATCH],
+            "attention_bias": True,
+        },
+        text_config={**_TEXT_MODEL, "model_type": family, "vocab_size": rows, "tie_word_embeddings": tie},
+        image_token_id=image_token_id,
+        image_seq_length=TOKENS_PER_TILE,
+        tie_word_embeddings=tie,
+    )
+    torch.manual_seed(seed)
+    model = InternVLForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15)
+    return model.to(dtype)
+
+
+def save_internvl(folder: Path, *, padding: int = 0, max_shard_size: str = "5GB", **options) -> Path:
+    """An InternVL folder as transformers' repositories have it; `padding` rows belong to no token."""
+    tokenizer = stock_tokenizer()
+    image_token_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    model = stock_internvl(len(tokenizer) + padding, image_token_id=image_token_id, **options)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.max_new_tokens = 77
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(folder)
+    GotOcr2ImageProcessorPil(
+        size={"height": TILE, "width": TILE},
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+        crop_to_patches=False,
+        max_patches=5,
+    ).save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    about = {"image_seq_length": TOKENS_PER_TILE, "processor_class": "InternVLProcessor"}
+    (folder / "processor_config.json").write_text(json.dumps(about))
+    return folder
+
+
+def mask_model(seed: int = 0) -> Sam2Model:
+    """A random SAM2 for pictures of 128 x 128."""
+    from perceptio_hf.training.tiny_model import tiny_mask_config
+
+    torch.manual_seed(seed)
+    return Sam2Model(tiny_mask_config()).eval()
+
+
+def codec(seed: int = 0, **changes) -> DepthVQVAE:
+    """A random codec of 16 codes on a 4 x 4 grid."""
+    config = depth_config()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(seed)
+    return DepthVQVAE(config).eval()
