@@ -1,7 +1,8 @@
-# Everything happens in .venv, which is made once and again whenever pyproject.toml or constraints.txt change.
+# Everything happens in .venv, which is made once and again whenever pyproject.toml or the constraints change.
 # Another interpreter: make PYTHON=python3.12 test      More extras: make EXTRAS=dev,train test
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 EXTRAS ?= dev
 DEMO_ARGS ?=
 TEST_ARGS ?=
@@ -12,22 +13,23 @@ STAMP := $(VENV)/.perceptio-installed
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint clean
+.PHONY: help env demo test test-oldest lint clean
 
 help:
 	@echo "make demo   render a scene, ask the embedded model about it, write pictures to perceptio-demo/"
 	@echo "make test   run the tests"
+	@echo "make test-oldest   the quick tests with the oldest releases that are supported, in an environment of their own"
 	@echo "make lint   ruff check and ruff format --check"
 	@echo "make env    only make the environment in $(VENV)"
 	@echo "make clean  remove the environment and caches"
 
 env: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "perceptio-hf needs Python 3.10 or newer, not %d.%d. Name another one: make PYTHON=python3.12" % sys.version_info[:2])'
 	@echo "Making the environment in $(VENV) (once; downloads PyTorch and transformers, a few minutes) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
 	@touch $@
 
 demo: $(STAMP)
@@ -37,9 +39,14 @@ demo: $(STAMP)
 test: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(TEST_ARGS)
 
+# What meets transformers' and the Hub's own code.
+OLDEST_TESTS := tests/modeling tests/processing tests/conversion tests/hub tests/test_registration.py
+test-oldest:
+	@$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt TEST_ARGS='-m "not slow" $(OLDEST_TESTS)'
+
 lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .pytest_cache .ruff_cache .hypothesis
