@@ -16,9 +16,11 @@ from perceptio_hf.commands.build import build
 from perceptio_hf.commands.codebook import app as codebook
 from perceptio_hf.commands.convert import app as convert
 from perceptio_hf.commands.demo import demo
+from perceptio_hf.commands.eval import evaluate
 from perceptio_hf.commands.export import export
 from perceptio_hf.commands.predict import predict
 from perceptio_hf.commands.push import push
+from perceptio_hf.commands.report import report
 from perceptio_hf.commands.train import CONTEXT, train
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -37,6 +39,8 @@ app.command()(demo)
 app.command()(predict)
 app.command()(build)
 app.command(context_settings=CONTEXT)(train)
+app.command("eval")(evaluate)
+app.command()(report)
 app.command()(ablate)
 app.add_typer(codebook, name="codebook")
 app.add_typer(convert, name="convert")

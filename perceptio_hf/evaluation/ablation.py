@@ -63,7 +63,9 @@ def evaluate(
     items = held_out_items(scenes, first_seed=_ITEMS_SEED)
     scores = {}
     if form.words:
-        scores |= _closest_scores(model, processor, form, closest, replaced) | _words(model, processor, form, items)
+        scores |= closest_scores(model, processor, closest, replaced, depth=form.depth) | _words(
+            model, processor, form, items
+        )
     if form.depth:
         scores |= _depth(model, processor, items) | {
             "malformed_rate": malformed_rate(model, processor, items, malformed)
@@ -74,21 +76,31 @@ def evaluate(
     return scores
 
 
-def _closest_scores(model, processor, form: "AnswerForm", count: int, replaced: int) -> dict[str, float]:
+def closest_scores(
+    model: "PerceptioForConditionalGeneration",
+    processor: "PerceptioProcessor",
+    count: int,
+    replaced: int,
+    *,
+    depth: bool = True,
+) -> dict[str, float]:
+    """`closest_3`, `closest_4`, `closest_5`, their mean, the lowest-point rule, and Token Replacement (`trt_...`).
+
+    Args:
+        count: fair questions for each number of points.
+        replaced: how many of them get their span replaced.
+        depth: answer with a span first; without one nothing is replaced.
+    """
     scores, rule, replacements = {}, [], []
     for points in POINTS:
         sets: list[FairSet] = fair_sets(points, count)
-        answers, codes = answer_closest(model, processor, sets, spatial="depth" if form.depth else "none")
+        answers, codes = answer_closest(model, processor, sets, spatial="depth" if depth else "none")
         right = [answer == item.answer for answer, item in zip(answers, sets, strict=True)]
         scores[f"closest_{points}"] = float(np.mean(right))
         rule.append(np.mean([item.lowest == item.answer for item in sets]))
         if codes is not None:
-            # The first ones are whole sets too, so that they are as fair as all of them.
-            replacements.append(
-                token_replacement(
-                    model, processor, sets[: replaced // points * points], codes[: replaced // points * points]
-                )
-            )
+            whole = replaced // points * points  # the first ones are whole sets too, so that they are as fair as all
+            replacements.append(token_replacement(model, processor, sets[:whole], codes[:whole]))
     scores["closest"] = float(np.mean([scores[f"closest_{points}"] for points in POINTS]))
     scores["closest_lowest_rule"] = float(np.mean(rule))
     return scores | {name: float(np.mean([one[name] for one in replacements])) for name in dict(*replacements[:1])}

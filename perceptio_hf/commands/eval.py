@@ -1,0 +1,214 @@
+"""`perceptio eval`: a checkpoint measured on a benchmark."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from perceptio_hf.commands.predict import Spatial, check_out
+
+if TYPE_CHECKING:
+    from perceptio_hf.evaluation.benchmarks import Benchmark
+    from perceptio_hf.evaluation.runner import Run, Watch
+
+CARD_SUFFIXES = (".yaml", ".yml")
+CASES = 4  # of each group on the sheet
+
+
+def evaluate(
+    benchmark: Annotated[
+        str,
+        typer.Argument(
+            help="refcoco, hardblink, mmbench, world-closest, ...; a wrong name lists all.", show_default=False
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub name of a checkpoint. Default: the embedded tiny one.", show_default=False),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Where the benchmark's files are; not for rendered scenes (world-...).", show_default=False),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Which part. Default: the benchmark's usual one.", show_default=False)
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many samples, the first ones.", show_default=False)
+    ] = None,
+    spatial: Annotated[
+        Spatial | None,
+        typer.Option(help="Which spatial tokens to force. Default: the benchmark's.", show_default=False),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples that go through the model together.")] = 8,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Longest answer in tokens. Default: the model's own.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the results, or CARD.yaml: scores for a model card, results in the folder CARD beside it. "
+            "Default: perceptio-eval/BENCHMARK.",
+            show_default=False,
+        ),
+    ] = None,
+    replace_depth: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Answer again with other codes in the depth span: identity, oracle, random, random-matched, "
+            "other-image, first-repeat, constant, with commas between, or all.",
+            show_default=False,
+        ),
+    ] = None,
+    oracle: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLACE",
+            help="True depth for the replacement oracle: a folder of depth maps named as the pictures, or a depth "
+            "estimation model. Default: the benchmark's own.",
+            show_default=False,
+        ),
+    ] = None,
+    oracle_unit: Annotated[
+        str | None, typer.Option(help="Of that folder: mm, m, disparity or relative.", show_default=False)
+    ] = None,
+    unit: Annotated[
+        str | None,
+        typer.Option(help="For `depth`: what the maps hold; mm, m, disparity or relative.", show_default=False),
+    ] = None,
+    pictures: Annotated[
+        str | None, typer.Option(help="For `depth`: pattern of pictures, e.g. *.color.jpg.", show_default=False)
+    ] = None,
+    depths: Annotated[
+        str | None, typer.Option(help="For `depth`: pattern of depth maps, e.g. *.depth.png.", show_default=False)
+    ] = None,
+    on_error: Annotated[
+        Literal["raise", "skip"], typer.Option(help="What to do with samples that cannot be used.")
+    ] = "raise",
+    seed: Annotated[int, typer.Option(help="Of codes that are drawn.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace results of another model, data or setting.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON document.")] = False,
+) -> None:
+    """Measure a checkpoint on BENCHMARK.
+
+    The results folder gets summary.json, samples.jsonl (one line for each sample) and cases.png (best, worst and random
+    cases to look at). A run that was stopped goes on where it was; results of another model or data are never mixed in.
+    """
+    folder, card = _places(out, benchmark)
+    check_out(folder)
+
+    from perceptio_hf.commands import checkpoints
+    from perceptio_hf.evaluation.benchmarks import open_benchmark
+    from perceptio_hf.evaluation.card import check_card, write_card
+    from perceptio_hf.evaluation.runner import SUMMARY_FILE, RunSettings, run_benchmark
+    from perceptio_hf.evaluation.summary import ModelFacts, build_summary
+    from perceptio_hf.files import write_json
+
+    name = checkpoints.resolve(model)
+    shown_name = "tiny" if checkpoints.is_tiny(name) else name
+    replacements = _replacements(replace_depth)
+    if card is not None:
+        check_card(card, shown_name, overwrite=overwrite)
+    opened = open_benchmark(
+        benchmark,
+        data,
+        split=split,
+        limit=limit,
+        on_error=on_error,
+        unit=unit,
+        pictures=pictures,
+        depths=depths,
+    )
+    settings = RunSettings(
+        spatial=spatial or opened.spatial,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        skip_broken=on_error == "skip",
+        replacements=replacements,
+        oracle=oracle,
+        oracle_unit=oracle_unit,
+        seed=seed,
+    )
+    loaded = checkpoints.load(name)
+    facts = ModelFacts.of(loaded[0], shown_name)
+    with _progress() as watch:
+        run = run_benchmark(
+            *loaded, opened, folder, settings, weights=facts.weights_sha256, overwrite=overwrite, watch=watch
+        )
+    summary = build_summary(opened, facts, run, path=None if data is None else str(data), limit=limit)
+    _write_cases(folder / "cases.png", opened, run, loaded[0])
+    write_json(folder / SUMMARY_FILE, summary)
+    if card is not None:
+        write_card(card, summary, overwrite=overwrite)
+    _report(summary, folder, card, checkpoints.TINY_NOTE if shown_name == "tiny" else None, as_json)
+
+
+def _places(out: Path | None, benchmark: str) -> tuple[Path, Path | None]:
+    """Folder of the results, and the card's file if there is one."""
+    if out is None:
+        return Path("perceptio-eval") / benchmark, None
+    if out.suffix.lower() in CARD_SUFFIXES:
+        return out.with_suffix("") / benchmark, out
+    return out, None
+
+
+def _replacements(words: str | None) -> tuple[str, ...]:
+    from perceptio_hf.evaluation.replacement import REPLACEMENTS, check_replacements
+
+    if words is None:
+        return ()
+    names = list(REPLACEMENTS) if words == "all" else [word.strip() for word in words.split(",")]
+    return check_replacements(names)
+
+
+@contextmanager
+def _progress() -> "Iterator[Watch]":
+    """A bar on standard error with the score so far; nothing where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[score]}"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def watch(stage: str, done: int, total: int, score: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total, score=score)
+            bar.update(tasks[stage], completed=done, score=score)
+
+        yield watch
+
+
+def _write_cases(path: Path, benchmark: "Benchmark", run: "Run", model) -> None:
+    from perceptio_hf.evaluation.case_sheet import choose_cases, draw_cases
+    from perceptio_hf.files import write_picture
+
+    cases = choose_cases(run.records, CASES)
+    samples = {sample.id: sample for sample in benchmark.samples}
+    write_picture(path, draw_cases(benchmark.task, cases, samples, model.depth_model))
+
+
+def _report(summary: dict[str, Any], folder: Path, card: Path | None, note: str | None, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(summary, indent=2, ensure_ascii=False))
+        return
+    from perceptio_hf.evaluation.report import run_text
+
+    print(run_text(summary))
+    print(f"\nWritten to {folder}: summary.json, samples.jsonl, cases.png" + (f"; card: {card}" if card else ""))
+    if note and not summary["benchmark"].startswith("world-"):
+        print(note)

@@ -1,0 +1,1 @@
+"""Perceptio as a guest in other people's programs."""
