@@ -72,7 +72,7 @@ class AblationRecipe:
         malformed: sampled responses without the grammar.
     """
 
-    base_steps: int = 1000
+    base_steps: int = 400
     steps: int = 400
     batch: int = 8
     learning_rate: float = 1e-3

@@ -45,9 +45,9 @@ from .tiny_model import IMAGE_SEQ_LENGTH, IMAGE_SIZE, tiny_config, tiny_processo
 STAGES = ("masks", "vision", "lookup", "language")
 # Where masks start from nothing and objects are small, the cross-entropy of the background holds every logit down.
 _DICE_WEIGHT = 4.0
-# [SEG] states share a large mean, so that every early step of Adam moves all inputs of a ReLU one way: at the full rate
-# four fifths of the projector's units died, and masks stopped improving.
-_PROJECTOR_RATE = 0.1
+# [SEG] states share a large mean, so that early steps of Adam move what enters the projector's ReLU all one way: at the
+# full rate four fifths of its units died, and masks stopped improving.
+_PROJECTOR_RATE = 0.2
 _SHOWN = 20  # steps that progress bar and plot average over
 _REVISED = 2  # spans per process and step of the language stage
 _RENDEZVOUS = ".rendezvous"  # where the processes find one another
@@ -402,7 +402,7 @@ class _Stages:
         masks, mask_parts = self._prompted_masks(scenes, segs, taught)
         mask_parts["align"] = F.mse_loss(segs.float(), taught.detach().float())
         cells, cell_parts = self._cell_parts(scenes, lesson.image_states, lesson.codes)
-        total = lesson.loss + masks + 0.25 * mask_parts["align"] + 0.2 * cells
+        total = lesson.loss + masks + mask_parts["align"] + 0.2 * cells
         return total, lesson.parts | mask_parts | cell_parts
 
 
@@ -418,11 +418,11 @@ def balanced_cross_entropy(logits: torch.Tensor, classes: torch.Tensor) -> torch
 
 
 def adamw(model: PerceptioForConditionalGeneration, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
-    """The optimizer of all stages, with a group of its own for the projector of [SEG] states."""
-    projector = {id(parameter) for parameter in model.seg_projector.parameters()}
+    """The optimizer of all stages, with a group of its own for the first layer of the [SEG] projector."""
+    slow = {id(parameter) for parameter in model.seg_projector.linear_in.parameters()}
     groups = [
-        {"params": [parameter for parameter in parameters if id(parameter) not in projector], "share": 1.0},
-        {"params": [parameter for parameter in parameters if id(parameter) in projector], "share": _PROJECTOR_RATE},
+        {"params": [parameter for parameter in parameters if id(parameter) not in slow], "share": 1.0},
+        {"params": [parameter for parameter in parameters if id(parameter) in slow], "share": _PROJECTOR_RATE},
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
