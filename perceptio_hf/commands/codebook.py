@@ -1,8 +1,6 @@
 """`perceptio codebook`: train, evaluate and use a depth codec."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,11 +53,15 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a depth codec from scratch and save it in OUT."""
+    from perceptio_hf.conversion.folders import check_new_folder, new_folder
+    from perceptio_hf.files import write_json
+
     given = {"data": data, "unit": unit, "pattern": pattern, "maps": maps, "steps": steps, "minutes": minutes}
     settings = read_settings(config, given | {"seed": seed})
-    _check_out(out, overwrite)
+    check_new_folder(out, overwrite)
 
     from perceptio_hf import DepthVQVAEConfig
+    from perceptio_hf.commands.checkpoints import quieten
     from perceptio_hf.evaluation.depth_metrics import codec_metrics
     from perceptio_hf.training.codebook import CodebookOptions, DepthBank, train_codebook
 
@@ -72,7 +74,10 @@ def train(
         codec = train_codebook(codec_config, bank, options=options, progress=move, **limits)
     trained_on = codec_metrics(codec, bank.head(256))
     record = {"settings": settings, "parameters": codec.num_parameters(), "on_training_maps": trained_on}
-    _save(codec, out, record)
+    quieten()
+    with new_folder(out, overwrite) as folder:
+        codec.save_pretrained(folder)
+        write_json(folder / "codec.json", record)
     print(json.dumps({"codec": str(out), **record}, indent=2) if as_json else f"{_figures(trained_on)}\nCodec: {out}")
 
 
@@ -140,20 +145,13 @@ def read_settings(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: The file is missing, not YAML, or holds something else than the options.
     """
-    import yaml
+    from perceptio_hf.files import read_yaml
 
     known = {**DEFAULTS, "codec": {}, "options": {}}
-    read: Any = {}
-    if config is not None:
-        if not config.is_file():
-            raise ValueError(f"There is no file {config}; --config is a YAML file, such as recipes/codebook_tiny.yaml.")
-        try:
-            read = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{config} is not YAML: {error}") from None
-    unknown = sorted(set(read) - set(known)) if isinstance(read, dict) else ["a document that is no mapping"]
+    read = {} if config is None else read_yaml(config)
+    unknown = sorted(set(read) - set(known))
     if unknown:
-        raise ValueError(f"{config} holds {', '.join(map(str, unknown))}; known are {', '.join(known)}.")
+        raise ValueError(f"{config} holds {', '.join(unknown)}; known are {', '.join(known)}.")
     given = {key: value for key, value in given.items() if value is not None}
     if "steps" in given or "minutes" in given:  # one replaces the other
         read = {key: value for key, value in read.items() if key not in ("steps", "minutes")}
@@ -194,18 +192,11 @@ def depth_source(
 
 def load_codec(folder: Path) -> "DepthVQVAE":
     """A saved depth codec in evaluation mode, alone or as part of a saved Perceptio; errors as `load_depth_codec`."""
+    from perceptio_hf.commands.checkpoints import quieten
     from perceptio_hf.conversion.components import load_depth_codec
 
-    _quieten()
+    quieten()
     return load_depth_codec(folder)
-
-
-def _quieten() -> None:
-    """Keep transformers' own progress bars and reports out of the command's output."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _rendered(first_seed: int, maps: int, size: int) -> "Iterator[DepthMap]":
@@ -254,32 +245,6 @@ def _figures(figures: dict[str, Any]) -> str:
     lines.append(f"relative depth: mean absolute error {figures['relative_mae']:.4f}")
     lines.append(f"codes in use: {figures['codes_used']}, perplexity {figures['perplexity']:.1f}")
     return "\n".join(lines)
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    """Refuse before the work starts what could not be saved after it."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / "codec.json").is_file():
-        raise ValueError(f"{out} exists and is not a codec made by this command; choose another --out.")
-    if not overwrite:
-        raise ValueError(f"{out} already holds a codec; choose another --out, or give --overwrite.")
-
-
-def _save(codec: "DepthVQVAE", out: Path, record: dict[str, Any]) -> None:
-    """Save under a temporary name, then rename: `out` is never half a codec."""
-    _quieten()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (out.with_name(f".{out.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    try:
-        codec.save_pretrained(temporary)
-        (temporary / "codec.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        if out.exists():
-            os.replace(out, old)
-        os.replace(temporary, out)
-    finally:
-        for folder in (temporary, old):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """`perceptio demo`: the embedded checkpoint answers questions about a rendered scene that no training saw."""
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from perceptio_hf import SpatialAnswer
     from perceptio_hf.data.world import Question, Scene
 
+_STEP = re.compile(r"\bp\d\d d\d\d\b")  # of an answer that looks nearness up, see perceptio_hf.data.cells
 _SEEDS_PER_DEMO = 1000  # not every scene supports both questions; that many are tried
 
 
@@ -26,25 +28,25 @@ def demo(
     """Render a scene no training saw, ask about it, and show what the model wrote beside the truth.
 
     Look at OUT/sheet.png first. Beside it: picture.png, overlay.png (the mask), depth.png (16 bit, 65535 = nearest),
-    depth_color.png and answer.json.
+    depth_color.png, marked.png (the points of the second question) and answer.json.
     """
     from perceptio_hf.commands import checkpoints
     from perceptio_hf.commands.predict import check_out
 
     check_out(out)
     loaded = checkpoints.load(checkpoints.resolve(model))
-    scene, refer, closer = choose_scene(seed)
-    picture, answers = _ask(loaded, scene, refer, closer)
+    scene, refer, closest = choose_scene(seed)
+    pictures, answers = _ask(loaded, scene, refer, closest)
     scores = compare(scene, refer, answers[0])
     about = {"picture": str(out / "picture.png"), "seed": scene.seed, "question": refer.text, "spatial": "seg+depth"}
-    about |= {"truth": refer.answer, "second_question": closer.text, "second_text": answers[1].text}
-    about |= {"second_truth": closer.answer, **scores}
-    record = _write(out, scene, picture, answers[0], about)
+    about |= {"truth": refer.answer, "second_question": closest.text, "second_text": answers[1].text}
+    about |= {"second_truth": closest.answer, **scores}
+    record = _write(out, scene, pictures, answers[0], about)
     print(json.dumps(record, indent=2, ensure_ascii=False) if as_json else _tell(record))
 
 
 def choose_scene(seed: int) -> "tuple[Scene, Question, Question]":
-    """Demo number `seed`: a held-out scene, a question for a mask, and one which of two objects is closer."""
+    """Demo number `seed`: a held-out scene, a question for a mask, and one which of the marked points is closest."""
     import numpy as np
 
     from perceptio_hf.data.world import DEMO_SEED, ask, render_scene
@@ -53,22 +55,24 @@ def choose_scene(seed: int) -> "tuple[Scene, Question, Question]":
     for number in range(first, first + _SEEDS_PER_DEMO):
         scene = render_scene(number)
         refer = ask(scene, np.random.default_rng(number), kinds=["refer"])
-        closer = ask(scene, np.random.default_rng(number), kinds=["closer_object"])
-        if refer and closer:
-            return scene, refer[0], closer[0]
+        closest = ask(scene, np.random.default_rng(number), kinds=["closest_point"])
+        if refer and closest:
+            return scene, refer[0], closest[0]
     raise AssertionError(f"no scene from {first} on supports both questions")
 
 
-def _ask(loaded: tuple, scene: "Scene", refer: "Question", closer: "Question"):
-    """The picture, and the answers to both questions: each with masks and depth first."""
+def _ask(loaded: tuple, scene: "Scene", refer: "Question", closest: "Question"):
+    """The picture, plain and with the marked points, and the answers: with masks and depth first, and with depth."""
     from PIL import Image
 
     from perceptio_hf.commands.predict import answer_questions
+    from perceptio_hf.data.world import draw_points
 
-    picture = Image.fromarray(scene.image)
-    first = answer_questions(*loaded, [picture], [refer.text], spatial="seg+depth")
-    second = answer_questions(*loaded, [picture], [closer.text], spatial="seg+depth")
-    return picture, [*first, *second]
+    plain = Image.fromarray(scene.image)
+    marked = Image.fromarray(draw_points(scene.image, closest.points, closest.letters))
+    first = answer_questions(*loaded, [plain], [refer.text], spatial="seg+depth")
+    second = answer_questions(*loaded, [marked], [closest.text], spatial="depth")
+    return (plain, marked), [*first, *second]
 
 
 def compare(scene: "Scene", question: "Question", answer: "SpatialAnswer") -> dict[str, float]:
@@ -86,19 +90,24 @@ def compare(scene: "Scene", question: "Question", answer: "SpatialAnswer") -> di
     }
 
 
-def _write(out: Path, scene: "Scene", picture: "Image.Image", answer: "SpatialAnswer", about: dict) -> dict:
+def _write(
+    out: Path, scene: "Scene", pictures: "tuple[Image.Image, Image.Image]", answer: "SpatialAnswer", about: dict
+) -> dict:
     from perceptio_hf.commands.predict import write_answer
     from perceptio_hf.data.depth_maps import relative_from_metric
     from perceptio_hf.files import write_picture
     from perceptio_hf.visualization import colorize_depth, overlay, sheet
 
+    picture, marked = pictures
     out.mkdir(parents=True, exist_ok=True)
     write_picture(out / "picture.png", picture)
+    write_picture(out / "marked.png", marked)
     panels = [
         ("picture", picture),
         (f"mask (IoU {about['mask_iou']:.2f})", overlay(picture, answer.masks)),
         (f"depth (mean error {about['depth_error']:.2f})", colorize_depth(answer.depth)),
         ("true depth", colorize_depth(relative_from_metric(scene.depth))),
+        ("marked points", marked),
     ]
     write_picture(out / "sheet.png", sheet(panels, _conversation(about | {"text": answer.text})))
     return write_answer(out, picture, answer, about)
@@ -117,9 +126,11 @@ def _conversation(record: dict) -> str:
 
 def _tell(record: dict) -> str:
     folder = Path(record["files"]["answer"]).parent
+    steps = ["          (p27: a cell of the depth grid; d21: the nearness read there, d31 = nearest)"]
     return "\n".join(
         [
             _conversation(record),
+            *(steps if _STEP.search(record["second_text"]) else []),
             f"Mask:     overlaps the object by {record['mask_iou']:.2f} (intersection over union)",
             f"Depth:    mean error {record['depth_error']:.2f} on a scale from 0 (farthest) to 1 (nearest)",
             f"Look at {folder / 'sheet.png'}; the single pictures and answer.json are beside it.",

@@ -73,7 +73,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         code = app(args=None if arguments is None else list(arguments), prog_name="perceptio", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
-    except (ValueError, OSError, _UsageError) as error:
+    except (ValueError, OSError, ImportError, _UsageError) as error:  # ImportError: an extra is missing
         if os.environ.get("PERCEPTIO_DEBUG", "0") not in ("", "0"):
             raise
         if type(error).__name__ == "NoArgsIsHelpError":  # called without arguments: the help has been printed

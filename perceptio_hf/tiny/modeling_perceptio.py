@@ -1,7 +1,9 @@
 """Perceptio: InternVL whose language model also writes masks ([SEG]) and depth (a span of codes)."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -65,6 +67,7 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
     config: PerceptioConfig
     config_class = PerceptioConfig
     _keep_in_fp32_modules_strict: ClassVar = ["mask_model", "depth_model", "seg_projector"]
+    _keep_in_fp32_modules: ClassVar = _keep_in_fp32_modules_strict  # what quantisation leaves alone is read from here
     _no_split_modules: ClassVar = [*(InternVLForConditionalGeneration._no_split_modules or []), "Sam2MultiScaleBlock"]
     # A full SAM2 checkpoint also holds its video memory, which still pictures do not use.
     _keys_to_ignore_on_load_unexpected: ClassVar = [
@@ -78,9 +81,13 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
         self.seg_projector = SegProjector(hidden_size, config.mask_config.mask_decoder_config.hidden_size)
         self.mask_model = Sam2Model(config.mask_config)
         self.depth_model = DepthVQVAE(config.depth_config)
+        self.freeze()
+        self.post_init()
+
+    def freeze(self) -> None:
+        """Take the parts that never learn, SAM2's image encoder and the depth codec, away from optimizers."""
         self.mask_model.vision_encoder.requires_grad_(False)
         self.depth_model.requires_grad_(False)
-        self.post_init()
 
     def train(self, mode: bool = True):
         """As ever, but the frozen parts stay in evaluation mode."""
@@ -102,8 +109,56 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
         if not kwargs.get("ignore_mismatched_sizes"):
-            _check_loaded(pretrained_model_name_or_path, info)
+            check_loaded(pretrained_model_name_or_path, info)
         return (model, info) if wants_info else model
+
+    @classmethod
+    def from_components(
+        cls, internvl, sam2, depth_codec, *, processor=None, dtype: str | torch.dtype = "auto", seed: int = 0
+    ) -> "PerceptioForConditionalGeneration":
+        """A fresh Perceptio out of a stock InternVL, a stock SAM2 and a depth codec.
+
+        Without spatial tokens it computes bit for bit what the InternVL computes. The spatial tokens have ids of rows
+        that no token uses, or of rows that are added; the new rows resemble those that are there (how, and why, says
+        `perceptio_hf.conversion.token_rows`) and every other row keeps its bits. The [SEG] projector starts at random.
+        All of this is to be trained before masks and depth mean anything.
+
+        Models that are given share the memory of their weights with the result, embedding and head apart, and are
+        otherwise left as they are. From folders, no more than about one copy of the weights is ever in memory.
+
+        Args:
+            internvl: folder or Hub name of an InternVL, in transformers' layout or OpenGVLab's, or an
+                `InternVLForConditionalGeneration`.
+            sam2: folder or Hub name of a SAM2 in transformers' layout, one of Meta's files, or a `Sam2Model`.
+            depth_codec: folder of a `DepthVQVAE` or of a Perceptio, a `vae-final.pt` of AURORA, or a `DepthVQVAE`.
+            processor: `PerceptioProcessor.from_components` of the same three, which knows the ids. Default: made from
+                `internvl` where that is, or was loaded from, a folder or Hub name; otherwise the spatial tokens come
+                behind all rows of the vocabulary, where a tokenizer without unused rows has them too.
+            dtype: of the InternVL part; "auto" keeps it. SAM2, codec and projector are float32.
+            seed: of the new rows and the projector.
+
+        Returns:
+            The model, in evaluation mode.
+
+        Raises:
+            ValueError: a part that cannot be read, is of another kind, damaged or incomplete, or parts that do not fit.
+            ImportError: where only a copy of this file is at hand and not the package.
+        """
+        try:  # transformers looks for imports outside of try when it loads a copy of this file
+            from perceptio_hf.conversion.assembly import from_components
+        except ImportError as error:
+            raise ImportError(f"from_components needs the package perceptio-hf: {error}") from error
+        return from_components(cls, internvl, sam2, depth_codec, processor=processor, dtype=dtype, seed=seed)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
+        """The last step before an upload (transformers 5.17 to 5.23); a card that says nothing gives way to ours."""
+        try:  # transformers looks for imports outside of try when it loads a copy of this file
+            from perceptio_hf.hub.card import replace_default_card
+        except ImportError:
+            replace_default_card = None
+        if replace_default_card is not None:
+            replace_default_card(Path(working_dir, "README.md"), self, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def spatial_vocabulary(self) -> SpatialVocabulary:
         """The ids of the spatial tokens.
@@ -302,11 +357,17 @@ def _several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _check_loaded(source, info: dict) -> None:
+def check_loaded(source, info: dict) -> None:
+    """Raise a ValueError where transformers' loading `info` tells of weights that are missing, left over or misfit."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(str(key) for key in info.get(kind) or ())
+        keys = sorted(_with_shapes(key) for key in info.get(kind) or ())
         if keys:
             raise ValueError(
                 f"The weights in {source} contradict its configuration: {len(keys)} {kind.replace('_', ' ')}, the "
                 f"first is {keys[0]}. Is config.json the one these weights were saved with?"
             )
+
+
+def _with_shapes(key: str | tuple) -> str:
+    """A key as transformers reports it: a name, or (name, shape in the file, shape in the model)."""
+    return key if isinstance(key, str) else f"{key[0]} ({tuple(key[1])} instead of {tuple(key[2])})"

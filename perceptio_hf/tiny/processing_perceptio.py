@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from transformers import BatchFeature
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.processing_utils import ProcessorMixin
@@ -22,6 +23,8 @@ from .pictures import load_picture
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 _IGNORED_LABEL = -100
+# What InternVLProcessor asks of a tokenizer (transformers 5.17 to 5.23).
+_PICTURE_TOKENS = ("start_image_token", "end_image_token", "context_image_token", "video_token")
 # Options of `__call__` that `apply_chat_template` hands on.
 _CALL_OPTIONS = {"padding", "padding_side", "crop_to_patches", "max_length", "truncation", "min_patches", "max_patches"}
 
@@ -95,6 +98,11 @@ class PerceptioProcessor(InternVLProcessor):
         mask_image_size: side S of SAM2's square input in pixels.
         crop_to_patches: cut large pictures into several tiles, as InternVL does.
         mask_threshold: mask logits above it are inside; SAM2's own is 0.
+        mask_resample: how SAM2's picture is scaled, "bilinear" as SAM2 does it or "bicubic" as Sa2VA does.
+
+    Raises:
+        ValueError: an unknown `mask_resample`; a tokenizer without InternVL's picture tokens, or with depth tokens for
+            another codebook.
     """
 
     def __init__(
@@ -108,7 +116,10 @@ class PerceptioProcessor(InternVLProcessor):
         mask_image_size: int = 1024,
         crop_to_patches: bool = True,
         mask_threshold: float = 0.0,
+        mask_resample: str = "bilinear",
     ):
+        if mask_resample not in ("bilinear", "bicubic"):
+            raise ValueError(f"mask_resample is {mask_resample!r}; it must be 'bilinear' or 'bicubic'.")
         # InternVLProcessor.__init__ insists on a video processor, which needs torchvision: its work is done here.
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
         self.image_seq_length = image_seq_length
@@ -117,9 +128,39 @@ class PerceptioProcessor(InternVLProcessor):
         self.mask_image_size = mask_image_size
         self.crop_to_patches = crop_to_patches
         self.mask_threshold = mask_threshold
+        self.mask_resample = mask_resample
         self._read_tokenizer(tokenizer)
 
+    @classmethod
+    def from_components(cls, internvl, sam2, depth_codec) -> "PerceptioProcessor":
+        """The processor for `PerceptioForConditionalGeneration.from_components` of the same three.
+
+        Picture settings, chat template and tokenizer are InternVL's. Spatial tokens that the tokenizer lacks join it
+        behind all others; those it has keep their ids. `added_token_ids` tells which are new.
+
+        Args:
+            internvl: an InternVL's folder or Hub name, or a processor of one (it is left as it is).
+            sam2: a `Sam2Model` or its configuration, which says how large SAM2's picture is; or where one is saved.
+            depth_codec: the same of a `DepthVQVAE`, which says how many codes there are, and in one span.
+
+        Raises:
+            ValueError: where `internvl` has no such processor, or its tokenizer lacks the tokens around pictures, has
+                depth tokens for another codebook, or takes a spatial token apart.
+            ImportError: where only a copy of this file is at hand and not the package.
+        """
+        try:  # transformers looks for imports outside of try when it loads a copy of this file
+            from perceptio_hf.conversion.processors import processor_from_components
+        except ImportError as error:
+            raise ImportError(f"from_components needs the package perceptio-hf: {error}") from error
+        return processor_from_components(cls, internvl, sam2, depth_codec)
+
     def _read_tokenizer(self, tokenizer) -> None:
+        lacking = [name for name in _PICTURE_TOKENS if not hasattr(tokenizer, name)]
+        if lacking:
+            raise ValueError(
+                f"The tokenizer has no {', '.join(lacking)}, so it is not InternVL's. Name a checkpoint whose "
+                "tokenizer_config.json says what these tokens are, such as those that end in -hf."
+            )
         self.start_image_token = tokenizer.start_image_token
         self.end_image_token = tokenizer.end_image_token
         self.start_image_token_id = tokenizer.start_image_token_id
@@ -132,10 +173,12 @@ class PerceptioProcessor(InternVLProcessor):
         )
         tokens = spatial_tokens(self.num_depth_codes)
         vocabulary = tokenizer.get_vocab()
+        _check_depth_tokens(vocabulary, tokens[2:-1])
         missing = [token for token in tokens if token not in vocabulary]
         if missing:
             # Not "special": decode(skip_special_tokens=True) keeps them, as the public checkpoints do.
             tokenizer.add_tokens(missing, special_tokens=False)
+        self.added_token_ids = tuple(tokenizer.convert_tokens_to_ids(missing))
         self._spatial_ids = set(tokenizer.convert_tokens_to_ids(tokens))
 
     @property
@@ -184,9 +227,11 @@ class PerceptioProcessor(InternVLProcessor):
         return inputs
 
     def mask_pixels(self, picture) -> torch.Tensor:
-        """PIL RGB -> (3, S, S) as SAM2 prepares it: squashed with antialiased bilinear, ImageNet statistics."""
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W)
+        """PIL RGB -> (3, S, S) as SAM2 prepares it: squashed with antialiasing, ImageNet statistics."""
         side = self.mask_image_size
+        if self.mask_resample == "bicubic":  # Pillow's, in 8 bits; what follows then changes no pixel
+            picture = picture.resize((side, side), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W)
         pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True, align_corners=False)[0]
         mean, std = torch.tensor(_IMAGENET_MEAN), torch.tensor(_IMAGENET_STD)
         return (pixels - mean[:, None, None]) / std[:, None, None]
@@ -292,6 +337,16 @@ class PerceptioProcessor(InternVLProcessor):
         """Save the processor and, beside it, the code that `trust_remote_code=True` loads elsewhere."""
         write_code(self, save_directory)
         return super().save_pretrained(save_directory, **kwargs)
+
+
+def _check_depth_tokens(vocabulary: dict[str, int], codes: Sequence[str]) -> None:
+    """A tokenizer knows the tokens of the whole codebook and no others, or none."""
+    held = {token for token in vocabulary if token.startswith("<DEPTH_") and token[7:-1].isdigit()}
+    if held and held != set(codes):
+        raise ValueError(
+            f"The tokenizer has {len(held)} depth tokens, but the codebook has {len(codes)} codes: use the depth codec "
+            "that the tokenizer was made for, or a tokenizer without depth tokens."
+        )
 
 
 def _flatten(images) -> list:

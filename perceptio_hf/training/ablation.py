@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ..files import read_yaml, replacing, write_json
 from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
 from ..processing.processing_perceptio import PerceptioProcessor
 from .answers import AnswerForm
-from .language import LanguageLesson, nearness_of_codes
+from .language import LESSON_WEIGHTS, LanguageLesson, nearness_of_codes
 from .losses import LossWeights, mask_loss, score_loss
 from .scenes import SceneBatch, click_prompts, scene_batches
 from .tiny import adamw, schedule, set_rate
@@ -42,10 +42,10 @@ class Variant:
 
     form: AnswerForm
     plain: bool = False
-    weights: LossWeights = field(default_factory=LossWeights)
+    weights: LossWeights = LESSON_WEIGHTS
 
 
-_SPANS, _NO_RECONSTRUCTION = AnswerForm(), LossWeights(reconstruction=0.0)
+_SPANS, _NO_RECONSTRUCTION = AnswerForm(), replace(LESSON_WEIGHTS, reconstruction=0.0)
 VARIANTS = {
     "answers_only": Variant(AnswerForm(masks=False, depth=False, steps=False), plain=True),
     "steps_only": Variant(AnswerForm(masks=False, depth=False), plain=True),

@@ -43,6 +43,8 @@ class PerceptioSFTConfig(SFTConfig):
     Args:
         text_weight, marker_weight, token_weight, count_weight, reconstruction_weight, mask_bce_weight,
             mask_dice_weight, mask_score_weight: weights of the parts of the loss, 0 or more; 0 switches one off.
+        count_beta: relative error up to which the count loss is a parabola, above 0. At torch's 1 hardly anything keeps
+            a span's probability on codes: without the grammar, spans then break.
         gradient_weight: of the gradient-matching term inside the reconstruction loss.
         merge_temperature: of soft-merge, above 0.
         look_weight: of teaching attention where to look (`alignment`), 0 by default: codes at their own place in the
@@ -79,6 +81,9 @@ class PerceptioSFTConfig(SFTConfig):
     )
     count_weight: float = field(
         default=LossWeights.count, metadata={"help": "Weight of the error of the expected number of depth codes."}
+    )
+    count_beta: float = field(
+        default=0.001, metadata={"help": "Relative error up to which the count loss is a parabola."}
     )
     reconstruction_weight: float = field(
         default=LossWeights.reconstruction, metadata={"help": "Weight of the error of the soft-merged depth map."}
@@ -144,7 +149,7 @@ class PerceptioSFTConfig(SFTConfig):
     def loss_weights(self) -> LossWeights:
         """The weights of the composite loss, checked."""
         parts = {name: getattr(self, f"{name}_weight") for name in (*self._PARTS, "gradient")}
-        return LossWeights(**parts, temperature=self.merge_temperature)
+        return LossWeights(**parts, count_beta=self.count_beta, temperature=self.merge_temperature)
 
     def _check(self) -> None:
         for name in (*self._PARTS, "gradient"):
@@ -160,8 +165,10 @@ class PerceptioSFTConfig(SFTConfig):
                 "look_weight needs attention weights, which gradient checkpointing throws away: set "
                 "gradient_checkpointing: false, or leave look_weight out."
             )
-        if not (math.isfinite(self.merge_temperature) and self.merge_temperature > 0):
-            raise ValueError(f"merge_temperature is {self.merge_temperature}; it must be a finite number above 0.")
+        for name in ("merge_temperature", "count_beta"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} is {value}; it must be a finite number above 0.")
         if not any(getattr(self, f"{name}_weight") for name in self._PARTS):
             raise ValueError("This trains nothing: all weights of the loss are 0. Set one, e.g. text_weight: 1.")
         if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):

@@ -42,6 +42,8 @@ _REASONS = {
 # The layer whose attention is taught, for each reason: words must have been read before what they name can be found.
 _LAYERS = {1: (WRITE, FIND, READ), 2: (SEGMENT, FIND_OBJECT)}
 _LOOKUP_LAYER = 1
+# Two responses of three have no span, and the mean of the count loss is over all.
+LESSON_WEIGHTS = LossWeights(count=5.0, count_beta=1e-3)
 _NEARNESS_SCENES, _NEARNESS_SEED = 256, 40_000_000
 
 
@@ -83,7 +85,8 @@ class LanguageLesson:
 
     Args:
         nearness: (K,) level of each code, see `nearness_of_codes`.
-        weights: of the parts of the composite objective; None: plain cross-entropy over all learnt tokens.
+        weights: of the parts of the composite objective.
+        plain: take cross-entropy over all learnt tokens in its place.
         alignment: weight of `alignment_loss`.
         heads: how many heads of a layer are taught where to look.
         revise: spans of a batch that are also asked about without their pictures (`lookup`), lest it be forgotten.
@@ -102,7 +105,7 @@ class LanguageLesson:
         revise: int = 0,
     ):
         self.model, self.processor, self.nearness, self.plain = model, processor, nearness, plain
-        self.weights = weights or LossWeights()
+        self.weights = weights or LESSON_WEIGHTS
         self.alignment, self.heads, self.revise = alignment, heads, revise
         self.vocabulary = model.spatial_vocabulary()
         self.code_ids = torch.tensor(model.config.depth_token_ids)

@@ -39,17 +39,20 @@ class LossWeights:
     neither computed nor reported.
 
     Args:
+        count_beta: relative error up to which the count loss is a parabola, above 0, see `count_loss`.
         gradient: of the gradient-matching term inside the reconstruction.
         temperature: of soft-merge, above 0.
 
     Raises:
-        ValueError: if a weight is negative or not finite, all parts have weight 0, or the temperature is not above 0.
+        ValueError: if a weight is negative or not finite, all parts have weight 0, or `count_beta` or the temperature
+            is not above 0.
     """
 
     text: float = 1.0
     marker: float = 1.0
     token: float = 1.0
     count: float = 1.0
+    count_beta: float = 1.0
     reconstruction: float = 1.0
     gradient: float = 0.5
     mask_bce: float = 2.0
@@ -62,6 +65,8 @@ class LossWeights:
             value = getattr(self, item.name)
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"The loss weight {item.name} is {value}; expected a finite number of 0 or more.")
+        if self.count_beta == 0:
+            raise ValueError("A count_beta of 0 leaves the count loss without a slope at 0; choose 0.001, say.")
         if self.temperature == 0:
             raise ValueError("A temperature of 0 passes no gradient; choose a small one, such as 0.1.")
         if not any(getattr(self, part) for part in PARTS):
@@ -116,7 +121,7 @@ def composite_loss(
         "text": mean_of(tokens.text_sum(), counts.text),
         "marker": mean_of(tokens.marker_sum(), counts.markers),
         "token": mean_of(tokens.token_sum(), counts.codes),
-        "count": mean_of(tokens.count_sum(), counts.responses),
+        "count": mean_of(tokens.count_sum(weights.count_beta), counts.responses),
     }
     if codec is not None and depth is not None and weights.reconstruction:
         code_logits = tokens.span_logits(vocabulary.num_depth_tokens)

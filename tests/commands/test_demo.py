@@ -12,11 +12,12 @@ from perceptio_hf.data.world import DEMO_SEED
 
 
 def test_scenes_are_held_out_and_the_same_every_time():
-    scene, refer, closer = choose_scene(3)
+    scene, refer, closest = choose_scene(3)
     again = choose_scene(3)
     assert scene.seed >= DEMO_SEED
     assert np.array_equal(scene.image, again[0].image)
-    assert (refer, closer) == again[1:]
+    assert (refer, closest) == again[1:]
+    assert closest.kind == "closest_point" and closest.answer in closest.letters
     assert refer.targets and scene.mask(refer.targets[0]).any()
     assert choose_scene(4)[0].seed != scene.seed
 
@@ -25,10 +26,10 @@ def test_demo_writes_what_it_says(tiny_folder, tmp_path, capsys):
     out = tmp_path / "demo"
     assert main.run(["demo", "--model", str(tiny_folder), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    names = ["answer.json", "depth.png", "depth_color.png", "overlay.png", "picture.png", "sheet.png"]
+    names = ["answer.json", "depth.png", "depth_color.png", "marked.png", "overlay.png", "picture.png", "sheet.png"]
     assert sorted(os.listdir(out)) == names
     picture = Image.open(out / "picture.png")
-    for name in ("depth.png", "depth_color.png", "overlay.png"):
+    for name in ("marked.png", "depth.png", "depth_color.png", "overlay.png"):
         assert Image.open(out / name).size == picture.size
     answer = json.loads((out / "answer.json").read_text())
     for key in ("question", "truth", "second_question", "second_truth"):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from component_helpers import codec, mask_model
 from helpers import chat, encode, picture
-from original_layout import original_config, random_tensors, reference_logits, write_checkpoint
+from original_formula import reference_logits
+from original_layout import original_config, random_tensors, write_checkpoint
 from transformers import AutoModel, AutoProcessor
 
 from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor

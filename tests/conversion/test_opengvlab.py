@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import chat, encode, picture
-from original_layout import original_config, random_tensors, reference_logits, write_checkpoint, write_weights
+from original_formula import reference_logits
+from original_layout import original_config, random_tensors, write_checkpoint, write_weights
 
 from perceptio_hf import PerceptioProcessor
 from perceptio_hf.conversion.keys import ConversionReport

@@ -9,11 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import chat, depth_config, encode, picture
+from original_formula import reference_logits, reference_states
 from original_layout import (
     original_config,
     random_tensors,
-    reference_logits,
-    reference_states,
     write_checkpoint,
     write_internlm2_tokenizer,
     write_tokenizer,
@@ -149,6 +148,13 @@ def test_sam2_sees_the_picture_as_sa2va_scales_it(loaded):
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     pixels = loaded[1](images=[image], text="<IMG_CONTEXT>", return_tensors="pt")["mask_pixel_values"][0]
     np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy(), (squashed - mean) / std, atol=1e-5)
+
+
+def test_there_are_two_ways_to_scale(loaded):
+    processor = loaded[1]
+    parts = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer}
+    with pytest.raises(ValueError, match="'nearest'; it must be 'bilinear' or 'bicubic'"):
+        PerceptioProcessor(**parts, num_depth_tokens=16, num_depth_codes=16, mask_resample="nearest")
 
 
 def test_seg_keeps_its_id_and_depth_tokens_come_behind(loaded, config, tensors):

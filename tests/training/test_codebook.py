@@ -223,7 +223,7 @@ def test_command_encode(folder, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["eval", "nowhere"], "not a saved depth codec"),
+        (["eval", "nowhere"], "no file or folder nowhere"),
         (["eval", "CODEC", "--data", "nowhere", "--unit", "mm"], "not a folder"),
         (["eval", "CODEC", "--data", "FOLDER"], "--unit"),
         (["eval", "CODEC", "--unit", "mm"], "--unit"),
@@ -253,7 +253,7 @@ def test_mistakes_get_one_line_and_exit_code_2(folder, capsys, arguments, messag
         ({"codec": {"image_size": "x"}}, "image_size"),
         ({"codec": {"image_size": 100}}, "image_size"),
         ({"options": {"batch_size": 0}}, "batch_size"),
-        ([1], "no mapping"),
+        ([1], "keys and values"),
     ],
 )
 def test_bad_recipes_are_refused(folder, capsys, tmp_path, recipe, message):

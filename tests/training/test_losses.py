@@ -125,6 +125,25 @@ def test_count_loss_is_zero_exactly_where_the_expected_count_is_right(has_span, 
     assert (loss < 1e-9) == (error < 1e-4)
 
 
+@pytest.mark.parametrize("beta", [1.0, 0.1, 1e-3])
+def test_a_small_beta_keeps_the_slope_of_the_count_loss(beta):
+    """The share of other words at one code position of four: the loss and its slope, by hand."""
+    labels = padded([[-100, *SPAN]])
+    leak = torch.tensor(0.04, dtype=torch.float64, requires_grad=True)
+    is_code = torch.isin(torch.arange(VOCABULARY), torch.tensor(WORDS.codes))
+    rows = []
+    for position, token in enumerate(SPAN):
+        outside = leak if position == 2 else torch.tensor(float(token not in WORDS.codes), dtype=torch.float64)
+        rows.append(torch.where(is_code, (1 - outside) / 5, outside / (VOCABULARY - 5)).clamp(min=1e-300).log())
+    logits = torch.stack([*rows, torch.zeros(VOCABULARY, dtype=torch.float64)])[None]
+    loss = count_loss(logits, labels, WORDS, beta=beta)
+    error = 0.04 / 4
+    expected = 0.5 * error**2 / beta if error < beta else error - 0.5 * beta
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    (slope,) = torch.autograd.grad(loss, leak)
+    assert slope.item() == pytest.approx(min(error / beta, 1) / 4, rel=1e-6)
+
+
 def naive_soft_merge(code_logits, codec, temperature):
     maps = []
     for span in code_logits:
