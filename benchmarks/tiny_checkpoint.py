@@ -1,9 +1,10 @@
 """What the tiny checkpoint knows, measured on rendered scenes that no training saw.
 
-python benchmarks/tiny_checkpoint.py --scenes 512 --closest 500 --out benchmarks/results/tiny_checkpoint.json
+python benchmarks/tiny_checkpoint.py --closest 500 --malformed 1024 --out benchmarks/results/tiny_checkpoint.json
 
 The closest of 3, 4 and 5 marked points is asked on sets without shortcuts, and once more with the depth span replaced:
 by the true codes (oracle), random ones, those of another picture, and its own first code repeated.
+The share of malformed spans is that of answers sampled at temperature 1 with the grammar switched off.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
 import perceptio_hf
-from perceptio_hf.evaluation.ablation import closest_scores
+from perceptio_hf.evaluation.ablation import closest_scores, malformed_rate
 from perceptio_hf.evaluation.scenes import answer_items, held_out_items, score_items
 from perceptio_hf.files import write_json
 
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder of a checkpoint; default: the embedded one")
     parser.add_argument("--scenes", type=int, default=512)
     parser.add_argument("--closest", type=int, default=0, help="questions for the closest of 3, 4 and 5 points each")
+    parser.add_argument("--malformed", type=int, default=0, help="answers about depth sampled without the grammar")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     folder = options.model or perceptio_hf.tiny_checkpoint()
@@ -40,6 +42,8 @@ def main() -> None:
     if options.closest:
         found = closest_scores(model, processor, options.closest, options.closest)
         scores |= {name: round(value, 4) for name, value in found.items()}
+    if options.malformed:
+        scores["malformed_rate"] = round(malformed_rate(model, processor, items, options.malformed), 4)
     print(json.dumps(scores, indent=2))
     print(f"{len(items)} answers in {seconds:.0f} s on one thread")
     if options.out:

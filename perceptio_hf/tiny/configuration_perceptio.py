@@ -41,8 +41,9 @@ class PerceptioConfig(InternVLConfig):
     else:
         sub_configs = {**InternVLConfig.sub_configs, **_SPATIAL_CONFIGS}
 
-    mask_config: dict | PreTrainedConfig | None = None
-    depth_config: dict | PreTrainedConfig | None = None
+    # A configuration that is tried as a dict is printed for the error: milliseconds at every assignment.
+    mask_config: PreTrainedConfig | dict | None = None
+    depth_config: PreTrainedConfig | dict | None = None
     seg_token_id: int | None = None
     depth_start_token_id: int | None = None
     depth_end_token_id: int | None = None
