@@ -75,7 +75,10 @@ def _progress(verify: bool) -> Iterator[Callable[[str], None]]:
 
     steps = [step for step, needed in STEPS.items() if verify or not needed]
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    if not console.is_terminal:  # where older releases of rich would print an empty line
+        yield lambda step: None
+        return
+    with Progress(console=console, transient=True) as progress:
         task = progress.add_task("Starting", total=len(steps))
         yield lambda step: progress.update(task, description=step, completed=steps.index(step))
 

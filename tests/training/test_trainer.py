@@ -80,6 +80,7 @@ def reference_parts(trainer, samples, model) -> tuple[float, dict[str, float]]:
             mask_logits=outputs.mask_logits,
             mask_targets=targets["mask_targets"],
             mask_scores=outputs.mask_scores,
+            weights=trainer.args.loss_weights(),
         )
     return float(loss), {name: float(part) for name, part in parts.items()}
 
