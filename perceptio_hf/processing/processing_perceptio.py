@@ -216,14 +216,13 @@ class PerceptioProcessor(InternVLProcessor):
         """
         if videos is not None:
             raise ValueError("Perceptio takes pictures, not videos: pass frames as images.")
-        if images is None:
-            return super().__call__(text=text, **kwargs)
-        pictures = [load_picture(picture) for picture in _flatten(images)]
+        pictures = [] if images is None else [load_picture(picture) for picture in _flatten(images)]
         places = sum(row.count(self.image_token) for row in ([text] if isinstance(text, str) else text or []))
         if places != len(pictures):
-            raise ValueError(
-                f"The text has {places} places of pictures ({self.image_token}), but {len(pictures)} images came."
-            )
+            came = f"{len(pictures) or 'no'} images came"
+            raise ValueError(f"The text has {places} places of pictures ({self.image_token}), but {came}.")
+        if images is None:
+            return super().__call__(text=text, **kwargs)
         kwargs.setdefault("crop_to_patches", self.crop_to_patches)
         inputs = super().__call__(images=pictures or None, text=text, **kwargs)
         if pictures:

@@ -216,9 +216,13 @@ class PerceptioProcessor(InternVLProcessor):
         """
         if videos is not None:
             raise ValueError("Perceptio takes pictures, not videos: pass frames as images.")
+        pictures = [] if images is None else [load_picture(picture) for picture in _flatten(images)]
+        places = sum(row.count(self.image_token) for row in ([text] if isinstance(text, str) else text or []))
+        if places != len(pictures):
+            came = f"{len(pictures) or 'no'} images came"
+            raise ValueError(f"The text has {places} places of pictures ({self.image_token}), but {came}.")
         if images is None:
             return super().__call__(text=text, **kwargs)
-        pictures = [load_picture(picture) for picture in _flatten(images)]
         kwargs.setdefault("crop_to_patches", self.crop_to_patches)
         inputs = super().__call__(images=pictures or None, text=text, **kwargs)
         if pictures:
