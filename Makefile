@@ -13,12 +13,13 @@ STAMP := $(VENV)/.perceptio-installed
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-oldest lint clean
+.PHONY: help env demo test test-oldest test-sam2 lint clean
 
 help:
 	@echo "make demo   render a scene, ask the embedded model about it, write pictures to perceptio-demo/"
 	@echo "make test   run the tests"
 	@echo "make test-oldest   the quick tests with the oldest releases that are supported, in an environment of their own"
+	@echo "make test-sam2     converted SAM2 weights beside Meta's own code, which this installs"
 	@echo "make lint   ruff check and ruff format --check"
 	@echo "make env    only make the environment in $(VENV)"
 	@echo "make clean  remove the environment and caches"
@@ -43,6 +44,12 @@ test: $(STAMP)
 OLDEST_TESTS := tests/modeling tests/processing tests/conversion tests/hub tests/test_registration.py
 test-oldest:
 	@$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt TEST_ARGS='-m "not slow" $(OLDEST_TESTS)'
+
+# sam2 asks for torchvision, which this comparison does without.
+test-sam2: $(STAMP)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) setuptools hydra-core iopath
+	@SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation sam2==1.1.0
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/conversion/test_sam2.py
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
