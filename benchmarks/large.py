@@ -3,8 +3,8 @@
 python benchmarks/large.py --out benchmarks/results/large.json
 
 Builds the model, saves it in shards, and loads it beside its two parts as stock transformers load them (InternVL in
-bfloat16, SAM2 in float32: Perceptio keeps SAM2 in float32 too). Every load runs in a process of its own, sides in turn;
-time is the median of the repeats, from the call of `from_pretrained` to its return with all classes imported before.
+bfloat16, SAM2 in float32: Perceptio keeps SAM2 in float32 too). Time is the median of fifteen loads, all sides in turn
+in one process, from the call of `from_pretrained` to its return. Memory is measured in a process of its own for each side.
 Memory is the largest resident set during the load and one look at every weight (files are mapped, so that before it
 next to nothing is resident), above what was resident before, divided by the size of the weights.
 Then the loaded model answers a question with depth and a mask. Needs about 7 GB of disk and 8 GiB of memory.
@@ -24,6 +24,7 @@ import numpy as np
 
 MOST_TIME, MOST_MEMORY = 1.10, 1.15
 WORDS, SHARD = 151_674, "1GB"
+TIMED = 15
 KINDS = ("perceptio", "stock", "perceptio_auto", "perceptio_low")
 
 
@@ -114,21 +115,19 @@ def load(kind: str, folder: Path):
 
 
 def measure(kind: str, folder: Path) -> dict[str, float]:
-    """Seconds and peak memory of one load, in this process."""
+    """Peak memory of one load, in this process."""
     import torch
     from transformers import InternVLForConditionalGeneration, Sam2Model  # noqa: F401  (imports are not the load)
 
     from perceptio_hf import PerceptioForConditionalGeneration  # noqa: F401
 
     with PeakMemory() as memory:
-        started = time.perf_counter()
         models = load(kind, folder)
-        seconds = time.perf_counter() - started
         looked = sum(float(p.sum(dtype=torch.float32)) for model in models for p in model.parameters())
     weights = sum(p.nbytes for model in models for p in (*model.parameters(), *model.buffers()))
     dtypes = {str(p.dtype) for model in models for p in model.parameters()}
     assert np.isfinite(looked) and dtypes == {str(torch.bfloat16), str(torch.float32)}, dtypes
-    return {"seconds": seconds, "peak_over_weights": memory.peak / weights, "weights_gb": weights / 1e9}
+    return {"peak_over_weights": memory.peak / weights, "weights_gb": weights / 1e9}
 
 
 def in_process(folder: Path, *arguments: str) -> dict:
@@ -193,13 +192,26 @@ def answer(folder: Path) -> dict[str, float]:
     return {"answer_seconds": seconds, "new_tokens": out.sequences.shape[1] - prompt.shape[1]}
 
 
-STEPS = {"build": build, "answer": answer} | {kind: lambda folder, kind=kind: measure(kind, folder) for kind in KINDS}
+def times(folder: Path) -> dict[str, float]:
+    """Median seconds of each kind of load, all kinds in turn in this one process; the first round only warms up."""
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for _ in range(1 + TIMED):
+        for kind in KINDS:
+            started = time.perf_counter()
+            models = load(kind, folder)
+            seconds[kind].append(time.perf_counter() - started)
+            del models
+    return {kind: statistics.median(runs[1:]) for kind, runs in seconds.items()}
+
+
+STEPS = {"build": build, "times": times, "answer": answer} | {
+    kind: lambda folder, kind=kind: measure(kind, folder) for kind in KINDS
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="keep the checkpoints here; default: a temporary folder")
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -207,22 +219,19 @@ def main() -> None:
         print(json.dumps(STEPS[options.step](options.folder)))
         return
     with tempfile.TemporaryDirectory() as temporary:
-        run(options.folder or Path(temporary), options.repeats, options.out)
+        run(options.folder or Path(temporary), options.out)
 
 
-def run(folder: Path, repeats: int, out: Path | None) -> None:
+def run(folder: Path, out: Path | None) -> None:
     """All steps, their figures printed and written."""
     from perceptio_hf.files import write_json
 
     results: dict = {}
     if not (folder / "perceptio" / "config.json").exists():
         results["build"] = in_process(folder, "--step", "build")
-    loads: dict[str, list[dict]] = {kind: [] for kind in KINDS}
-    for _ in range(repeats + 1):  # the first round only warms the disk cache
-        for kind in KINDS:
-            loads[kind].append(in_process(folder, "--step", kind))
-    for kind, runs in loads.items():
-        results[kind] = {name: statistics.median(run[name] for run in runs[1:]) for name in runs[0]}
+    seconds = in_process(folder, "--step", "times")
+    for kind in KINDS:
+        results[kind] = in_process(folder, "--step", kind) | {"seconds": seconds[kind]}
     results["answer"] = in_process(folder, "--step", "answer")
     for kind in KINDS:
         if kind != "stock":
