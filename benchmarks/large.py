@@ -4,9 +4,9 @@ python benchmarks/large.py --out benchmarks/results/large.json
 
 Builds the model, saves it in shards, and loads it beside its two parts as stock transformers load them (InternVL in
 bfloat16, SAM2 in float32: Perceptio keeps SAM2 in float32 too). Time is the median of fifteen loads, all sides in turn
-in one process, from the call of `from_pretrained` to its return. Memory, in a process
-of its own for each side, is the largest resident set during the load and one look at every weight (files are mapped, so that before it
-next to nothing is resident), above what was resident before, divided by the size of the weights.
+in one process, from the call of `from_pretrained` to its return. Memory, in a process of its own for each side, is the
+largest resident set during the load and one look at every weight (files are mapped, so that before it next to nothing
+is resident), above what was resident before, divided by the size of the weights.
 Then the loaded model answers a question with depth and a mask. Needs about 7 GB of disk and 8 GiB of memory.
 """
 
