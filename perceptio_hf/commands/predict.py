@@ -159,13 +159,9 @@ def answer_questions(
     Raises:
         ValueError: for an empty question, or where `max_new_tokens` is too small for the spans `spatial` forces.
     """
-    chats = [
-        [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
-        for picture, question in zip(pictures, questions, strict=True)
-    ]
-    inputs = processor.apply_chat_template(
-        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
-    ).to(model.device)
+    from perceptio_hf.evaluation.answering import encode_questions
+
+    inputs = encode_questions(processor, pictures, questions).to(model.device)
     limit = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     outputs = model.generate(**inputs, spatial=spatial, do_sample=False, return_dict_in_generate=True, **limit)
     return processor.post_process_spatial(outputs)

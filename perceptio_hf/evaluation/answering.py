@@ -41,6 +41,15 @@ def encode_questions(
         [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
         for picture, question in zip(pictures, questions, strict=True)
     ]
+    return encode_chats(processor, chats)
+
+
+def encode_chats(processor: "PerceptioProcessor", chats: Sequence[Sequence[dict]]) -> "BatchFeature":
+    """Conversations that wait for an answer as inputs of `model.generate`, padded on the left.
+
+    Raises:
+        ValueError: for a user's turn without words.
+    """
     return processor.apply_chat_template(
         chats,
         add_generation_prompt=True,

@@ -11,23 +11,21 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import DynamicCache
 
 from ..data.world import draw_points, render_scene
 from ..data.world.fair import FairSet
+from .answering import encode_questions, token_budget
+from .benchmarks.prompts import ask, named_letters
+from .replacement import answers_with_codes
 from .scenes import conclusion
 
 if TYPE_CHECKING:
+    from transformers import BatchFeature
+
     from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
     from ..processing.processing_perceptio import PerceptioProcessor
 
 REPLACEMENTS = ("own", "oracle", "random", "other_image", "first_repeat")
-_ANSWER_TOKENS = 40
-
-
-def closest_question(item: FairSet) -> str:
-    """The question with its choices, as HardBLINK names them."""
-    return f"Which is closest to the camera: {', '.join(item.letters[:-1])} or {item.letters[-1]}?"
 
 
 def answer_closest(
@@ -47,7 +45,7 @@ def answer_closest(
     texts, codes = [], []
     for start in progress(range(0, len(sets), batch_size)):
         inputs = _inputs(processor, sets[start : start + batch_size])
-        inputs = {name: value for name, value in inputs.items() if name != "mask_pixel_values"}
+        inputs.pop("mask_pixel_values")  # the answers have no masks
         out = model.generate(**inputs, do_sample=False, spatial=spatial, return_dict_in_generate=True)
         answers = processor.post_process_spatial(out)
         texts += [conclusion(answer.text) for answer in answers]
@@ -83,31 +81,25 @@ def token_replacement(
     right = torch.zeros(len(replacements))
     for start in progress(range(0, len(sets), batch_size)):
         chunk = sets[start : start + batch_size]
-        inputs = _inputs(processor, chunk)
-        prefix = model.model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            pixel_values=inputs["pixel_values"],
-            past_key_values=DynamicCache(),
-        ).past_key_values
+        codes = {name: span[start : start + batch_size].numpy() for name, span in spans.items()}
+        texts = answers_with_codes(
+            model,
+            processor,
+            _inputs(processor, chunk),
+            [[]] * len(chunk),
+            codes,
+            spatial="depth",
+            max_new_tokens=token_budget(model),
+        )
         for index, name in enumerate(replacements):
-            ids = _answers_behind(model, prefix, inputs["attention_mask"], spans[name][start : start + batch_size])
-            texts = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-            right[index] += sum(conclusion(text) == item.answer for text, item in zip(texts, chunk, strict=True))
+            right[index] += sum(conclusion(text) == item.answer for text, item in zip(texts[name], chunk, strict=True))
     return {f"trt_{name}": float(value) / len(sets) for name, value in zip(replacements, right, strict=True)}
 
 
-def _inputs(processor: "PerceptioProcessor", sets: Sequence[FairSet]) -> dict[str, Tensor]:
-    chats = []
-    for item in sets:
-        picture = draw_points(render_scene(item.seed).image, item.points, item.letters)
-        parts = [{"type": "image", "image": Image.fromarray(picture)}, {"type": "text", "text": closest_question(item)}]
-        chats.append([{"role": "user", "content": parts}])
-    return dict(
-        processor.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
-    )
+def _inputs(processor: "PerceptioProcessor", sets: Sequence[FairSet]) -> "BatchFeature":
+    pictures = [draw_points(render_scene(item.seed).image, item.points, item.letters) for item in sets]
+    questions = [ask("world-closest", options=named_letters(item.letters)) for item in sets]
+    return encode_questions(processor, [Image.fromarray(picture) for picture in pictures], questions)
 
 
 def _true_codes(model: "PerceptioForConditionalGeneration", sets: Sequence[FairSet]) -> Tensor:
@@ -132,27 +124,3 @@ def _replaced(
     if unknown:
         raise ValueError(f"Unknown replacements {unknown}; use {', '.join(makers)}.")
     return {name: makers[name]() for name in replacements}
-
-
-def _answers_behind(
-    model: "PerceptioForConditionalGeneration", prefix: DynamicCache, mask: Tensor, codes: Tensor
-) -> Tensor:
-    """(n, t) greedy tokens behind spans of `codes` (n, N), which follow the cached prompts; no further spans."""
-    words = model.spatial_vocabulary()
-    count, ends = len(codes), torch.tensor(sorted(words.turn_ends))
-    forbidden = torch.tensor([words.seg, words.depth_start, words.depth_end, *words.codes])
-    column = torch.ones(count, 1, dtype=torch.long)
-    ids = torch.cat([column * words.depth_start, torch.tensor(words.codes)[codes], column * words.depth_end], 1)
-    cache = DynamicCache([(layer.keys.clone(), layer.values.clone()) for layer in prefix.layers])
-    written, done = [], torch.zeros(count, dtype=torch.bool)
-    for _ in range(_ANSWER_TOKENS):
-        mask = torch.cat([mask, mask.new_ones(count, ids.shape[1])], 1)
-        hidden = model.model(input_ids=ids, attention_mask=mask, past_key_values=cache).last_hidden_state[:, -1]
-        logits = model.lm_head(hidden)
-        logits[:, forbidden] = -torch.inf
-        ids = logits.argmax(-1, keepdim=True).masked_fill(done[:, None], int(ends[0]))
-        done |= torch.isin(ids[:, 0], ends)
-        written.append(ids)
-        if done.all():
-            break
-    return torch.cat(written, 1)

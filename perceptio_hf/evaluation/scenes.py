@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..data.world import HELD_OUT_SEED, Question, Scene, ask, draw_points, render_scene
+from .answering import encode_questions
 from .depth_metrics import depth_metrics
 
 if TYPE_CHECKING:
@@ -70,13 +71,8 @@ def encode_items(processor: "PerceptioProcessor", items: Sequence[Item]) -> "Bat
     """The questions with their pictures as inputs of `model.generate`."""
     from PIL import Image
 
-    chats = []
-    for item in items:
-        picture = {"type": "image", "image": Image.fromarray(item.picture)}
-        chats.append([{"role": "user", "content": [picture, {"type": "text", "text": item.question.text}]}])
-    return processor.apply_chat_template(
-        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    pictures = [Image.fromarray(item.picture) for item in items]
+    return encode_questions(processor, pictures, [item.question.text for item in items])
 
 
 def score_items(items: Sequence[Item], answers: "Sequence[SpatialAnswer]") -> dict[str, float]:

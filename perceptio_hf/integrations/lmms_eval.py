@@ -16,7 +16,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
-from ..evaluation.answering import token_budget
+from ..evaluation.answering import encode_chats, token_budget
 from ..modeling.span_grammar import SPATIAL_MODES, required_new_tokens
 
 if TYPE_CHECKING:
@@ -125,15 +125,7 @@ class Perceptio(lmms):
         if min(pictures) == 0 and spatial != "auto":
             spatial = "none"  # spans cannot be forced where there is nothing to see
         words = options.get("max_new_tokens") or self.max_new_tokens or token_budget(self.model)
-        inputs = self.processor.apply_chat_template(
-            chats,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-        ).to(self.device)
+        inputs = encode_chats(self.processor, chats).to(self.device)
         inputs.pop("mask_pixel_values", None)  # answers are text: no masks are made
         inputs.pop("original_sizes", None)
         ids = self.model.generate(

@@ -4,6 +4,7 @@ Cells are read one by one as they are needed: a table of pictures is far larger 
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -38,7 +39,7 @@ def open_table(path: Path, split: str) -> "HubTable":
     return _ParquetTable(files)
 
 
-class HubTable:
+class HubTable(ABC):
     """Rows by number.
 
     columns: their names. Pictures are cells {"bytes": ..., "path": ...}.
@@ -47,14 +48,14 @@ class HubTable:
 
     columns: list[str]
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
-    def cell(self, row: int, column: str) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def cell(self, row: int, column: str) -> Any: ...
 
-    def place(self, row: int) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def place(self, row: int) -> str: ...
 
     def rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         """The given columns of all rows in order."""
