@@ -13,13 +13,14 @@ STAMP := $(VENV)/.perceptio-installed
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-oldest test-sam2 lint clean
+.PHONY: help env demo test test-oldest test-sam2 test-lmms-eval lint clean
 
 help:
 	@echo "make demo   render a scene, ask the embedded model about it, write pictures to perceptio-demo/"
 	@echo "make test   run the tests"
 	@echo "make test-oldest   the quick tests with the oldest releases that are supported, in an environment of their own"
 	@echo "make test-sam2     converted SAM2 weights beside Meta's own code, which this installs"
+	@echo "make test-lmms-eval   the plug-in inside lmms-eval, which this installs"
 	@echo "make lint   ruff check and ruff format --check"
 	@echo "make env    only make the environment in $(VENV)"
 	@echo "make clean  remove the environment and caches"
@@ -50,6 +51,13 @@ test-sam2: $(STAMP)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) setuptools hydra-core iopath
 	@SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation sam2==1.1.0
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/conversion/test_sam2.py
+
+# lmms-eval asks for torchvision and with it for another torch; these are what its imports need beside ours.
+LMMS_EVAL_NEEDS := jsonlines loguru openpyxl pydantic pytablewriter python-dotenv sacrebleu scikit-learn tenacity tqdm-multiprocess
+test-lmms-eval: $(STAMP)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) $(LMMS_EVAL_NEEDS)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) --no-deps lmms-eval
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/integrations
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
