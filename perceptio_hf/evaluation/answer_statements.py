@@ -37,6 +37,9 @@ _FILLER = (
 )
 _SOME = "<([A-H]+)>"
 
+# `A p27 d21 B p03 d09: A`: cells and their nearness may be named before the conclusion (`perceptio_hf.data.cells`).
+_STEPS = re.compile(r"\s*(?:(?:[A-H] )?p\d{2,} ?(?:d\d{2,} ?)?)+:")
+
 # --- marking -----------------------------------------------------------------------------------------------------
 
 # "A" is a letter only before these words, or before none: else it is the article.
@@ -56,9 +59,14 @@ _LINK = r"\s*,?\s*(?:(?:and/or|and|or|nor|to)\b|[/&+])(?:\s+(?:both|also|maybe|p
 _TOGETHER = re.compile(rf"<[A-H]+>(?:(?:{_LINK}|\s+)<[A-H]+>|\s*,\s*<[A-H]+>(?!\s*{_VERB}))+")
 
 
+def without_steps(text: str) -> str:
+    """`A p27 d21 B p03 d09: A` -> `A`; any other text stays as it is."""
+    return _STEPS.sub("", text, count=1).strip() if _STEPS.match(text) else text
+
+
 def sentences(text: str) -> list[str]:
-    """The sentences of an answer without tags, Markdown and TeX; its thoughts and its questions are left out."""
-    text = unicodedata.normalize("NFKC", text).replace("’", "'").replace("“", '"').replace("”", '"')
+    """The sentences of an answer without steps, tags, Markdown and TeX; its thoughts and its questions are left out."""
+    text = unicodedata.normalize("NFKC", without_steps(text)).replace("’", "'").replace("“", '"').replace("”", '"')
     text = re.sub(r"<think>.*?(?:</think>|$)", " ", text, flags=re.DOTALL)
     text = re.sub(r"<([A-Ha-h])>", r"(\1)", text)
     text = text.replace("[SEG]", " ")

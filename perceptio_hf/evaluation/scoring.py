@@ -4,7 +4,6 @@ One by one: a record, which JSON can hold, with a `score` in [0, 1]. All togethe
 from records alone, and what chance and the most frequent answer would score.
 """
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -33,8 +32,6 @@ RUNNING = {  # what the mean of `score` is
     "multiple_choice": "accuracy",
     "depth": "delta1",
 }
-# `A p27 d21 B p03 d09: A`: cells and their nearness may be named before the conclusion (`perceptio_hf.data.cells`).
-_STEPS = re.compile(r"\s*(?:(?:[A-H] )?p\d{2,} ?(?:d\d{2,} ?)?)+:")
 
 
 def score_answer(task: Task, sample: Sample, answer: "SpatialAnswer") -> Record:
@@ -66,16 +63,10 @@ def score_text(task: Task, target: Mapping[str, Any], text: str) -> Record:
 
 
 def read_choice(task: Task, target: Mapping[str, Any], text: str) -> str | None:
-    """The letter that an answer takes; steps in words in front of its conclusion are skipped."""
-    words = without_steps(text)
+    """The letter that an answer takes."""
     if task == "multiple_choice":
-        return answer_choice(words, target["texts"])
-    return answer_letter(words, len(target["choices"]))
-
-
-def without_steps(text: str) -> str:
-    """`A p27 d21 B p03 d09: A` -> `A`; any other text stays as it is."""
-    return _STEPS.sub("", text, count=1).strip() if _STEPS.match(text) else text
+        return answer_choice(text, target["texts"])
+    return answer_letter(text, len(target["choices"]))
 
 
 def total_scores(task: Task, records: Sequence[Record]) -> Scores:
@@ -197,7 +188,7 @@ def _total_masks(records: Sequence[Record]) -> Scores:
 def _total_points(records: Sequence[Record]) -> Scores:
     targets = [record["target"] for record in records]
     return relative_depth_accuracy(
-        [without_steps(record["answer"]) for record in records],
+        [record["answer"] for record in records],
         [target["answer"] for target in targets],
         [len(target["choices"]) for target in targets],
     )
@@ -207,7 +198,7 @@ def _total_choices(records: Sequence[Record]) -> Scores:
     targets = [record["target"] for record in records]
     names = ("index", "category", "l2_category")
     return multiple_choice_accuracy(
-        [without_steps(record["answer"]) for record in records],
+        [record["answer"] for record in records],
         [target["answer"] for target in targets],
         choices=[target["texts"] for target in targets],
         **{name: [target.get(name) for target in targets] for name in names},

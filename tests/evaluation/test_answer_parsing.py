@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perceptio_hf.evaluation.answer_parsing import answer_choice, answer_letter, reference_letter
+from perceptio_hf.evaluation.answer_statements import without_steps
 
 SAID = [
     # a letter on its own
@@ -23,6 +24,7 @@ SAID = [
     ("Point B", "B"),
     ("point c.", "C"),
     ("Option D", "D"),
+    ("A p27 d21 B p03 d09: A", "A"),  # steps as a Perceptio writes them
     ("The point labeled B.", "B"),
     ("The red circle marked with (C)", "C"),
     ("So, B.", "B"),
@@ -261,3 +263,17 @@ def test_published_answers_are_references(shared):
         lines = (shared / f"hardblink/answers/blink_{points}pointscenter_answers.jsonl").read_text().splitlines()
         texts = [json.loads(line)["text"] for line in lines]
         assert len(texts) == 124 and {reference_letter(text, points) for text in texts} == set("ABCD"[:points])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (" p12 d03 p40 d10: the red ball", "the red ball"),
+        ("p12: p13: x", "p13: x"),
+        ("steps: A", "steps: A"),
+        ("A p1 d2: B", "A p1 d2: B"),
+        ("Note: p12 d03: A", "Note: p12 d03: A"),
+    ],
+)
+def test_only_steps_are_skipped(text, expected):
+    assert without_steps(text) == expected

@@ -18,7 +18,6 @@ from perceptio_hf.evaluation.scoring import (
     read_choice,
     score_answer,
     total_scores,
-    without_steps,
 )
 from perceptio_hf.evaluation.segmentation_metrics import referring_segmentation
 from perceptio_hf.processing.processing_perceptio import PictureGeometry
@@ -53,20 +52,6 @@ def records(benchmark, answers) -> list[dict]:
 )
 def test_letters_are_read_behind_steps_in_words(text, letter):
     assert read_choice("relative_depth", POINTS, text) == letter
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (" p12 d03 p40 d10: the red ball", "the red ball"),
-        ("p12: p13: x", "p13: x"),
-        ("steps: A", "steps: A"),
-        ("A p1 d2: B", "A p1 d2: B"),
-        ("Note: p12 d03: A", "Note: p12 d03: A"),
-    ],
-)
-def test_only_steps_are_skipped(text, expected):
-    assert without_steps(text) == expected
 
 
 def test_points_score_as_the_metric_does():
