@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
 import perceptio_hf
-from perceptio_hf.evaluation.ablation import closest_scores, malformed_rate
+from perceptio_hf.evaluation.ablation import closest_scores, spans_without_grammar
 from perceptio_hf.evaluation.scenes import answer_items, held_out_items, score_items
 from perceptio_hf.files import write_json
 
@@ -43,7 +43,8 @@ def main() -> None:
         found = closest_scores(model, processor, options.closest, options.closest)
         scores |= {name: round(value, 4) for name, value in found.items()}
     if options.malformed:
-        scores["malformed_rate"] = round(malformed_rate(model, processor, items, options.malformed), 4)
+        found = spans_without_grammar(model, processor, items, options.malformed)
+        scores |= {name: round(value, 4) for name, value in found.items()}
     print(json.dumps(scores, indent=2))
     print(f"{len(items)} answers in {seconds:.0f} s on one thread")
     if options.out:

@@ -67,9 +67,7 @@ def evaluate(
             model, processor, form, items
         )
     if form.depth:
-        scores |= _depth(model, processor, items) | {
-            "malformed_rate": malformed_rate(model, processor, items, malformed)
-        }
+        scores |= _depth(model, processor, items) | spans_without_grammar(model, processor, items, malformed)
     if form.masks:
         found = score_items(*_answered(model, processor, items, ("refer",), "seg"))
         scores |= {"ciou": found["ciou"], "giou": found["miou"]}
@@ -114,12 +112,7 @@ def _answered(model, processor, items: list[Item], kinds: Sequence[str], spatial
 def _words(model, processor, form: "AnswerForm", items: list[Item]) -> dict[str, float]:
     plain, answers = _answered(model, processor, items, ("count", "attribute"), "none")
     pairs, answered = _answered(model, processor, items, ("closer_object",), "depth" if form.depth else "none")
-    counts = [(item, answer) for item, answer in zip(plain, answers, strict=True) if item.question.kind == "count"]
-    return {
-        "plain_accuracy": _accuracy(plain, answers),
-        "object_closer": _accuracy(pairs, answered),
-        "count_mae": float(np.mean([abs(_number(answer.text) - int(item.question.answer)) for item, answer in counts])),
-    }
+    return {"plain_accuracy": _accuracy(plain, answers), "object_closer": _accuracy(pairs, answered)}
 
 
 def _accuracy(items: list[Item], answers: "list[SpatialAnswer]") -> float:
@@ -130,19 +123,13 @@ def _accuracy(items: list[Item], answers: "list[SpatialAnswer]") -> float:
     return float(np.mean(right))
 
 
-def _number(text: str) -> int:
-    """The number an answer gives; what is none counts as 0."""
-    words = conclusion(text)
-    return int(words) if words.isdecimal() else 0
-
-
 def _depth(model, processor, items: list[Item]) -> dict[str, float]:
     found = score_items(*_answered(model, processor, items, ("depth",), "depth"))
     return {name: found[name] for name in ("absrel", "delta1")}
 
 
 @torch.no_grad()
-def malformed_rate(
+def spans_without_grammar(
     model: "PerceptioForConditionalGeneration",
     processor: "PerceptioProcessor",
     items: list[Item],
@@ -150,15 +137,22 @@ def malformed_rate(
     *,
     batch_size: int = 128,
     seed: int = 0,
-) -> float:
-    """Share of `count` responses to questions about depth, sampled at temperature 1 by transformers' own `generate`
-    without our grammar, that hold a broken span or none at all."""
+) -> dict[str, float]:
+    """How well spans hold together by themselves: `count` responses to questions about depth, sampled at temperature 1
+    by transformers' own `generate` without our grammar, at most twice as long as a span.
+
+    Returns:
+        "malformed_rate": share of responses with a broken span, with several or with none. "count_mae": mean distance
+        between the number of codes in a response and that of a span.
+    """
     asked = [item for item in items if item.question.kind == "depth"]
-    words, broken = model.spatial_vocabulary(), 0
+    words, codes = model.spatial_vocabulary(), torch.tensor(model.spatial_vocabulary().codes)
+    broken, off = 0, 0
     torch.manual_seed(seed)
     for start in range(0, count, batch_size):
         chosen = [asked[index % len(asked)] for index in range(start, min(start + batch_size, count))]
         inputs = encode_items(processor, chosen)
+        prompt_length = inputs["input_ids"].shape[1]
         ids = GenerationMixin.generate(
             model,
             input_ids=inputs["input_ids"],
@@ -166,8 +160,10 @@ def malformed_rate(
             pixel_values=inputs["pixel_values"],
             do_sample=True,
             top_k=0,
-            max_new_tokens=words.span_length + 12,
+            max_new_tokens=2 * words.span_length,
         )
-        read = [read_sequence(row, words, inputs["input_ids"].shape[1]) for row in ids.tolist()]
+        read = [read_sequence(row, words, prompt_length) for row in ids.tolist()]
         broken += sum(not row.well_formed or len(row.spans) != 1 for row in read)
-    return broken / count
+        written = torch.isin(ids[:, prompt_length:], codes).sum(1)
+        off += int((written - model.config.num_depth_tokens).abs().sum())
+    return {"malformed_rate": broken / count, "count_mae": off / count}
