@@ -18,6 +18,14 @@ def ablate(
             show_default=False,
         ),
     ],
+    sight: Annotated[
+        str | None,
+        typer.Option(
+            help="Checkpoint whose vision tower and SAM2, which stay frozen, take the place of the start's; `tiny` is "
+            "the embedded one.",
+            show_default=False,
+        ),
+    ] = None,
     config: Annotated[Path, typer.Option(help="The recipe, a YAML file.")] = Path("recipes/ablation.yaml"),
     out: Annotated[Path, typer.Option(help="Folder of the scores of each run; a stopped ablation goes on.")] = Path(
         "runs/ablation"
@@ -34,6 +42,7 @@ def ablate(
         raise ValueError(
             f"{start} holds no checkpoint; `perceptio train --config recipes/tiny.yaml` leaves one in runs/tiny/start."
         )
+    from perceptio_hf.commands import checkpoints
     from perceptio_hf.evaluation.ablation_report import write_report
     from perceptio_hf.training.ablation import VARIANTS, AblationRecipe, summarise, train_base
 
@@ -42,13 +51,15 @@ def ablate(
     if unknown:
         raise ValueError(f"Unknown variants {', '.join(unknown)}; use {', '.join(VARIANTS)}.")
     recipe = AblationRecipe.read(config)
-    base = train_base(recipe, start, out)
+    seen_with = None if sight is None else checkpoints.resolve(None if sight == "tiny" else sight)
+    base = train_base(recipe, start, out, sight=seen_with)
     scores: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
     runs = [(name, seed) for seed, name in itertools.product(range(seeds), names)]
     for (name, seed), figures in _run_all(runs, recipe, base, out, processes):
         scores[name][seed] = figures
         done = {variant: [found[key] for key in sorted(found)] for variant, found in scores.items() if found}
-        command = f"perceptio ablate --start {start} --config {config} --seeds {seeds} --variants {variants}"
+        seen = f" --sight {sight}" if sight else ""
+        command = f"perceptio ablate --start {start}{seen} --config {config} --seeds {seeds} --variants {variants}"
         write_report(summarise(done), results or out, command=command)
     print(f"The table is {(results or out) / 'ablation.md'}")
 

@@ -23,6 +23,17 @@ _CONTRASTS = (
     ("referring cIoU", "full", "seg_only", "ciou", 1.1),
     ("plain questions", "full", "answers_only", "plain_accuracy", 1.0),
 )
+_MALFORMED = ("spans_ce", "composite", "full")
+_NOTES = """
+- `closest_N`: of N marked points the nearest is named, on sets in which nothing but depth tells; the model writes its
+  own span first. `closest` is their mean, `closest_lowest_rule` what always naming the lowest point scores.
+- `object_closer`, `plain_accuracy`: which of two objects is closer; counts and attributes.
+- `absrel`, `delta1`: of generated spans. `malformed_rate`, `count_mae`: with the grammar switched off and sampling at
+  temperature 1, the share of responses without exactly one whole span, and how many codes too many or too few.
+- `ciou`, `giou`: of referring expressions.
+- `trt_...`: `closest` with the span's codes replaced: own, true ones, drawn from the data's distribution, another
+  picture's, the first one repeated.
+"""
 _SHOWN = ("closest", "object_closer", "delta1", "ciou", "plain_accuracy")
 _TRT = ("trt_own", "trt_oracle", "trt_random", "trt_other_image", "trt_first_repeat")
 
@@ -51,7 +62,7 @@ def markdown(table: Table, command: str) -> str:
             if any(cells):
                 lines.append(f"| {variant}: {_LABELS.get(variant, '')} | " + " | ".join(cells) + " |")
         lines.append("")
-    return "\n".join([*lines, *_contrasts(table), ""])
+    return "\n".join([*lines, *_contrasts(table), _NOTES])
 
 
 def _cell(figure: dict[str, float] | None) -> str:
@@ -73,6 +84,14 @@ def _contrasts(table: Table) -> list[str]:
     if "absrel" in full and "absrel" in plain:
         change = 100 * (full["absrel"]["mean"] / plain["absrel"]["mean"] - 1)
         lines.append(f"| AbsRel of full against spans_ce | {change:+.1f} % | at most -10 % |")
+    rates = [
+        100 * table[name]["malformed_rate"]["mean"] for name in _MALFORMED if "malformed_rate" in table.get(name, {})
+    ]
+    if len(rates) == len(_MALFORMED):
+        shown = " / ".join(f"{rate:.1f} %" for rate in rates)
+        lines.append(
+            f"| malformed without the grammar: {' / '.join(_MALFORMED)} | {shown} | at most 0.1 % but the first |"
+        )
     return lines
 
 

@@ -3,7 +3,7 @@
 A Perceptio is made from a model that answers questions about pictures already. Here that is the base: a short training
 in words alone, which every run starts from. Every run then has the same number of steps and stream of scenes; what
 differs is the answers that are learnt and the losses. The vision tower, SAM2's image encoder and the depth codec are
-frozen, as in fine-tuning a real checkpoint.
+frozen, as in fine-tuning a real checkpoint; they may come from another checkpoint, which has learnt to see for longer.
 """
 
 import hashlib
@@ -101,13 +101,16 @@ class AblationRecipe:
         return cls(**values)
 
 
-def train_base(recipe: AblationRecipe, start: str | Path, out: str | Path) -> Path:
+def train_base(recipe: AblationRecipe, start: str | Path, out: str | Path, *, sight: str | Path | None = None) -> Path:
     """Train the base from the checkpoint `start`; returns its folder, `out`/base, which is not made twice.
 
+    Args:
+        sight: a checkpoint whose vision tower and SAM2 take the place of the start's.
+
     Raises:
-        ValueError: if `out` holds the base of another recipe or start.
+        ValueError: if `out` holds the base of another recipe or start, or `sight` is of another shape or codec.
     """
-    folder, claim = Path(out) / "base", asdict(recipe) | {"start": _digest(start)}
+    folder, claim = Path(out) / "base", asdict(recipe) | {"start": _digest(start), "sight": sight and _digest(sight)}
     if folder.exists():
         if json.loads((folder / _CLAIM).read_text(encoding="utf-8")) != claim:
             raise ValueError(f"{folder} was trained by another recipe or from another start; choose another folder.")
@@ -117,6 +120,8 @@ def train_base(recipe: AblationRecipe, start: str | Path, out: str | Path) -> Pa
     partial.mkdir(parents=True)
     torch.set_num_threads(1)
     model, processor = _load(start)
+    if sight is not None:
+        _take_sight(model, sight)
     progress = tqdm(total=recipe.base_steps, desc="base")
     lesson = _lesson(model, processor, _BASE, revise=_REVISED)  # lest the look-ups the start knows be forgotten
     _train(lesson, _BASE, recipe, steps=recipe.base_steps, seed=0, first_seed=_BASE_SEED, progress=progress)
@@ -186,6 +191,19 @@ def _digest(start: str | Path) -> str:
 def _load(folder: str | Path) -> tuple[PerceptioForConditionalGeneration, PerceptioProcessor]:
     model = PerceptioForConditionalGeneration.from_pretrained(folder, attn_implementation="eager")
     return model, PerceptioProcessor.from_pretrained(folder)
+
+
+def _take_sight(model: PerceptioForConditionalGeneration, folder: str | Path) -> None:
+    """Put the vision tower and SAM2 of the checkpoint `folder` into `model`."""
+    other, _ = _load(folder)
+    parts = ("model.vision_tower.", "mask_model.", "depth_model.")
+    weights = {name: tensor for name, tensor in other.state_dict().items() if name.startswith(parts)}
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(parts)}
+    if {name: tensor.shape for name, tensor in own.items()} != {name: item.shape for name, item in weights.items()}:
+        raise ValueError(f"{folder} has a vision tower, SAM2 or codec of another shape than the start.")
+    if any(not torch.equal(own[name], weights[name]) for name in own if name.startswith("depth_model.")):
+        raise ValueError(f"{folder} has another depth codec than the start; its vision tower knows other codes.")
+    model.load_state_dict(weights, strict=False)
 
 
 def _lesson(

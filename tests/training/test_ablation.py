@@ -1,6 +1,7 @@
 """The ablation: variants differ in what they say, runs go on, and table and plot say what was measured."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -65,6 +66,25 @@ def test_the_base_is_trained_once_and_without_masks_or_depth(start, tmp_path):
     assert (base / "model.safetensors").stat().st_mtime_ns == written
     with pytest.raises(ValueError, match="another recipe"):
         train_base(replace(RECIPE, base_steps=2), start, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_base_may_see_with_another_checkpoint(start, tmp_path):
+    other = PerceptioForConditionalGeneration.from_pretrained(start)
+    torch.nn.init.normal_(other.model.vision_tower.embeddings.patch_embeddings.projection.weight)
+    other.save_pretrained(tmp_path / "other")
+    shutil.copytree(start, tmp_path / "other", dirs_exist_ok=True, ignore=shutil.ignore_patterns("model*"))
+    base = train_base(RECIPE, start, tmp_path, sight=tmp_path / "other")
+    found = PerceptioForConditionalGeneration.from_pretrained(base).model.vision_tower.state_dict()
+    wanted = other.model.vision_tower.state_dict()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    with pytest.raises(ValueError, match="another start"):
+        train_base(RECIPE, start, tmp_path)
+    with torch.no_grad():
+        other.depth_model.depth_codebook.vectors += 1.0
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="another depth codec"):
+        train_base(RECIPE, start, tmp_path / "again", sight=tmp_path / "other")
 
 
 def test_unknown_variants_are_named(start, tmp_path, capsys):
