@@ -29,7 +29,7 @@ from .scenes import SceneBatch, click_prompts, scene_batches
 from .tiny import adamw, schedule, set_rate
 from .tiny_model import IMAGE_SIZE
 
-_REVISED = 2  # spans per step that are also asked about without their pictures
+_REVISED = 4  # spans per step that are also asked about without their pictures
 _BASE_SEED, _FIRST_SEED = 190_000_000, 200_000_000  # of the scenes that base and variants are trained on
 
 
@@ -72,12 +72,12 @@ class AblationRecipe:
         malformed: sampled responses without the grammar.
     """
 
-    base_steps: int = 400
+    base_steps: int = 1600
     steps: int = 400
     batch: int = 8
     learning_rate: float = 1e-3
     dice_weight: float = 4.0
-    click_weight: float = 0.25
+    click_weight: float = 1.0
     closest: int = 500
     replaced: int = 150
     scenes: int = 192
