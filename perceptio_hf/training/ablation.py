@@ -1,15 +1,18 @@
 """What each part of the training contributes: variants trained alike from one base, over several seeds.
 
-A Perceptio is made from a model that answers questions about pictures already. Here that is the base: a short training
-in words alone, which every run starts from. Every run then has the same number of steps and stream of scenes; what
-differs is the answers that are learnt and the losses. The vision tower, SAM2's image encoder and the depth codec are
-frozen, as in fine-tuning a real checkpoint; they may come from another checkpoint, which has learnt to see for longer.
+A Perceptio is made from a model that answers questions about pictures already. Here that is the base, which every run
+starts from: a training in words alone, then one with depth spans by plain cross-entropy, without [SEG]; small models
+need many more steps to write a span at all than to learn what the variants differ in. Every run then has the same
+number of steps and stream of scenes; what differs is the answers that are learnt and the losses. The vision tower,
+SAM2's image encoder and the depth codec are frozen, as in fine-tuning a real checkpoint; vision tower and SAM2 may come
+from another checkpoint, which has learnt to see for longer.
 """
 
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -29,8 +32,10 @@ from .scenes import SceneBatch, click_prompts, scene_batches
 from .tiny import adamw, schedule, set_rate
 from .tiny_model import IMAGE_SIZE
 
+_SPAN_ALIGNMENT = 4.0  # weight of taught attention while the base learns to write spans
 _REVISED = 4  # spans per step that are also asked about without their pictures
-_BASE_SEED, _FIRST_SEED = 190_000_000, 200_000_000  # of the scenes that base and variants are trained on
+# Of the scenes that the two parts of the base and the variants are trained on.
+_WORDS_SEED, _SPANS_SEED, _FIRST_SEED = 190_000_000, 195_000_000, 200_000_000
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ VARIANTS = {
     "seg_only": Variant(AnswerForm(depth=False, steps=False, words=False), plain=True),
 }
 _CLAIM = "recipe.json"
-_BASE = VARIANTS["steps_only"]  # finds what a question names, and answers in words
+_WORDS_BASE = VARIANTS["steps_only"]  # finds what a question names, and answers in words
+_SPANS_BASE = Variant(AnswerForm(masks=False), plain=True)
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,8 @@ class AblationRecipe:
     """Settings of all runs; `recipes/ablation.yaml` holds those of the published table.
 
     Args:
-        base_steps: of the base that all runs start from.
+        words_steps, spans_steps: of the base that all runs start from, in words alone and then with spans.
+        words_learning_rate, spans_learning_rate: as `learning_rate`, for these.
         steps, batch, learning_rate: of each run; the rate is the peak of a warm-up and cosine schedule.
         dice_weight, click_weight: of the mask loss, and of pulling [SEG] towards SAM2's own embedding of a click.
         closest, replaced: fair questions for each number of points, and how many of them get their span replaced.
@@ -72,8 +79,11 @@ class AblationRecipe:
         malformed: sampled responses without the grammar.
     """
 
-    base_steps: int = 1600
-    steps: int = 400
+    words_steps: int = 1600
+    words_learning_rate: float = 1e-3
+    spans_steps: int = 1000
+    spans_learning_rate: float = 2e-3
+    steps: int = 300
     batch: int = 8
     learning_rate: float = 1e-3
     dice_weight: float = 4.0
@@ -110,23 +120,44 @@ def train_base(recipe: AblationRecipe, start: str | Path, out: str | Path, *, si
     Raises:
         ValueError: if `out` holds the base of another recipe or start, or `sight` is of another shape or codec.
     """
-    folder, claim = Path(out) / "base", asdict(recipe) | {"start": _digest(start), "sight": sight and _digest(sight)}
+    claim = asdict(recipe) | {"start": _digest(start), "sight": sight and _digest(sight)}
+    torch.set_num_threads(1)
+
+    def learn_words() -> tuple[PerceptioForConditionalGeneration, PerceptioProcessor]:
+        model, processor = _load(start)
+        if sight is not None:
+            _take_sight(model, sight)
+        lesson = _lesson(model, processor, _WORDS_BASE, revise=_REVISED)  # lest the look-ups the start knows be lost
+        settings = replace(recipe, learning_rate=recipe.words_learning_rate)
+        _train(lesson, _WORDS_BASE, settings, recipe.words_steps, seed=0, first_seed=_WORDS_SEED, name="base, words")
+        return model, processor
+
+    def learn_spans() -> tuple[PerceptioForConditionalGeneration, PerceptioProcessor]:
+        model, processor = _load(words)
+        lesson = _lesson(model, processor, _SPANS_BASE, revise=_REVISED, alignment=_SPAN_ALIGNMENT)
+        settings = replace(recipe, learning_rate=recipe.spans_learning_rate)
+        _train(lesson, _SPANS_BASE, settings, recipe.spans_steps, seed=0, first_seed=_SPANS_SEED, name="base, spans")
+        return model, processor
+
+    words = _made_once(Path(out) / "words", claim, learn_words)
+    return _made_once(Path(out) / "base", claim, learn_spans)
+
+
+def _made_once(
+    folder: Path,
+    claim: dict,
+    make: Callable[[], tuple[PerceptioForConditionalGeneration, PerceptioProcessor]],
+) -> Path:
+    """The folder of the checkpoint that `make` gives, unless it is there already."""
     if folder.exists():
         if json.loads((folder / _CLAIM).read_text(encoding="utf-8")) != claim:
             raise ValueError(f"{folder} was trained by another recipe or from another start; choose another folder.")
         return folder
-    partial = folder.with_name("base.partial")
+    partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    torch.set_num_threads(1)
-    model, processor = _load(start)
-    if sight is not None:
-        _take_sight(model, sight)
-    progress = tqdm(total=recipe.base_steps, desc="base")
-    lesson = _lesson(model, processor, _BASE, revise=_REVISED)  # lest the look-ups the start knows be forgotten
-    _train(lesson, _BASE, recipe, steps=recipe.base_steps, seed=0, first_seed=_BASE_SEED, progress=progress)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
+    for part in make():
+        part.save_pretrained(partial)
     write_json(partial / _CLAIM, claim)
     os.replace(partial, folder)
     return folder
@@ -161,9 +192,9 @@ def run_variant(
         model.load_state_dict(kept["model"])
     else:
         lesson = _lesson(model, processor, variant, revise=_REVISED if variant.form.depth and variant.form.words else 0)
-        progress = tqdm(total=recipe.steps, desc=f"{name} {seed}", position=position, leave=False)
         first_seed = _FIRST_SEED + seed * 10_000_000
-        _train(lesson, variant, recipe, steps=recipe.steps, seed=seed, first_seed=first_seed, progress=progress)
+        label = f"{name} {seed}"
+        _train(lesson, variant, recipe, recipe.steps, seed=seed, first_seed=first_seed, name=label, position=position)
         with replacing(weights) as partial:
             torch.save({"recipe": claim, "model": model.state_dict()}, partial)
     scores = evaluate(
@@ -207,23 +238,37 @@ def _take_sight(model: PerceptioForConditionalGeneration, folder: str | Path) ->
 
 
 def _lesson(
-    model: PerceptioForConditionalGeneration, processor: PerceptioProcessor, variant: Variant, *, revise: int
+    model: PerceptioForConditionalGeneration,
+    processor: PerceptioProcessor,
+    variant: Variant,
+    *,
+    revise: int,
+    alignment: float = 1.0,
 ) -> LanguageLesson:
-    nearness = nearness_of_codes(model.depth_model)
-    return LanguageLesson(model, processor, nearness, weights=variant.weights, plain=variant.plain, revise=revise)
+    return LanguageLesson(
+        model,
+        processor,
+        nearness_of_codes(model.depth_model),
+        weights=variant.weights,
+        plain=variant.plain,
+        alignment=alignment,
+        revise=revise,
+    )
 
 
 def _train(
     lesson: LanguageLesson,
     variant: Variant,
     recipe: AblationRecipe,
-    *,
     steps: int,
+    *,
     seed: int,
     first_seed: int,
-    progress,
+    name: str,
+    position: int = 0,
 ) -> None:
     torch.manual_seed(seed)
+    progress = tqdm(total=steps, desc=name, position=position, leave=False)
     parameters = _trainable(lesson.model)
     optimizer = adamw(lesson.model, parameters)
     batches = scene_batches(

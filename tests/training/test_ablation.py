@@ -17,7 +17,7 @@ from perceptio_hf.training.ablation import VARIANTS, AblationRecipe, run_variant
 from perceptio_hf.training.tiny import fresh_model
 from perceptio_hf.training.tiny_model import tiny_processor, tiny_tokenizer
 
-RECIPE = AblationRecipe(base_steps=1, steps=2, batch=1, closest=5, replaced=5, scenes=6, malformed=4)
+RECIPE = AblationRecipe(words_steps=1, spans_steps=1, steps=2, batch=1, closest=5, replaced=5, scenes=6, malformed=4)
 ASKED = ("answers_only", "spans_ce", "composite", "full", "full_no_seg", "seg_only")
 
 
@@ -65,7 +65,7 @@ def test_the_base_is_trained_once_and_without_masks_or_depth(start, tmp_path):
     assert train_base(RECIPE, start, tmp_path) == base
     assert (base / "model.safetensors").stat().st_mtime_ns == written
     with pytest.raises(ValueError, match="another recipe"):
-        train_base(replace(RECIPE, base_steps=2), start, tmp_path)
+        train_base(replace(RECIPE, words_steps=2), start, tmp_path)
 
 
 @pytest.mark.slow
