@@ -105,8 +105,9 @@ def _plot(table: Table, path: Path) -> None:
     variants = [name for name in table if name != "seg_only"]
     _bars(axes[0], table, list(table), _SHOWN, "Held-out figures (higher is better)")
     _bars(axes[1], table, [name for name in variants if "trt_own" in table[name]], _TRT, "Closest point, span replaced")
-    axes[1].axhline((1 / 3 + 1 / 4 + 1 / 5) / 3, color="0.4", linestyle="--", linewidth=1)
-    axes[1].text(-0.55, (1 / 3 + 1 / 4 + 1 / 5) / 3 + 0.01, "chance", color="0.4", fontsize=8)
+    chance = (1 / 3 + 1 / 4 + 1 / 5) / 3
+    axes[1].axhline(chance, color="0.4", linestyle="--", linewidth=1)
+    axes[1].text(1.0, chance, " chance", transform=axes[1].get_yaxis_transform(), va="center", color="0.4", fontsize=8)
     with replacing(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
 

@@ -61,6 +61,8 @@ VARIANTS = {
     "seg_only": Variant(AnswerForm(depth=False, steps=False, words=False), plain=True),
 }
 _CLAIM = "recipe.json"
+# What of a recipe the base depends on.
+_BASE_KEYS = ("words_steps", "words_learning_rate", "spans_steps", "spans_learning_rate", "batch")
 _WORDS_BASE = VARIANTS["steps_only"]  # finds what a question names, and answers in words
 _SPANS_BASE = Variant(AnswerForm(masks=False), plain=True)
 
@@ -120,7 +122,8 @@ def train_base(recipe: AblationRecipe, start: str | Path, out: str | Path, *, si
     Raises:
         ValueError: if `out` holds the base of another recipe or start, or `sight` is of another shape or codec.
     """
-    claim = asdict(recipe) | {"start": _digest(start), "sight": sight and _digest(sight)}
+    claim = {name: getattr(recipe, name) for name in _BASE_KEYS}
+    claim |= {"start": _digest(start), "sight": sight and _digest(sight)}
     torch.set_num_threads(1)
 
     def learn_words() -> tuple[PerceptioForConditionalGeneration, PerceptioProcessor]:
