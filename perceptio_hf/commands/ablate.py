@@ -21,8 +21,8 @@ def ablate(
     sight: Annotated[
         str | None,
         typer.Option(
-            help="Checkpoint whose vision tower and SAM2, which stay frozen, take the place of the start's; `tiny` is "
-            "the embedded one.",
+            help="Folder of a checkpoint whose vision tower and SAM2 take the place of the start's; `tiny` is the "
+            "embedded one.",
             show_default=False,
         ),
     ] = None,
@@ -42,7 +42,11 @@ def ablate(
         raise ValueError(
             f"{start} holds no checkpoint; `perceptio train --config recipes/tiny.yaml` leaves one in runs/tiny/start."
         )
-    from perceptio_hf.commands import checkpoints
+    if sight not in (None, "tiny") and not (Path(sight) / "config.json").is_file():
+        raise ValueError(
+            f"--sight {sight} holds no checkpoint; name the folder of one, or `tiny` for the embedded one."
+        )
+    from perceptio_hf import tiny_checkpoint
     from perceptio_hf.evaluation.ablation_report import write_report
     from perceptio_hf.training.ablation import VARIANTS, AblationRecipe, summarise, train_base
 
@@ -51,8 +55,7 @@ def ablate(
     if unknown:
         raise ValueError(f"Unknown variants {', '.join(unknown)}; use {', '.join(VARIANTS)}.")
     recipe = AblationRecipe.read(config)
-    seen_with = None if sight is None else checkpoints.resolve(None if sight == "tiny" else sight)
-    base = train_base(recipe, start, out, sight=seen_with)
+    base = train_base(recipe, start, out, sight=tiny_checkpoint() if sight == "tiny" else sight)
     scores: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
     runs = [(name, seed) for seed, name in itertools.product(range(seeds), names)]
     for (name, seed), figures in _run_all(runs, recipe, base, out, processes):

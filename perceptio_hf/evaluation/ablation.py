@@ -146,8 +146,8 @@ def spans_without_grammar(
         between the number of codes in a response and that of a span.
     """
     asked = [item for item in items if item.question.kind == "depth"]
-    words, codes = model.spatial_vocabulary(), torch.tensor(model.spatial_vocabulary().codes)
-    broken, off = 0, 0
+    words = model.spatial_vocabulary()
+    codes, broken, off = torch.tensor(words.codes), 0, 0
     torch.manual_seed(seed)
     for start in range(0, count, batch_size):
         chosen = [asked[index % len(asked)] for index in range(start, min(start + batch_size, count))]
@@ -165,5 +165,5 @@ def spans_without_grammar(
         read = [read_sequence(row, words, prompt_length) for row in ids.tolist()]
         broken += sum(not row.well_formed or len(row.spans) != 1 for row in read)
         written = torch.isin(ids[:, prompt_length:], codes).sum(1)
-        off += int((written - model.config.num_depth_tokens).abs().sum())
+        off += int((written - words.num_depth_tokens).abs().sum())
     return {"malformed_rate": broken / count, "count_mae": off / count}

@@ -92,6 +92,8 @@ def test_unknown_variants_are_named(start, tmp_path, capsys):
         run_variant("fuller", 0, RECIPE, start, tmp_path)
     assert run(["ablate", "--start", str(start), "--variants", "fuller"]) == 2
     assert "fuller" in capsys.readouterr().err
+    assert run(["ablate", "--start", str(start), "--sight", str(tmp_path)]) == 2
+    assert "--sight" in capsys.readouterr().err
     assert run(["ablate", "--start", str(tmp_path)]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
 
