@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoModel, AutoProcessor
 
 import perceptio_hf
-from perceptio_hf.evaluation.scenes import answer_items, held_out_items, score_items
+from perceptio_hf.lab.held_out import answer_items, held_out_items, score_items
 from perceptio_hf.modeling.remote_code import flatten_imports
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from perceptio_hf.conversion.build import BuildReport
+    from perceptio_hf.build.checkpoint import BuildReport
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -44,8 +44,9 @@ def build(
     it is complete and verified. Memory for about one copy of the weights is enough.
     """
     from perceptio_hf import tiny_checkpoint
-    from perceptio_hf.commands.checkpoints import quieten
-    from perceptio_hf.conversion.build import build as build_folder
+    from perceptio_hf.build.checkpoint import build as build_folder
+
+    from .checkpoints import quieten
 
     quieten()
     codec = tiny_checkpoint() if depth_codec == "tiny" else depth_codec
@@ -71,7 +72,7 @@ def _progress(verify: bool) -> Iterator[Callable[[str], None]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    from perceptio_hf.conversion.build import STEPS
+    from perceptio_hf.build.checkpoint import STEPS
 
     steps = [step for step, needed in STEPS.items() if verify or not needed]
     console = Console(stderr=True)

@@ -53,17 +53,17 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a depth codec from scratch and save it in OUT."""
-    from perceptio_hf.conversion.folders import check_new_folder, new_folder
-    from perceptio_hf.files import write_json
+    from perceptio_hf.files import check_new_folder, new_folder, write_json
 
     given = {"data": data, "unit": unit, "pattern": pattern, "maps": maps, "steps": steps, "minutes": minutes}
     settings = read_settings(config, given | {"seed": seed})
     check_new_folder(out, overwrite)
 
     from perceptio_hf import DepthVQVAEConfig
-    from perceptio_hf.commands.checkpoints import quieten
-    from perceptio_hf.evaluation.depth_metrics import codec_metrics
-    from perceptio_hf.training.codebook import CodebookOptions, DepthBank, train_codebook
+    from perceptio_hf.evaluation.metrics.depth import codec_metrics
+    from perceptio_hf.training.codec import CodebookOptions, DepthBank, train_codebook
+
+    from .checkpoints import quieten
 
     codec_config = _build(DepthVQVAEConfig, settings["codec"], "codec")
     options = _build(CodebookOptions, settings["options"], "options")
@@ -95,8 +95,8 @@ def evaluate(
     """Measure how well depth maps survive being written as codes."""
     model = load_codec(codec)
 
-    from perceptio_hf.data.world import HELD_OUT_SEED
-    from perceptio_hf.evaluation.depth_metrics import codec_metrics
+    from perceptio_hf.evaluation.metrics.depth import codec_metrics
+    from perceptio_hf.world import HELD_OUT_SEED
 
     source = depth_source(data, unit, pattern, maps, model.config.image_size, first_seed=HELD_OUT_SEED)
     figures = codec_metrics(model, source)
@@ -192,8 +192,9 @@ def depth_source(
 
 def load_codec(folder: Path) -> "DepthVQVAE":
     """A saved depth codec in evaluation mode, alone or as part of a saved Perceptio; errors as `load_depth_codec`."""
-    from perceptio_hf.commands.checkpoints import quieten
-    from perceptio_hf.conversion.components import load_depth_codec
+    from perceptio_hf.build.components import load_depth_codec
+
+    from .checkpoints import quieten
 
     quieten()
     return load_depth_codec(folder)
@@ -201,7 +202,7 @@ def load_codec(folder: Path) -> "DepthVQVAE":
 
 def _rendered(first_seed: int, maps: int, size: int) -> "Iterator[DepthMap]":
     from perceptio_hf.data.depth_maps import DepthMap
-    from perceptio_hf.data.world import render_scene
+    from perceptio_hf.world import render_scene
 
     for seed in _counted(range(first_seed, first_seed + maps), "rendering"):
         yield DepthMap.from_metric(render_scene(seed, size=size).depth)

@@ -65,7 +65,7 @@ def train(
 
 
 def _from_scratch(config: Path, out: Path, processes: int, workers: int) -> None:
-    from perceptio_hf.training.tiny import TinyRecipe, train_tiny
+    from perceptio_hf.lab.lessons.stages import TinyRecipe, train_tiny
 
     _silence()
     recipe = TinyRecipe.read(config)
@@ -152,7 +152,7 @@ def _lasting(recipe: "Recipe") -> dict:
 
 def _trainer(recipe: "Recipe") -> "PerceptioSFTTrainer":
     from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor, tiny_checkpoint
-    from perceptio_hf.training.progress import show_losses
+    from perceptio_hf.training.logging import show_losses
     from perceptio_hf.training.recipe import evaluation_sets, training_set
     from perceptio_hf.training.trainer import PerceptioSFTTrainer
 

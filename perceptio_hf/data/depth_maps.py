@@ -13,7 +13,6 @@ Inside the package depth is relative inverse depth in [0, 1], 1 = nearest, float
 import os
 import warnings
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,14 +147,6 @@ def list_depth_folder(folder: str | os.PathLike, pattern: str | None = None) -> 
     if not paths:
         raise ValueError(f"{folder} holds no depth map matching {pattern or ', '.join(SUFFIXES)!r}.")
     return paths
-
-
-def iter_depth_folder(
-    folder: str | os.PathLike, unit: str, pattern: str | None = None
-) -> Iterator[tuple[Path, DepthMap]]:
-    """Read the depth maps of a folder one by one, in order of their names. Arguments and errors as above."""
-    for path in list_depth_folder(folder, pattern):
-        yield path, read_depth(path, unit)
 
 
 def _check_unit(unit: str) -> None:

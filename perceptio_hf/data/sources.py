@@ -12,11 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perceptio_hf.data.depth_maps import UNITS
-from perceptio_hf.data.rows import as_rows, dataset_of, import_datasets, sample_features, to_row
-from perceptio_hf.data.world.questions import DEPTH_QUESTIONS
 from perceptio_hf.files import write_text
 from perceptio_hf.tokens import DEPTH_END_TOKEN, DEPTH_START_TOKEN
+from perceptio_hf.world.questions import DEPTH_QUESTIONS
+
+from .depth_maps import UNITS
+from .rows import as_rows, dataset_of, import_datasets, sample_features, to_row
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -15,7 +15,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from .training_record import TrainingRecord, is_hub_name
 
 if TYPE_CHECKING:
-    from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
+    from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
 
 TAGS = ("perceptio", "internvl", "sam2", "depth-estimation", "referring-segmentation")
 UNKNOWN_LICENSE = "unknown"  # an identifier of the Hub's list

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
-from ..conversion.tensors import read_json, read_tensors
-from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
-from ..modeling.remote_code import write_code
-from ..processing.processing_perceptio import PerceptioProcessor
+from perceptio_hf.conversion.tensors import read_json, read_tensors
+from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
+from perceptio_hf.modeling.remote_code import write_code
+from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
+
 from .card import CardFacts, check_repo_name, new_card, revised_card
 from .training_record import read_training
 

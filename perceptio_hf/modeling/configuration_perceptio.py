@@ -7,7 +7,8 @@ from transformers import PreTrainedConfig
 from transformers.models.internvl.configuration_internvl import InternVLConfig
 from transformers.models.sam2.configuration_sam2 import Sam2Config
 
-from ..tokens import SpatialVocabulary
+from perceptio_hf.tokens import SpatialVocabulary
+
 from .configuration_depth_vqvae import DepthVQVAEConfig
 
 _SPATIAL_CONFIGS = {"mask_config": Sam2Config, "depth_config": DepthVQVAEConfig}

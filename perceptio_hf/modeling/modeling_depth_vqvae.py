@@ -147,7 +147,7 @@ class DepthVQVAE(PreTrainedModel):
 
     `encode`, `decode` and `decode_soft` take one map or a batch and compute in the codec's own precision, under
     autocast too. Nothing here changes the codebook, not even in training mode: that is left to the explicit steps of
-    codebook training (perceptio_hf.training.codebook).
+    codebook training (perceptio_hf.training.codec).
     """
 
     config_class = DepthVQVAEConfig

@@ -3,10 +3,11 @@
 import re
 from collections.abc import Sequence
 
-from ..data.samples import SampleError
-from ..processing.processing_perceptio import PerceptioProcessor
+from perceptio_hf.data.samples import SampleError
+from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 
-IGNORED_LABEL = -100
+from .losses import IGNORED_LABEL
+
 # Two characters without a meaning mark the assistant's words in the rendered text, whatever the chat template is.
 _BEGIN, _END = "\U000f5e60", "\U000f5e61"
 _MARKED = re.compile(f"{_BEGIN}(.*?){_END}", re.DOTALL)

@@ -20,8 +20,8 @@ from torch import nn
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-    from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
-    from ..processing.processing_perceptio import PerceptioProcessor
+    from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
+    from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 
 _BLOCKS = "model.language_model.layers"
 MODULES_TO_SAVE = ("seg_projector", "mask_decoder")

@@ -29,11 +29,12 @@ from typing import Any
 
 from trl import TrlParser
 
-from ..data.mixture import mix_tasks
-from ..data.sources import depth_folder, load_samples
-from ..data.variants import with_variants
-from ..data.world_samples import world_dataset
-from ..files import read_yaml
+from perceptio_hf.data.mixture import mix_tasks
+from perceptio_hf.data.sources import depth_folder, load_samples
+from perceptio_hf.data.variants import with_variants
+from perceptio_hf.data.world_samples import world_dataset
+from perceptio_hf.files import read_yaml
+
 from .config import PerceptioSFTConfig
 
 # The key that says where a task's samples come from -> what reads them; its other arguments are further keys.

@@ -10,25 +10,25 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import SFTTrainer
 
-from ..data.rows import as_rows
-from ..data.samples import REASONS
-from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
-from ..processing.processing_perceptio import PerceptioProcessor
+from perceptio_hf.data.rows import as_rows
+from perceptio_hf.data.samples import REASONS
+from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
+from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
+from perceptio_hf.training.attention.targets import LOOKS, look_layer, looking_parts, places_to_look
+from perceptio_hf.training.losses.labels import LossCounts, loss_counts, read_labels
+from perceptio_hf.training.losses.meter import PartMeter
+
 from . import fsdp
 from .checkpoints import WholeCheckpoints, last_checkpoint
 from .collator import PerceptioDataCollator
 from .config import PerceptioSFTConfig
-from .curves import draw_losses
-from .looking import LOOKS, look_layer, looking_parts, places_to_look
-from .loss_labels import LossCounts, loss_counts, read_labels
+from .logging import draw_losses
 from .losses import composite_loss
-from .meter import PartMeter
-from .trainable import check_trains, choose_trainable, zero_of
 
 _logger = logging.getLogger(__name__)
 _TARGETS = ("labels", "mask_targets", "depth_targets", "depth_valid", "depth_given_as_codes")
@@ -66,7 +66,7 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | torch.nn.Module,
+        model: str | PreTrainedModel | nn.Module,
         args: PerceptioSFTConfig | None = None,
         data_collator: Callable[[list[dict]], dict[str, Tensor]] | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -167,7 +167,7 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
 
     def compute_loss(
         self,
-        model: torch.nn.Module,
+        model: nn.Module,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: LossCounts | None = None,
@@ -295,7 +295,7 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
             f"and weights of that part, or try a lower learning_rate{self._last_good()}"
         )
 
-    def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor | float:
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | float:
         """As ever; stops before a gradient that is not finite ruins the weights. fp16's scaler skips such steps."""
         norm = super()._clip_grad_norm(model)
         if self.accelerator.scaler is None and not math.isfinite(float(norm)):
@@ -392,10 +392,41 @@ def _evaluation_sets(dataset):
     return _with_columns(dataset, "evaluation")
 
 
-def _loaded(model, args: PerceptioSFTConfig) -> tuple[str, torch.nn.Module]:
+def _loaded(model, args: PerceptioSFTConfig) -> tuple[str, nn.Module]:
     """The model, and where its processor is."""
     if isinstance(model, str):
         return model, PerceptioForConditionalGeneration.from_pretrained(model, **(args.model_init_kwargs or {}))
     if args.model_init_kwargs:
         raise ValueError("model_init_kwargs are for a model given by its path; this one has been made already.")
     return model.config.name_or_path, model
+
+
+def choose_trainable(model: PerceptioForConditionalGeneration, args: PerceptioSFTConfig) -> None:
+    """Set which parameters of `model` require gradients: what `args` does not freeze."""
+    model.requires_grad_(False)
+    model.seg_projector.requires_grad_(True)
+    for frozen, modules in (
+        (args.freeze_language_model, (model.model.language_model, model.lm_head)),
+        (args.freeze_projector, (model.model.multi_modal_projector,)),
+        (args.freeze_vision_tower, (model.model.vision_tower,)),
+        (args.freeze_mask_decoder, (model.mask_model.mask_decoder,)),
+    ):
+        for module in modules:
+            module.requires_grad_(not frozen)
+    model.mask_model.mask_decoder.pred_obj_score_head.requires_grad_(False)  # speaks of objects in videos; unused
+
+
+def check_trains(model: nn.Module) -> None:
+    """ValueError if no parameter requires a gradient."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "This trains nothing: no parameter of the model requires a gradient. Freeze less, or give a peft_config."
+        )
+
+
+def zero_of(modules: list[nn.Module]) -> Tensor:
+    """A zero that depends on all their trainable parameters, so that each gets a gradient in every micro batch, with
+    and without masks. FSDP exchanges the gradients there are, and waits for ever where processes differ in them; an
+    optimizer steps where there is one, and must do so however a batch is divided."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    return sum((parameter.sum() * 0 for parameter in parameters), 0.0)

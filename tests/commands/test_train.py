@@ -180,7 +180,7 @@ def test_a_bad_sample_is_named(tmp_path, recipe, samples, fails, capsys):
 
 
 def test_tiny_recipes_still_train_from_scratch(tmp_path, monkeypatch, fails):
-    from perceptio_hf.training import tiny
+    from perceptio_hf.lab.lessons import stages as tiny
 
     called = []
     monkeypatch.setattr(tiny.TinyRecipe, "read", classmethod(lambda cls, path: path))

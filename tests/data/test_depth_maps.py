@@ -10,7 +10,6 @@ from PIL import Image
 from perceptio_hf.data import depth_maps
 from perceptio_hf.data.depth_maps import (
     DepthMap,
-    iter_depth_folder,
     read_depth,
     relative_from_disparity,
     relative_from_metric,
@@ -196,22 +195,9 @@ def test_huge_files_are_refused(tmp_path, suffix, monkeypatch):
         read_depth(path, "m")
 
 
-def test_folders(tmp_path):
-    for name in ("b.png", "a.npy", "c.depth.png", "notes.txt"):
-        (tmp_path / name).touch()
-    np.save(tmp_path / "a.npy", METRES)
-    for name in ("b.png", "c.depth.png"):
-        save_png(tmp_path / name, (METRES * 50).astype(np.uint8))
-    assert [p.name for p, _ in iter_depth_folder(tmp_path, "m")] == ["a.npy", "b.png", "c.depth.png"]
-    assert [p.name for p, _ in iter_depth_folder(tmp_path, "mm", "*.depth.png")] == ["c.depth.png"]
-    for folder, pattern in ((tmp_path / "none", None), (tmp_path, "*.tif")):
-        with pytest.raises(ValueError, match=r"folder|matching"):
-            list(iter_depth_folder(folder, "m", pattern))
-
-
 @pytest.mark.skipif(not RGBD.is_dir(), reason="the frames of the real room are not here")
 def test_a_real_room():
-    items = [item for _, item in iter_depth_folder(RGBD, "mm", "*.depth.png")]
+    items = [read_depth(path, "mm") for path in sorted(RGBD.glob("*.depth.png"))]
     assert len(items) == 50
     for item in items:
         assert item.relative.shape == (480, 640) and 0.5 < item.valid.mean() < 1.0

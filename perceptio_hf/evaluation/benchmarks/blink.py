@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from ..answer_parsing import reference_letter
-from ..answer_statements import LETTERS
+from perceptio_hf.evaluation.metrics.answer_parsing import reference_letter
+from perceptio_hf.evaluation.metrics.answer_statements import LETTERS
+
 from .hub_tables import HubTable, open_table, picture_bytes
 from .prompts import ask
 from .reading import Request

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from perceptio_hf.run_length import RunLengths, compress_counts, read_counts
+from perceptio_hf.data.run_length import RunLengths, compress_counts, read_counts
 
 _REACH = 10  # sides of the picture; drawing a polygon takes memory by its length
 

@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..answer_parsing import reference_letter
-from ..answer_statements import LETTERS
+from perceptio_hf.evaluation.metrics.answer_parsing import reference_letter
+from perceptio_hf.evaluation.metrics.answer_statements import LETTERS
+
 from .prompts import ask
 from .reading import Faults, Request
 from .sample import PictureSource, Sample

@@ -6,7 +6,7 @@ Scores depend on the wording, so it is part of a result: every summary records t
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from perceptio_hf.data.world.questions import DEPTH_QUESTIONS
+from perceptio_hf.world.questions import DEPTH_QUESTIONS
 
 _SEGMENT = "Please segment {expression} in this image."
 _CHOOSE = "{hint}{question}\n{options}\nAnswer with the option's letter from the given choices directly."

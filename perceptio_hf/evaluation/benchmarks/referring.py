@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perceptio_hf.run_length import RunLengths
+from perceptio_hf.data.run_length import RunLengths
 
 from . import hub_refcoco
 from .coco_masks import segmentation_mask

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..answer_parsing import reference_letter
-from ..answer_statements import LETTERS
-from ..multiple_choice import INDEX_PERIOD
+from perceptio_hf.evaluation.metrics.answer_parsing import reference_letter
+from perceptio_hf.evaluation.metrics.answer_statements import LETTERS
+from perceptio_hf.evaluation.metrics.multiple_choice import INDEX_PERIOD
+
 from .prompts import ask, listed_options
 from .reading import Request
 from .sample import PictureSource, Sample

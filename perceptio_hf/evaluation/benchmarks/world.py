@@ -11,12 +11,12 @@ from itertools import count, islice, zip_longest
 import numpy as np
 
 from perceptio_hf.data.depth_maps import DepthMap
-from perceptio_hf.data.world import HELD_OUT_SEED, Question, Scene, draw_points, render_scene
-from perceptio_hf.data.world import ask as ask_about
-from perceptio_hf.data.world.fair import FairSet, fair_sets
-from perceptio_hf.run_length import encode_mask
+from perceptio_hf.data.run_length import encode_mask
+from perceptio_hf.evaluation.metrics.answer_statements import LETTERS
+from perceptio_hf.world import HELD_OUT_SEED, Question, Scene, draw_points, render_scene
+from perceptio_hf.world import ask as ask_about
+from perceptio_hf.world.fair import FairSet, fair_sets
 
-from ..answer_statements import LETTERS
 from .prompts import ask, named_letters
 from .reading import Request
 from .sample import DepthSource, PictureSource, Sample

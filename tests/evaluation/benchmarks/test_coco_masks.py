@@ -8,8 +8,8 @@ from evaluation.published_formats import column_runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perceptio_hf.data.run_length import decode_mask, encode_mask
 from perceptio_hf.evaluation.benchmarks.coco_masks import segmentation_mask
-from perceptio_hf.run_length import decode_mask, encode_mask
 
 coco = pytest.importorskip("pycocotools.mask")
 

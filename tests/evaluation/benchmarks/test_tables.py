@@ -6,7 +6,7 @@ import pytest
 from evaluation.published_formats import CHOICES, mmbench_rows, png, scenes_of, write_tsv
 
 from perceptio_hf.evaluation.benchmarks import open_benchmark
-from perceptio_hf.evaluation.multiple_choice import multiple_choice_accuracy
+from perceptio_hf.evaluation.metrics.multiple_choice import multiple_choice_accuracy
 
 
 @pytest.fixture(scope="module")
