@@ -66,16 +66,23 @@ def new_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
     fresh.mkdir()
     try:
         yield fresh
-        if path.exists():
-            os.replace(path, old)
-        os.replace(fresh, path)
+        swap_in(fresh, path, old)
     except SafetensorError as error:  # its way to say that a disk is full; no OSError
         raise OSError(f"{path} could not be written: {error}") from error
     finally:
-        if old.exists() and not path.exists():  # interrupted between the two
-            os.replace(old, path)
         for folder in (fresh, old):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def swap_in(fresh: Path, path: Path, old: Path) -> None:
+    """Rename the folder `fresh` to `path`; a folder that stands there becomes `old`, and comes back if that fails."""
+    try:
+        if path.exists():
+            os.replace(path, old)
+        os.replace(fresh, path)
+    finally:
+        if old.exists() and not path.exists():  # interrupted between the two
+            os.replace(old, path)
 
 
 def check_new_folder(path: str | os.PathLike, overwrite: bool = False) -> None:

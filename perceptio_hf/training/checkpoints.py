@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from perceptio_hf.files import swap_in
+
 STAGING = ".saving"  # folder in output_dir where a checkpoint grows until it is complete
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -70,7 +72,7 @@ class WholeCheckpoints(Trainer):
             yield
             self.accelerator.wait_for_everyone()  # every process writes a part
             if self.args.should_save:
-                _move(staging / name, staging.parent / name)
+                swap_in(staging / name, staging.parent / name, staging / "replaced")
         except (OSError, SafetensorError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             raise OSError(_saving_failed(staging.parent, name, error)) from error
         finally:
@@ -134,13 +136,6 @@ class WholeCheckpoints(Trainer):
             super()._load_best_model()
             return
         self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-
-def _move(written: Path, final: Path) -> None:
-    """Rename a folder into its place; what stands there already is kept until the last moment."""
-    if final.exists():
-        os.replace(final, written.with_name("replaced"))
-    os.replace(written, final)
 
 
 def _saving_failed(folder: Path, name: str, error: Exception) -> str:
