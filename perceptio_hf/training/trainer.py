@@ -28,7 +28,7 @@ from .checkpoints import WholeCheckpoints, last_checkpoint
 from .collator import PerceptioDataCollator
 from .config import PerceptioSFTConfig
 from .logging import draw_losses
-from .losses import composite_loss
+from .losses import PARTS, composite_loss
 
 _logger = logging.getLogger(__name__)
 _TARGETS = ("labels", "mask_targets", "depth_targets", "depth_valid", "depth_given_as_codes")
@@ -114,7 +114,7 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         self._codec = self._perceptio.depth_model
         if self.is_fsdp_enabled:
             self._prepare_fsdp()
-        self._meters = {"train": PartMeter(), "eval": PartMeter()}
+        self._meters = {"train": _part_meter(), "eval": _part_meter()}
         self.skipped_samples: dict[str, int] = {}  # by reason, known when `train` ends
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -322,7 +322,7 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         Where processes times batch does not divide the samples, accelerate fills the last batches up with samples from
         the start, which then count twice.
         """
-        self._meters["eval"] = PartMeter()
+        self._meters["eval"] = _part_meter()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._meters["eval"].means(self._reduced)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
@@ -363,6 +363,10 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         if self.skipped_samples:
             parts = ", ".join(f"{count} for {reason}" for reason, count in self.skipped_samples.items())
             _logger.warning("%d samples could not be used and were left out: %s.", sum(map(int, counts)), parts)
+
+
+def _part_meter() -> PartMeter:
+    return PartMeter((*PARTS.values(), *LOOKS.values()))
 
 
 def _checked_args(model, args: PerceptioSFTConfig | None) -> PerceptioSFTConfig:
