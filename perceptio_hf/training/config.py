@@ -8,8 +8,9 @@ import torch
 from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
+from perceptio_hf.training.losses.words import TOKEN_OVER, check_over
+
 from .losses import PARTS, LossPart, LossWeights
-from .losses.words import TOKEN_OVER, check_over
 
 ON_ERROR = ("raise", "skip")
 

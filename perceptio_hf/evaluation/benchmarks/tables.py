@@ -19,11 +19,49 @@ from perceptio_hf.evaluation.metrics.multiple_choice import INDEX_PERIOD
 
 from .prompts import ask, listed_options
 from .reading import Request
+from .registration import Prompt, benchmark
 from .sample import PictureSource, Sample
 
 _NEEDED = ("index", "image", "question", "A", "B", "answer")
 
 
+_FILES = "VLMEvalKit's table {name}.tsv, pictures in base64"
+_CHOOSE = Prompt(
+    "{hint}{question}\n{options}\nAnswer with the option's letter from the given choices directly.",
+    "InternVL's prompt for multiple choice in VLMEvalKit; the hint, if any, stands on a line of its own",
+)
+
+
+@benchmark(
+    "ai2d",
+    "AI2D: multiple choice about diagrams",
+    files=_FILES.format(name="AI2D_TEST"),
+    prompt=_CHOOSE,
+    hub=("ai2d", "AI2D"),
+    task="multiple_choice",
+    spatial="none",
+    splits=("all",),
+)
+@benchmark(
+    "scienceqa",
+    "ScienceQA: multiple choice, questions with a picture",
+    files=_FILES.format(name="ScienceQA_TEST"),
+    prompt=_CHOOSE,
+    hub=("scienceqa", "ScienceQA"),
+    task="multiple_choice",
+    spatial="none",
+    splits=("all",),
+)
+@benchmark(
+    "mmbench",
+    "MMBench: multiple choice, with the rotated copies of each question",
+    files=_FILES.format(name="MMBench_DEV_EN"),
+    prompt=_CHOOSE,
+    hub=("mmbench", "MMBench"),
+    task="multiple_choice",
+    spatial="none",
+    splits=("all", "dev"),
+)
 def read_tsv(request: Request) -> Iterator[Sample]:
     """The rows of a table in order, those of the split where one is given.
 

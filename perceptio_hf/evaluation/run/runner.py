@@ -18,7 +18,7 @@ from perceptio_hf.evaluation.replacement.token_replacement import answers_with_c
 
 from .answering import answer_questions, encode_questions, token_budget
 from .journal import Journal, claim_path
-from .scoring import CHOICE_TASKS, RUNNING, Record, score_answer, score_text
+from .scoring import SCORINGS, Record, score_answer, score_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -113,7 +113,7 @@ def run_benchmark(
     Raises:
         ValueError: a folder with results of another model, data or setting; a sample that cannot be used (named).
     """
-    if settings.replacements and benchmark.task not in CHOICE_TASKS:
+    if settings.replacements and not SCORINGS[benchmark.task].choices:
         raise ValueError(f"Replaced spans are scored by answers in words; {benchmark.name} has masks or depth.")
     settings = replace(settings, max_new_tokens=token_budget(model, settings.max_new_tokens))
     claim = _claim(benchmark, settings, weights)
@@ -177,7 +177,7 @@ class _Runner:
             for record in self._answer_chunk(chunk)[len(journal.records) - start :]:
                 journal.append(record)
             scores = [record["score"] for record in journal.records if "score" in record]
-            shown = f"{RUNNING[self.task]} {np.mean(scores):.3f}" if scores else ""
+            shown = f"{SCORINGS[self.task].running} {np.mean(scores):.3f}" if scores else ""
             self.watch("answering", len(journal.records), len(self.samples), shown)
         return time.perf_counter() - begin, len(journal.records) - known
 
