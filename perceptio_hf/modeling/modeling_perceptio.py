@@ -120,9 +120,9 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
     ) -> "PerceptioForConditionalGeneration":
         """A fresh Perceptio out of a stock InternVL, a stock SAM2 and a depth codec.
 
-        Without spatial tokens it computes bit for bit what the InternVL computes. The spatial tokens have ids of rows
-        that no token uses, or of rows that are added; the new rows resemble those that are there (how, and why, says
-        `perceptio_hf.build.token_rows`) and every other row keeps its bits. The [SEG] projector starts at random.
+        It has the InternVL's weights, bit for bit, and without spatial tokens computes what the InternVL computes. The
+        spatial tokens have ids of rows that no token uses, or of rows that are added; the new rows resemble those that
+        are there (how, and why, says `perceptio_hf.build.token_rows`). The [SEG] projector starts at random.
         All of this is to be trained before masks and depth mean anything.
 
         Models that are given share the memory of their weights with the result, embedding and head apart, and are
