@@ -139,17 +139,16 @@ def _configuration(
     parts = {"vision_config": internvl.vision_config, "text_config": internvl.text_config}
     values = {name: value for name, value in internvl.to_dict().items() if name not in (*_OWN_FIELDS, *parts)}
     seg, start, *codes, end = ids
-    return PerceptioConfig(
-        **values,
-        **parts,
-        mask_config=mask_config,
-        depth_config=depth_config,
-        seg_token_id=seg,
-        depth_start_token_id=start,
-        depth_end_token_id=end,
-        depth_token_ids=codes,
-        attn_implementation={"": internvl._attn_implementation},  # a plain name, or none, would be forced on all parts
-    )
+    own = {
+        "mask_config": mask_config,
+        "depth_config": depth_config,
+        "seg_token_id": seg,
+        "depth_start_token_id": start,
+        "depth_end_token_id": end,
+        "depth_token_ids": codes,
+        "attn_implementation": {"": internvl._attn_implementation},  # a name, or none, would be forced on all parts
+    }
+    return PerceptioConfig.from_dict({**values, **parts, **own})  # which leaves out what others wrote into InternVL's
 
 
 def check_processor(

@@ -21,6 +21,7 @@ from .attachments import attached, needed
 from .configuration_perceptio import PerceptioConfig
 from .generation_perceptio import SpatialGenerationMixin, SpatialRecorder, count_pictures
 from .modeling_depth_vqvae import DepthVQVAE
+from .precision import without_casts_down
 
 
 @dataclass
@@ -90,6 +91,13 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
         """Take the parts that never learn, SAM2's image encoder and the depth codec, away from optimizers."""
         self.mask_model.vision_encoder.requires_grad_(False)
         self.depth_model.requires_grad_(False)
+
+    def _apply(self, fn, recurse: bool = True):
+        """What `to`, `half` and `bfloat16` do to every tensor; the parts that stay float32 are moved, not cast."""
+        if recurse:
+            for name, part in self.named_children():
+                part._apply(without_casts_down(fn) if name in self._keep_in_fp32_modules_strict else fn)
+        return super()._apply(fn, recurse=False)
 
     def train(self, mode: bool = True):
         """As ever, but the frozen parts stay in evaluation mode."""

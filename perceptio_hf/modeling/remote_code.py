@@ -12,6 +12,7 @@ from typing import Any
 _CODEC_FILES = (
     "modeling/configuration_depth_vqvae.py",
     "modeling/modeling_depth_vqvae.py",
+    "modeling/precision.py",
     "modeling/remote_code.py",
 )
 _FILES = (
