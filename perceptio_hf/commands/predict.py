@@ -174,6 +174,7 @@ def describe(answer: "SpatialAnswer") -> dict:
     return {
         "text": answer.text,
         "masks": [encode_mask(mask) for mask in answer.masks],
+        "phrases": answer.phrases,
         "mask_scores": [round(float(score), 4) for score in answer.mask_scores],
         "depth_codes": answer.depth_codes,
         "well_formed": answer.well_formed,
