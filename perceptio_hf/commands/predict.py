@@ -168,7 +168,7 @@ def answer_questions(
 
 
 def describe(answer: "SpatialAnswer") -> dict:
-    """What an answer says, for JSON: words, masks as COCO run lengths, depth as its codes."""
+    """What an answer says, for JSON: words, masks as COCO run lengths and what they are of, depth as its codes."""
     from perceptio_hf.run_length import encode_mask
 
     return {
@@ -216,7 +216,8 @@ def write_answer(folder: Path, picture: "Image.Image", answer: "SpatialAnswer", 
 
 
 def _print_answer(record: dict) -> None:
-    masks = len(record["masks"])
-    parts = [f"{masks} mask{'' if masks == 1 else 's'}", "depth" if record["depth_codes"] else "no depth"]
+    masks, named = len(record["masks"]), [phrase for phrase in record["phrases"] if phrase]
+    of_what = f" ({'; '.join(named)})" if named else ""
+    parts = [f"{masks} mask{'' if masks == 1 else 's'}{of_what}", "depth" if record["depth_codes"] else "no depth"]
     print(f"{record['picture']}: {record['text'] or '(no words)'}")
     print(f"    {', '.join(parts)}; written to {Path(record['files']['answer']).parent}")

@@ -56,8 +56,8 @@ class Sample(TypedDict, total=False):
         gives.
     messages: the chat. `content` is a string, or parts {"type": "text", "text": ...} and {"type": "image"}; where no
         part is a picture, all pictures come before the first words of the user. Every turn of the assistant is learnt;
-        in it ``[SEG]`` and ``<DEPTH_START><DEPTH_END>`` (an empty span, at most one per picture) are spatial tokens, and
-        ``Image-2:`` says that those behind it speak of the second picture (see `perceptio_hf.tokens` for the rule).
+        in it ``[SEG]`` and ``<DEPTH_START><DEPTH_END>`` (an empty span, at most one per picture) are spatial tokens,
+        and ``Image-2:`` says that those behind it speak of the second picture (the rule: `perceptio_hf.tokens`).
     masks: one per ``[SEG]`` in reading order, of its picture's size: COCO run lengths, or a path, an array (H, W) or a
         grey picture, where 0 is outside.
     depth: one depth map for each empty span (a list where there are several): a path (.png, .npy, .npz), an array
@@ -410,8 +410,8 @@ def _check_pictures_named(text: str, shown: int, has_pictures: bool) -> None:
     for mark in PICTURE_MARK.finditer(text):
         if int(mark[1]) > shown:
             raise SampleError(
-                f"the assistant writes {mark[0]} where {shown} pictures have been shown; a mark before [SEG] or a depth "
-                "span counts the conversation's pictures from 1.",
+                f"the assistant writes {mark[0]} where {shown} pictures have been shown; a mark before [SEG] or a "
+                "depth span counts the conversation's pictures from 1.",
                 "picture",
             )
 
@@ -422,8 +422,8 @@ def _check_one_span_each(read: SpatialSequence, ends: list[int]) -> None:
         place = bisect(ends, span.position), span.picture
         if place in seen:
             raise SampleError(
-                f"one response holds two depth spans for {picture_mark(span.picture + 1)[:-1]}; write one for each "
-                "picture, in the order they were shown or each behind its mark (Image-2: <DEPTH_START><DEPTH_END>).",
+                f"one response holds two depth spans for {picture_mark(span.picture + 1)[:-1]}; write at most one for "
+                "each picture, in the order they were shown or behind its mark (Image-2: <DEPTH_START><DEPTH_END>).",
                 "depth",
             )
         seen.add(place)

@@ -216,20 +216,20 @@ class PerceptioProcessor(InternVLProcessor):
     def picture_mark_token_ids(self) -> dict[str, list[int]]:
         """What `PerceptioConfig` asks for under this name: how the tokenizer spells ``Image-k:``.
 
-        The tokens of marks at the beginning of a response or line, behind a word or a spatial token, and before a line
-        end, words or a spatial token; pictures 1 to 99, and more where digits are tokens of their own.
+        Marks may stand at the beginning of a response or line, behind a word, a bracket or a spatial token, and before
+        words, line ends, ``**`` or a spatial token; pictures 1 to 99, and more where digits are tokens of their own.
         """
         marks = [picture_mark(number) for number in range(1, 100)]
         texts = [
             before + mark + after
             for mark in marks
-            for before in ("", "\n", "x ", SEG_TOKEN, f"{SEG_TOKEN} ")
-            for after in ("", "\n", " x", SEG_TOKEN)
+            for before in ("", "\n", "x ", "(", SEG_TOKEN)
+            for after in ("", "\n", "\n\n", " x", "**", SEG_TOKEN)
         ]
         ids = {token for row in self.tokenizer(texts, add_special_tokens=False)["input_ids"] for token in row}
         pieces: dict[str, list[int]] = {}
         for token in sorted(ids):
-            piece = self.tokenizer.decode([token]).strip()
+            piece = self.tokenizer.decode([token]).strip("\n (*")
             if piece and any(piece in mark for mark in marks):
                 pieces.setdefault(piece, []).append(token)
         return dict(sorted(pieces.items()))
@@ -367,11 +367,11 @@ class PerceptioProcessor(InternVLProcessor):
         ]
 
     def _words(self, ids: list[int]) -> str:
-        text = self.tokenizer.decode(
-            [token for token in ids if token not in self._spatial_ids], skip_special_tokens=True
-        )
-        text = without_tags(text)
-        return " ".join(text.replace("\n", " \n ").split(" ")).replace(" \n ", "\n").strip()
+        kept = [token for token in ids if token not in self._spatial_ids]
+        text = without_tags(self.tokenizer.decode(kept, skip_special_tokens=True))
+        if len(kept) < len(ids):  # "the cat [SEG] and" leaves both of the spaces around the token
+            text = re.sub(r"(?<=\S) {2,}(?=\S)", " ", text)
+        return text.strip()
 
     def _phrases(self, outputs, row: int) -> list[str | None]:
         """One per [SEG] of a response, as far as it speaks of pictures."""
