@@ -23,6 +23,7 @@ _FILES = (
     "modeling/generation_perceptio.py",
     "modeling/modeling_perceptio.py",
     "modeling/span_grammar.py",
+    "processing/phrases.py",
     "processing/pictures.py",
     "processing/processing_perceptio.py",
 )

@@ -83,6 +83,8 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         source, model = _loaded(model, args)
         init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None  # used up; SFTTrainer would say ignored
         processing_class = processing_class or PerceptioProcessor.from_pretrained(source)
+        if model.config.picture_mark_token_ids is None and isinstance(processing_class, PerceptioProcessor):
+            model.config.picture_mark_token_ids = processing_class.picture_mark_token_ids()  # older checkpoints
         self._look_layer = look_layer(model.config.text_config, args.look_layer) if args.look_weight else None
         if not is_peft_model(model):
             choose_trainable(model, args)

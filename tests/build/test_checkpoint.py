@@ -95,7 +95,10 @@ def test_what_is_carried_over(sources, tmp_path):
     assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
     assert processor.chat_template == TEMPLATE and processor.image_processor.max_patches == 5
     assert processor.spatial_token_ids()["seg_token_id"] == model.config.seg_token_id == WORDS
+    assert model.config.picture_mark_token_ids == processor.picture_mark_token_ids() != {}
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").padding_side == "left"  # the stock one says right
     before = AutoTokenizer.from_pretrained(sources / "internvl")
+    assert before.padding_side == "right"
     text = "Which is closer?\n <img> äß 漢字 <DEPTH <|im_end|>"
     assert before(text)["input_ids"] == processor.tokenizer(text)["input_ids"]
     for name, value in mask_model().state_dict().items():
