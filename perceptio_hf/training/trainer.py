@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from trl import SFTTrainer
 
 from perceptio_hf.data.rows import as_rows
 from perceptio_hf.data.samples import REASONS
+from perceptio_hf.files import in_use
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 from perceptio_hf.training.attention.targets import LOOKS, look_layer, looking_parts, places_to_look
@@ -308,7 +310,7 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         return norm
 
     def _last_good(self) -> str:
-        last = last_checkpoint(self.args.output_dir)
+        last = last_checkpoint(self.args.output_dir, quiet=True)
         return f"; {last} is the last checkpoint before it." if last else "."
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -336,18 +338,21 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         """Train; see `Trainer.train`. `True` resumes from the last complete checkpoint of `output_dir`.
 
         Raises:
-            ValueError: if there is nothing to resume from, or the loss is not finite.
+            ValueError: if there is nothing to resume from, the checkpoint is damaged, another process trains into
+                `output_dir`, or the loss is not finite.
             OSError: if a checkpoint cannot be saved.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no complete checkpoint in {self.args.output_dir} to resume from.")
-        if isinstance(resume_from_checkpoint, Path):
-            resume_from_checkpoint = str(resume_from_checkpoint)
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        self._report_skipped()
-        self.draw_losses()
+        with in_use(self.args.output_dir, "training") if self.is_world_process_zero() else nullcontext():
+            if resume_from_checkpoint:
+                self.prepare_to_resume(Path(resume_from_checkpoint))
+                resume_from_checkpoint = str(resume_from_checkpoint)
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            self._report_skipped()
+            self.draw_losses()
         return output
 
     def draw_losses(self) -> None:

@@ -3,6 +3,9 @@
 One row is one question: `index`, `image` (base64), `question`, `hint`, `A`, `B`, ..., `answer`, `category`,
 `l2-category`, `split`. A picture is given once; rows that ask about it again hold the index of its row instead. In
 MMBench the rotated copies of a question have its index plus multiples of one million.
+
+A choice that is empty is not listed, as VLMEvalKit lists none, and the others keep their letters. Where the right
+answer is empty, the row stays, as it does in published figures: it can only be right by its letter.
 """
 
 import base64
@@ -161,20 +164,21 @@ class _Pictures:
 def _sample(benchmark: str, row: dict[str, str], pictures: _Pictures) -> Sample:
     if not str(row["index"]).isdigit():
         raise ValueError(f"its index {row['index']!r} is no number.")
-    choices = [(letter, row[letter].strip()) for letter in LETTERS if (row.get(letter) or "").strip()]
-    letters, texts = [letter for letter, _ in choices], [text for _, text in choices]
-    if letters != list(LETTERS[: len(letters)]) or len(letters) < 2:
-        raise ValueError(f"its choices are {', '.join(letters) or 'missing'}; they should be A, B and so on.")
+    texts = [(row.get(letter) or "").strip() for letter in LETTERS]
+    texts = texts[: max((place for place, text in enumerate(texts, 1) if text), default=0)]
+    letters = [letter for letter, text in zip(LETTERS, texts, strict=False) if text]  # of AI2D's rows some have no A
+    if len(letters) < 2:
+        raise ValueError(f"its choices are {', '.join(letters) or 'missing'}; there should be two or more.")
     hint = (row.get("hint") or "").strip()
     question = ask(
         benchmark,
         hint=f"{hint}\n" if hint else "",
         question=(row["question"] or "").strip(),
-        options=listed_options(letters, texts),
+        options=listed_options(letters, [text for text in texts if text]),
     )
     index = int(row["index"])
     target = {
-        "answer": reference_letter(row["answer"] or "", len(letters)),
+        "answer": reference_letter(row["answer"] or "", len(texts)),
         "choices": letters,
         "texts": texts,
         "category": row.get("category") or None,

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from perceptio_hf.data.run_length import decode_mask
 from perceptio_hf.evaluation.benchmarks.sample import Sample, Task
+from perceptio_hf.evaluation.metrics.answer_statements import LETTERS
 from perceptio_hf.evaluation.run.scoring import SCORINGS, Record, referred_mask
 from perceptio_hf.visualization import colorize_depth, overlay, sheet
 
@@ -109,7 +110,7 @@ def _caption(task: Task, record: Record) -> str:
     lines = [record["id"], f"Question: {record['question']}", f"Answer: {record['answer'] or '(no words)'}"]
     if "read" in record:
         target = record["target"]
-        texts = dict(zip(target["choices"], target.get("texts", ()), strict=False))
+        texts = dict(zip(LETTERS, target.get("texts", ()), strict=False))
         said = record["read"] or "cannot be read"
         lines.append(f"Reads as {_named(said, texts)}; right is {_named(target['answer'], texts)}")
     else:

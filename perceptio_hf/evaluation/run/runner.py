@@ -15,6 +15,7 @@ import numpy as np
 from perceptio_hf.evaluation.benchmarks.sample import Benchmark, Sample
 from perceptio_hf.evaluation.replacement.oracle import DepthOf, encode_oracle, open_oracle
 from perceptio_hf.evaluation.replacement.token_replacement import answers_with_codes, check_replacements, replaced_codes
+from perceptio_hf.files import in_use
 
 from .answering import answer_questions, encode_questions, token_budget
 from .journal import Journal, claim_path
@@ -118,24 +119,24 @@ def run_benchmark(
     settings = replace(settings, max_new_tokens=token_budget(model, settings.max_new_tokens))
     claim = _claim(benchmark, settings, weights)
     ids = [sample.id for sample in benchmark.samples]
-    oracle = None
+    oracle = replaced = None
     if "oracle" in settings.replacements:  # what it lacks is said before the work
         oracle = open_oracle(settings.oracle, settings.oracle_unit, benchmark.samples, str(model.device))
-    journal = Journal(folder / SAMPLES_FILE, claim, ids, overwrite=overwrite)
-    if not journal.records:
-        _remove_results(folder)
-    runner = _Runner(model, processor, benchmark, settings, watch or _ignore)
-    seconds, answered = runner.answer(journal)
+    with in_use(folder, f"evaluation of {benchmark.name}"):
+        journal = Journal(folder / SAMPLES_FILE, claim, ids, overwrite=overwrite)
+        if not journal.records:
+            _remove_results(folder)
+        runner = _Runner(model, processor, benchmark, settings, watch or _ignore)
+        seconds, answered = runner.answer(journal)
+        if settings.replacements:
+            replaced = runner.replace(journal, folder / REPLACED_FILE, claim, overwrite, oracle)
     records = [
         record | {"target": sample.target}
         for record, sample in zip(journal.records, benchmark.samples, strict=True)
         if "left_out" not in record
     ]
     left_out = [f"left out {record['id']}: {record['left_out']}" for record in journal.records if "left_out" in record]
-    run = Run(settings, records, left_out, seconds=seconds, answered=answered)
-    if settings.replacements:
-        run.replaced = runner.replace(journal, folder / REPLACED_FILE, claim, overwrite, oracle)
-    return run
+    return Run(settings, records, left_out, replaced, seconds=seconds, answered=answered)
 
 
 def _claim(benchmark: Benchmark, settings: RunSettings, weights: str) -> dict[str, Any]:
