@@ -13,7 +13,7 @@ STAMP := $(VENV)/.perceptio-installed
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-oldest test-sam2 test-lmms-eval lint clean
+.PHONY: help env demo test test-oldest test-sam2 test-lmms-eval plan lint clean
 
 help:
 	@echo "make demo   render a scene, ask the embedded model about it, write pictures to perceptio-demo/"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-oldest   the quick tests with the oldest releases that are supported, in an environment of their own"
 	@echo "make test-sam2     converted SAM2 weights beside Meta's own code, which this installs"
 	@echo "make test-lmms-eval   the plug-in inside lmms-eval, which this installs"
+	@echo "make plan   draw docs/images/architecture.png from the imports"
 	@echo "make lint   ruff check and ruff format --check"
 	@echo "make env    only make the environment in $(VENV)"
 	@echo "make clean  remove the environment and caches"
@@ -58,6 +59,9 @@ test-lmms-eval: $(STAMP)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) $(LMMS_EVAL_NEEDS)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) --no-deps lmms-eval
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/integrations
+
+plan: $(STAMP)
+	@$(BIN)/python docs/draw_architecture.py
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
