@@ -10,6 +10,7 @@ from transformers import AutoModel, DynamicCache
 from perceptio_hf import DepthVQVAE, PerceptioForConditionalGeneration
 from perceptio_hf.data.cells import cell_at
 from perceptio_hf.data.world import render_scene, text_corpus
+from perceptio_hf.modeling.modeling_perceptio import CACHE
 from perceptio_hf.training.answers import AnswerForm
 from perceptio_hf.training.scenes import SceneAsker, collate, scene_batches
 from perceptio_hf.training.tiny import STAGES, TinyRecipe, fresh_model, schedule, train_tiny
@@ -41,12 +42,11 @@ def test_a_turn_behind_its_prefix_equals_a_conversation(fresh, scene_processor):
     asker = SceneAsker(scene_processor, 128)
     scenes = [asker.scene(seed) for seed in (1, 2)]
     batch = collate(scenes, asker)
-    prefix = fresh.model(
-        input_ids=batch.prefix_ids, pixel_values=batch.pixel_values, past_key_values=DynamicCache()
-    ).past_key_values
+    prefix = DynamicCache()
+    fresh.model(input_ids=batch.prefix_ids, pixel_values=batch.pixel_values, **{CACHE: prefix})
     turns = batch.turns[1]
     cache = DynamicCache([(layer.keys[turns.rows], layer.values[turns.rows]) for layer in prefix.layers])
-    states = fresh.model(input_ids=turns.input_ids, past_key_values=cache).last_hidden_state
+    states = fresh.model(input_ids=turns.input_ids, **{CACHE: cache}).last_hidden_state
     number = 0
     for scene in scenes:
         for asked, answer, response in scene.turns:
