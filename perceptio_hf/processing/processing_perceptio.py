@@ -26,7 +26,7 @@ from .pictures import load_picture
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 _IGNORED_LABEL = -100
-# What InternVLProcessor asks of a tokenizer (transformers 5.17 to 5.23).
+# What InternVLProcessor asks of a tokenizer (transformers 5.17 to 5.24).
 _PICTURE_TOKENS = ("start_image_token", "end_image_token", "context_image_token", "video_token")
 # Options of `__call__` that `apply_chat_template` hands on.
 _CALL_OPTIONS = {"padding", "padding_side", "crop_to_patches", "max_length", "truncation", "min_patches", "max_patches"}

@@ -135,6 +135,12 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
             **parts, token_over=self.token_over, count_beta=self.count_beta, temperature=self.merge_temperature
         )
 
+    @property
+    def _checkpoints_activations(self) -> bool:
+        """By the newer of transformers' two names where that was set."""
+        newer = getattr(self, "activation_checkpointing", None)
+        return self.gradient_checkpointing if newer is None else newer
+
     def _check(self) -> None:
         for name in (*PARTS, "gradient"):
             value = getattr(self, f"{name}_weight")
@@ -144,7 +150,7 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
             raise ValueError(f"look_weight is {self.look_weight}; it must be a finite number of 0 or more.")
         if self.look_weight and self.look_heads < 1:
             raise ValueError(f"look_heads is {self.look_heads}; at least one head can be taught where to look.")
-        if self.look_weight and self.gradient_checkpointing:
+        if self.look_weight and self._checkpoints_activations:
             raise ValueError(
                 "look_weight needs attention weights, which gradient checkpointing throws away: set "
                 "gradient_checkpointing: false, or leave look_weight out."
