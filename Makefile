@@ -13,12 +13,13 @@ STAMP := $(VENV)/.perceptio-installed
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-oldest test-sam2 test-lmms-eval lint clean
+.PHONY: help env demo test test-oldest test-arithmetic test-arithmetic-quick test-sam2 test-lmms-eval lint clean
 
 help:
 	@echo "make demo   render a scene, ask the embedded model about it, write pictures to perceptio-demo/"
 	@echo "make test   run the tests"
 	@echo "make test-oldest   the quick tests with the oldest releases that are supported, in an environment of their own"
+	@echo "make test-arithmetic   the numerical tests with other kernels and threads; test-arithmetic-quick: some of them"
 	@echo "make test-sam2     converted SAM2 weights beside Meta's own code, which this installs"
 	@echo "make test-lmms-eval   the plug-in inside lmms-eval, which this installs"
 	@echo "make lint   ruff check and ruff format --check"
@@ -45,6 +46,25 @@ test: $(STAMP)
 OLDEST_TESTS := tests/modeling tests/processing tests/conversion tests/hub tests/test_registration.py
 test-oldest:
 	@$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt TEST_ARGS='-m "not slow" $(OLDEST_TESTS)'
+
+# What MKL, PyTorch and oneDNN compute on other processors, on this one. A round is settings joined by commas.
+OTHER_KERNELS := MKL_CBWR=COMPATIBLE MKL_CBWR=AVX2 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
+ARITHMETIC_ROUNDS := $(OTHER_KERNELS:%=%,OMP_NUM_THREADS=1) $(OTHER_KERNELS:%=%,OMP_NUM_THREADS=2)
+ARITHMETIC_QUICK := $(addprefix tests/modeling/test_,depth_vqvae.py perceptio.py components.py criterion.py) \
+	$(addprefix tests/conversion/test_,build_foreign.py aurora.py token_rows.py) tests/training/test_losses.py
+ARITHMETIC_TESTS := tests/modeling $(addprefix tests/conversion/test_,build.py build_foreign.py export.py aurora.py opengvlab.py) \
+	$(addprefix tests/conversion/test_,sa2va.py token_rows.py) $(addprefix tests/training/test_,losses.py composite_loss.py) \
+	$(addprefix tests/training/test_,codebook.py trainer.py resume.py lora.py looking.py language.py) \
+	tests/evaluation/test_runner.py tests/commands/test_train.py tests/hub/test_upload.py
+test-arithmetic: $(STAMP)
+	@set -e; for settings in $(ARITHMETIC_ROUNDS); do \
+		echo "$$settings"; case "$$settings" in *THREADS=2) workers=1;; *) workers=2;; esac; \
+		env $$(echo "$$settings" | tr , ' ') $(BIN)/python -m pytest -q -n $$workers -m "not slow" $(TEST_ARGS) $(ARITHMETIC_TESTS); \
+	done
+
+test-arithmetic-quick:
+	@$(MAKE) --no-print-directory test-arithmetic ARITHMETIC_TESTS='$(ARITHMETIC_QUICK)' ARITHMETIC_ROUNDS="\
+		MKL_CBWR=COMPATIBLE,ATEN_CPU_CAPABILITY=default,ONEDNN_MAX_CPU_ISA=SSE41,OMP_NUM_THREADS=1 MKL_CBWR=AVX2,OMP_NUM_THREADS=2"
 
 # sam2 asks for torchvision, which this comparison does without.
 test-sam2: $(STAMP)
