@@ -14,15 +14,47 @@ logger = logging.get_logger(__name__)
 # What a configuration of any kind may hold without a field of that name: arguments of transformers' base class, and
 # what its versions since 4.0 have saved into config.json.
 _STANDARD = frozenset(
-    (
-        "add_cross_attention attn_implementation auto_map bos_token_id chunk_size_feed_forward "
-        "cross_attention_hidden_size decoder_start_token_id dtype eos_token_id experts_implementation finetuning_task "
-        "gradient_checkpointing is_decoder is_encoder_decoder keys_to_ignore_at_inference loss_type model_type "
-        "name_or_path num_labels output_attentions output_hidden_states pad_token_id per_layer_config prefix "
-        "pruned_heads quantization_config return_dict sep_token_id task_specific_params tf_legacy_loss "
-        "tie_encoder_decoder tie_last_hidden_states tie_word_embeddings tokenizer_class torch_dtype torchscript "
-        "transformers_version use_bfloat16 use_cache"
-    ).split()
+    [
+        "add_cross_attention",
+        "attn_implementation",
+        "auto_map",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "cross_attention_hidden_size",
+        "decoder_start_token_id",
+        "dtype",
+        "eos_token_id",
+        "experts_implementation",
+        "finetuning_task",
+        "gradient_checkpointing",
+        "is_decoder",
+        "is_encoder_decoder",
+        "keys_to_ignore_at_inference",
+        "loss_type",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "per_layer_config",
+        "prefix",
+        "pruned_heads",
+        "quantization_config",
+        "return_dict",
+        "sep_token_id",
+        "task_specific_params",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "tie_last_hidden_states",
+        "tie_word_embeddings",
+        "tokenizer_class",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "use_bfloat16",
+        "use_cache",
+    ]
 )
 # Names that other codes have for fields of the codec; `hidden_dim` and the like are AiT's.
 _ELSEWHERE = {

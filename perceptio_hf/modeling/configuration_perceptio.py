@@ -7,7 +7,8 @@ from transformers import PreTrainedConfig
 from transformers.models.internvl.configuration_internvl import InternVLConfig
 from transformers.models.sam2.configuration_sam2 import Sam2Config
 
-from ..tokens import SpatialVocabulary
+from perceptio_hf.tokens import SpatialVocabulary
+
 from .configuration_depth_vqvae import DepthVQVAEConfig, refuse_unknown, without_foreign
 
 _SPATIAL_CONFIGS = {"mask_config": Sam2Config, "depth_config": DepthVQVAEConfig}
@@ -24,6 +25,8 @@ class PerceptioConfig(InternVLConfig):
         depth_start_token_id: id of ``<DEPTH_START>``.
         depth_end_token_id: id of ``<DEPTH_END>``.
         depth_token_ids: ids of ``<DEPTH_0>`` .. ``<DEPTH_{K-1}>`` in this order.
+        picture_mark_token_ids: the tokens that picture marks (``Image-2:``, see `perceptio_hf.tokens`) are spelt with:
+            the text of each without spaces, and the ids that have this text. None: marks are words without effect.
         num_depth_tokens: N, codes per span; default and only legal value: the codec's grid, g * g.
         num_depth_codes: K, size of the codebook; default and only legal value: the codec's.
         mask_padding_points: "not a point" embeddings before the [SEG] prompt. SAM2 sees two of them where no point is
@@ -48,6 +51,7 @@ class PerceptioConfig(InternVLConfig):
     depth_start_token_id: int | None = None
     depth_end_token_id: int | None = None
     depth_token_ids: list[int] | None = None
+    picture_mark_token_ids: dict[str, list[int]] | None = None
     num_depth_tokens: int | None = None
     num_depth_codes: int | None = None
     mask_padding_points: int = 2
@@ -113,6 +117,7 @@ class PerceptioConfig(InternVLConfig):
     def spatial_vocabulary(self, turn_ends: int | list[int] | None = None) -> SpatialVocabulary:
         """The spatial tokens' ids in one value; `turn_ends` are the ids that end a turn (the eos ids)."""
         turn_ends = [] if turn_ends is None else [turn_ends] if isinstance(turn_ends, int) else turn_ends
+        pieces = self.picture_mark_token_ids or {}
         return SpatialVocabulary(
             seg=self.seg_token_id,
             depth_start=self.depth_start_token_id,
@@ -121,6 +126,7 @@ class PerceptioConfig(InternVLConfig):
             num_depth_tokens=self.num_depth_tokens,
             image=self.image_token_id,
             turn_ends=frozenset(turn_ends),
+            mark_pieces={token: piece for piece, tokens in pieces.items() for token in tokens},
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):

@@ -173,7 +173,7 @@ class DepthVQVAE(PreTrainedModel):
     come out. In a traced graph (torch.export, ONNX) no value is checked.
 
     Nothing here changes the codebook, not even in training mode: that is left to the explicit steps of codebook
-    training (perceptio_hf.training.codebook).
+    training (perceptio_hf.training.codec).
     """
 
     config_class = DepthVQVAEConfig

@@ -16,12 +16,13 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
+    AutoTokenizer,
     InternVLConfig,
     InternVLForConditionalGeneration,
     pipeline,
 )
 
-from perceptio_hf import PerceptioConfig, PerceptioForConditionalGeneration, PerceptioProcessor
+from perceptio_hf import PerceptioConfig, PerceptioForConditionalGeneration, PerceptioProcessor, tiny_checkpoint
 
 
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM])
@@ -94,10 +95,13 @@ def test_masks_in_training_have_gradients_where_they_should(processor):
     model = random_model(processor).train()
     assert not model.mask_model.vision_encoder.training and not model.depth_model.training
     turn = {"role": "assistant", "content": "[SEG] There."}
-    inputs = processor.encode_conversations([[*chat(picture()), turn], [*chat(picture(seed=1)), turn]])
+    chats = [[*chat(picture()), turn], [*chat(picture(seed=1)), turn]]
+    inputs = processor.apply_chat_template(
+        chats, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
+    )
     sizes = inputs.pop("original_sizes")
     assert sizes.tolist() == [[40, 48]] * 2
-    out = model(**inputs)
+    out = model(**inputs, labels=inputs["input_ids"])
     assert out.mask_logits.shape == (2, *model.mask_size)
     (out.loss + out.mask_logits.square().mean() + out.mask_scores.sum()).backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
@@ -126,6 +130,19 @@ def test_pipeline(tiny_folder):
         text=chat(picture()), max_new_tokens=30, generate_kwargs={"spatial": "depth"}, return_full_text=False
     )
     assert answers[0]["generated_text"].startswith("<DEPTH_START><DEPTH_")
+
+
+def test_pipeline_batches_answer_as_single_rows_do():
+    """A pipeline pads with the tokenizer alone: rows must end where generation goes on."""
+    folder = str(tiny_checkpoint())
+    assert AutoTokenizer.from_pretrained(folder).padding_side == "left"
+    ask = pipeline("image-text-to-text", model=folder)
+    texts = ["How many objects are there?", "Is the ball to the left of the box, or is it to the right of it?"]
+    chats = [chat(picture(128, 128, seed=seed), text=text) for seed, text in enumerate(texts)]
+    options = {"max_new_tokens": 12, "return_full_text": False, "generate_kwargs": {"spatial": "none"}}
+    alone = [ask(text=messages, **options)[0]["generated_text"] for messages in chats]
+    assert all(alone)
+    assert [row[0]["generated_text"] for row in ask(text=chats, batch_size=2, **options)] == alone
 
 
 REMOTE = """

@@ -1,5 +1,7 @@
 """The processor: what goes into the model and how answers come out."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,18 @@ def test_round_trip(processor, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert again.spatial_token_ids() == processor.spatial_token_ids()
     assert len(again.tokenizer) == len(processor.tokenizer)
+
+
+def test_tokenizers_that_pad_right_are_turned(processor, tmp_path):
+    """Checkpoints of others say "right" or nothing; generation goes on at the end of a row."""
+    other = copy.deepcopy(processor)
+    other.tokenizer.padding_side = "right"
+    other.save_pretrained(tmp_path)
+    assert '"padding_side": "right"' in (tmp_path / "tokenizer_config.json").read_text()
+    again = PerceptioProcessor.from_pretrained(tmp_path)
+    assert again.tokenizer.padding_side == "left"
+    again.save_pretrained(tmp_path)
+    assert '"padding_side": "left"' in (tmp_path / "tokenizer_config.json").read_text()
 
 
 def test_spatial_tokens_are_single_ids_and_survive_decoding(processor):
@@ -109,25 +123,6 @@ def test_spatial_tokens_of_the_assistant_are_tokens(processor):
     assert [i for i in ids if i in processor.spatial_token_ids()["depth_token_ids"]] == list(
         processor.spatial_token_ids()["depth_token_ids"]
     )
-
-
-def test_training_targets(processor):
-    chats = [
-        [*chat(picture(), text="Where?"), {"role": "assistant", "content": "[SEG] There it is."}],
-        [*chat(picture(), text="How deep is it, and why?"), {"role": "assistant", "content": depth_span([2] * 16)}],
-    ]
-    masks = [np.ones((1, 40, 48), bool), np.zeros((0, 40, 48), bool)]
-    batch = processor.encode_conversations(chats, masks)
-    for row, (messages, labels) in enumerate(zip(chats, batch.labels, strict=True)):
-        target = processor.tokenizer.decode(labels[labels != -100])
-        assert target == messages[-1]["content"] + "<|im_end|>\n", row
-        assert torch.equal(labels[labels != -100], batch.input_ids[row][labels != -100])
-    assert [tuple(mask.shape) for mask in batch.mask_labels] == [(1, 40, 48), (0, 40, 48)]
-    assert batch.attention_mask[:, 0].tolist() == [1, 1]  # padded on the right
-    with pytest.raises(ValueError, match=r"Conversation 1 has 0 \[SEG\] tokens but 1 masks"):
-        processor.encode_conversations(chats, [masks[0], masks[0]])
-    with pytest.raises(ValueError, match="Conversation 0 must end with the assistant"):
-        processor.encode_conversations([chats[0][:1]])
 
 
 def test_bad_requests(processor, model, tmp_path):

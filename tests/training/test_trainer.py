@@ -11,8 +11,8 @@ from helpers import random_model
 from PIL import Image
 
 from perceptio_hf import PerceptioSFTTrainer
-from perceptio_hf.training.loss_labels import loss_counts
 from perceptio_hf.training.losses import PARTS, composite_loss
+from perceptio_hf.training.losses.labels import loss_counts
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,14 @@ def largest_difference(one: dict, other: dict) -> float:
 
 def logged_parts(trainer: PerceptioSFTTrainer, entry: int = 0) -> dict[str, float]:
     return {name: value for name, value in trainer.state.log_history[entry].items() if name in (*PARTS, "loss")}
+
+
+def test_an_older_checkpoint_learns_which_tokens_marks_have(processor, tmp_path):
+    model = random_model(processor)
+    model.config.picture_mark_token_ids = None
+    trainer = sft.trainer(tmp_path / "out", processor=processor, model=model)
+    assert trainer.model.config.picture_mark_token_ids == processor.picture_mark_token_ids()
+    assert trainer._vocabulary.mark_pieces
 
 
 @pytest.mark.parametrize(("batch", "steps"), [(1, 8), (2, 4), (4, 2)])
