@@ -79,7 +79,15 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
     config: PerceptioConfig
     config_class = PerceptioConfig
     _keep_in_fp32_modules_strict: ClassVar = ["mask_model", "depth_model", "seg_projector"]
-    _keep_in_fp32_modules: ClassVar = _keep_in_fp32_modules_strict  # what quantisation leaves alone is read from here
+    # What quantisation leaves alone is read from here. transformers wants no name in both lists: these are the parts' own.
+    _keep_in_fp32_modules: ClassVar = [
+        *(
+            f"mask_model.{name}"
+            for name in ("shared_image_embedding", "vision_encoder", "prompt_encoder", "mask_decoder")
+        ),
+        *(f"depth_model.{name}" for name in ("depth_encoder", "depth_codebook", "depth_decoder")),
+        *(f"seg_projector.{name}" for name in ("linear_in", "linear_out")),
+    ]
     _no_split_modules: ClassVar = [*(InternVLForConditionalGeneration._no_split_modules or []), "Sam2MultiScaleBlock"]
     # A full SAM2 checkpoint also holds its video memory, which still pictures do not use.
     _keys_to_ignore_on_load_unexpected: ClassVar = [

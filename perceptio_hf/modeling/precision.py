@@ -12,14 +12,14 @@ def without_casts_down(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor]
     """What `Module._apply` is to do to the tensors of a part that keeps its precision.
 
     `model.to(bfloat16)`, `.half()` and `.to("cuda", bfloat16)` hand one function to every tensor of the model; here it
-    moves them, and casts them to as many bits or more.
+    moves them, and casts them to float32 or finer only.
     """
 
     def apply(tensor: Tensor) -> Tensor:
         converted = convert(tensor)
-        if converted.element_size() >= tensor.element_size():
+        if converted.element_size() >= min(tensor.element_size(), torch.float32.itemsize):
             return converted
-        return tensor.to(converted.device)
+        return tensor.to(converted.device, torch.float32)
 
     return apply
 
