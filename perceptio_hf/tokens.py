@@ -7,17 +7,12 @@ One response may hold, in this order, ``[SEG]`` tokens (one mask each), depth sp
 This is the only home of these strings and of the rule which picture a token speaks about.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 SEG_TOKEN = "[SEG]"
 DEPTH_START_TOKEN = "<DEPTH_START>"
 DEPTH_END_TOKEN = "<DEPTH_END>"
-
-_SPATIAL_PATTERN = re.compile(r"\[SEG\]|<DEPTH_(?:START|END|\d+)>")
-# U+2060 is invisible and breaks the token string, so that a tokenizer reads what a user typed as plain text.
-_WORD_JOINER = "\u2060"
 
 
 def depth_token(code: int) -> str:
@@ -34,11 +29,6 @@ def spatial_tokens(num_depth_codes: int) -> list[str]:
 def depth_span(codes: Iterable[int]) -> str:
     """The text of one depth span: start marker, the codes in raster order, end marker."""
     return DEPTH_START_TOKEN + "".join(depth_token(int(code)) for code in codes) + DEPTH_END_TOKEN
-
-
-def escape_spatial_tokens(text: str) -> str:
-    """Break every spatial token string in `text` with an invisible word joiner, so that it stays plain text."""
-    return _SPATIAL_PATTERN.sub(lambda match: match[0][0] + _WORD_JOINER + match[0][1:], text)
 
 
 @dataclass(frozen=True)

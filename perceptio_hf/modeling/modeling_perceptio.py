@@ -21,6 +21,7 @@ from .attachments import attached, needed
 from .configuration_perceptio import PerceptioConfig
 from .generation_perceptio import SpatialGenerationMixin, SpatialRecorder, count_pictures
 from .modeling_depth_vqvae import DepthVQVAE
+from .shards import check_shards
 
 
 @dataclass
@@ -104,8 +105,10 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
 
         Raises:
             ValueError: where weights and configuration contradict one another (transformers would fill the gaps with
-                random numbers), unless `ignore_mismatched_sizes=True` asks for that.
+                random numbers), unless `ignore_mismatched_sizes=True` asks for that; where an index of weights names
+                files outside its folder.
         """
+        check_shards(pretrained_model_name_or_path or "", kwargs.get("subfolder"))
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
