@@ -73,18 +73,23 @@ def _existing_file(name: str, path: str) -> Path:
 
 def _path_of_url(url: str) -> str:
     """file:///a%20b.png -> /a b.png"""
-    parts = urllib.parse.urlsplit(url)
-    if parts.netloc not in ("", "localhost"):
+    rest = url[len("file:") :]
+    host, _, path = rest[2:].partition("/") if rest.startswith("//") else ("", "", rest.lstrip("/"))
+    if host not in ("", "localhost"):
         raise ValueError(f"{shown(url)} names another machine; write file:/// (three strokes) and the path.")
-    return urllib.request.url2pathname(parts.path)
+    path = f"/{path.partition('#')[0].partition('?')[0]}"
+    if os.name == "nt":
+        return urllib.request.url2pathname(path)
+    return os.fsdecode(urllib.parse.unquote_to_bytes(os.fsencode(path)))  # a name on disk need not be UTF-8
 
 
 def _fetch(url: str) -> bytes:
-    """What a web address answers with. Redirections are followed, to web addresses only."""
-    asked = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]|")  # spaces and letters beyond ASCII
+    """What a web address answers with. Redirections are followed, never to a file of this machine."""
     # Some servers refuse the name that urllib gives itself.
-    request = urllib.request.Request(asked, headers={"User-Agent": "perceptio-hf", "Accept": "image/*,*/*;q=0.8"})
+    headers = {"User-Agent": "perceptio-hf", "Accept": "image/*,*/*;q=0.8"}
     try:
+        asked = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]|")  # spaces and letters beyond ASCII
+        request = urllib.request.Request(asked, headers=headers)
         with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
             data = answer.read(MAX_BYTES + 1)
     except (OSError, ValueError, http.client.HTTPException) as error:
