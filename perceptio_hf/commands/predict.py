@@ -62,12 +62,16 @@ def predict(
     wrote depth there are also depth.png (16 bit, 65535 = nearest) and depth_color.png.
     """
     pictures, question = _split(words)
+    for argument in (*words, str(out), model or ""):
+        _check_utf8(argument)
     check_pictures(pictures)
     check_out(out)
 
     from . import checkpoints
 
     name = checkpoints.resolve(model)
+    if device is not None:
+        checkpoints.check_device(device)
     note = checkpoints.TINY_NOTE if checkpoints.is_tiny(name) else None
     about = {"question": question, "spatial": spatial, "model": "tiny" if note else name, "note": note}
     records = []
