@@ -33,11 +33,12 @@ from transformers import AutoModel, AutoProcessor
 
 import perceptio_hf
 from perceptio_hf.data.depth_maps import DepthMap, read_depth
+from perceptio_hf.data.tasks import load_tasks
 from perceptio_hf.evaluation.metrics.depth import align_scale_shift, depth_metrics
 from perceptio_hf.files import write_json, write_picture
 from perceptio_hf.modeling.modeling_depth_vqvae import prepare_depth
 from perceptio_hf.processing.pictures import load_picture
-from perceptio_hf.training.recipe import RecipeArguments, load_tasks, read_recipe
+from perceptio_hf.training.recipe import RecipeArguments, read_recipe
 from perceptio_hf.visualization import colorize_depth
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "rgbd_lora.yaml"

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
-from .modeling.attachments import attach
+from perceptio_hf.modeling.attachments import attach
 
 _CONFIGS = {"perceptio": "PerceptioConfig", "perceptio_depth_vqvae": "DepthVQVAEConfig"}
 _MODEL = {"perceptio": "PerceptioForConditionalGeneration"}

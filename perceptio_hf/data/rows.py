@@ -58,6 +58,8 @@ def sample_features() -> "Features":
             "depth_unit": text,
             "depth_valid": datasets.List(mask),
             "depth_codes": datasets.List(datasets.List(datasets.Value("int32"))),
+            "mask_pictures": datasets.List(datasets.Value("int32")),
+            "depth_pictures": datasets.List(datasets.Value("int32")),
             "task": text,
             "id": text,
         }
@@ -79,6 +81,8 @@ def to_row(sample: Mapping[str, Any]) -> dict[str, Any]:
             "depth_unit": sample.get("depth_unit"),
             "depth_valid": [_mask(mask) for mask in as_list(sample.get("depth_valid"))],
             "depth_codes": as_code_lists(sample.get("depth_codes")),
+            "mask_pictures": sample.get("mask_pictures"),
+            "depth_pictures": sample.get("depth_pictures"),
             "task": sample.get("task"),
             "id": None if sample.get("id") is None else str(sample["id"]),
         }

@@ -21,6 +21,7 @@ from .attachments import attached, needed
 from .configuration_perceptio import PerceptioConfig
 from .generation_perceptio import SpatialGenerationMixin, SpatialRecorder, count_pictures
 from .modeling_depth_vqvae import DepthVQVAE
+from .precision import without_casts_down
 from .shards import check_shards
 
 
@@ -92,6 +93,13 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
         self.mask_model.vision_encoder.requires_grad_(False)
         self.depth_model.requires_grad_(False)
 
+    def _apply(self, fn, recurse: bool = True):
+        """What `to`, `half` and `bfloat16` do to every tensor; the parts that stay float32 are moved, not cast."""
+        if recurse:
+            for name, part in self.named_children():
+                part._apply(without_casts_down(fn) if name in self._keep_in_fp32_modules_strict else fn)
+        return super()._apply(fn, recurse=False)
+
     def train(self, mode: bool = True):
         """As ever, but the frozen parts stay in evaluation mode."""
         super().train(mode)
@@ -123,9 +131,9 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
     ) -> "PerceptioForConditionalGeneration":
         """A fresh Perceptio out of a stock InternVL, a stock SAM2 and a depth codec.
 
-        Without spatial tokens it computes bit for bit what the InternVL computes. The spatial tokens have ids of rows
-        that no token uses, or of rows that are added; the new rows resemble those that are there (how, and why, says
-        `perceptio_hf.build.token_rows`) and every other row keeps its bits. The [SEG] projector starts at random.
+        It has the InternVL's weights, bit for bit, and without spatial tokens computes what the InternVL computes. The
+        spatial tokens have ids of rows that no token uses, or of rows that are added; the new rows resemble those that
+        are there (how, and why, says `perceptio_hf.build.token_rows`). The [SEG] projector starts at random.
         All of this is to be trained before masks and depth mean anything.
 
         Models that are given share the memory of their weights with the result, embedding and head apart, and are

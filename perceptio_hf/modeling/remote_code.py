@@ -12,6 +12,7 @@ from typing import Any
 _CODEC_FILES = (
     "modeling/configuration_depth_vqvae.py",
     "modeling/modeling_depth_vqvae.py",
+    "modeling/precision.py",
     "modeling/remote_code.py",
 )
 _FILES = (
@@ -25,6 +26,7 @@ _FILES = (
     "modeling/span_grammar.py",
     "processing/messages.py",
     "processing/picture_sources.py",
+    "processing/phrases.py",
     "processing/pictures.py",
     "processing/plain_text.py",
     "processing/processing_perceptio.py",

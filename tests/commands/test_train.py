@@ -11,8 +11,10 @@ from PIL import Image
 
 from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor, PerceptioSFTConfig
 from perceptio_hf.commands.main import run
+from perceptio_hf.data.keys import check_keys
 from perceptio_hf.data.sources import write_samples
-from perceptio_hf.training.recipe import check_keys, load_tasks, read_recipe, training_set
+from perceptio_hf.data.tasks import load_tasks
+from perceptio_hf.training.recipe import read_recipe, training_set
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

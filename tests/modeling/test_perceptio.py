@@ -16,12 +16,13 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
+    AutoTokenizer,
     InternVLConfig,
     InternVLForConditionalGeneration,
     pipeline,
 )
 
-from perceptio_hf import PerceptioConfig, PerceptioForConditionalGeneration, PerceptioProcessor
+from perceptio_hf import PerceptioConfig, PerceptioForConditionalGeneration, PerceptioProcessor, tiny_checkpoint
 
 
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM])
@@ -129,6 +130,19 @@ def test_pipeline(tiny_folder):
         text=chat(picture()), max_new_tokens=30, generate_kwargs={"spatial": "depth"}, return_full_text=False
     )
     assert answers[0]["generated_text"].startswith("<DEPTH_START><DEPTH_")
+
+
+def test_pipeline_batches_answer_as_single_rows_do():
+    """A pipeline pads with the tokenizer alone: rows must end where generation goes on."""
+    folder = str(tiny_checkpoint())
+    assert AutoTokenizer.from_pretrained(folder).padding_side == "left"
+    ask = pipeline("image-text-to-text", model=folder)
+    texts = ["How many objects are there?", "Is the ball to the left of the box, or is it to the right of it?"]
+    chats = [chat(picture(128, 128, seed=seed), text=text) for seed, text in enumerate(texts)]
+    options = {"max_new_tokens": 12, "return_full_text": False, "generate_kwargs": {"spatial": "none"}}
+    alone = [ask(text=messages, **options)[0]["generated_text"] for messages in chats]
+    assert all(alone)
+    assert [row[0]["generated_text"] for row in ask(text=chats, batch_size=2, **options)] == alone
 
 
 REMOTE = """
