@@ -66,8 +66,8 @@ class ConversationEncoder:
         found = [seg.picture for seg in read.segs], [span.picture for span in read.spans]
         if found != (list(mask_pictures), list(depth_pictures)):
             raise SampleError(
-                f"its [SEG] and depth spans speak of pictures {list(mask_pictures)} and {list(depth_pictures)}, as token "
-                f"ids of {found[0]} and {found[1]}: this tokenizer joins a mark with what stands beside it. Write "
+                f"its [SEG] and depth spans speak of pictures {list(mask_pictures)} and {list(depth_pictures)}, but "
+                f"its tokens of {found[0]} and {found[1]}: this tokenizer joins a mark with what stands beside it. Write "
                 "marks at the beginning of the response or of a line, or after a space, and a space behind them.",
                 "picture",
             )
