@@ -168,9 +168,7 @@ class SpatialGenerationMixin:
             prompt_length=prompt.shape[1],
             max_length=prompt.shape[1] + new_tokens,
             # Forced spans go through the pictures shown last; a free response may speak of any of the conversation's.
-            num_pictures=torch.tensor(
-                [row.pictures_shown if spatial == "auto" else row.num_pictures for row in state]
-            ),
+            num_pictures=torch.tensor([row.pictures_shown if spatial == "auto" else row.num_pictures for row in state]),
             open_codes=torch.tensor([-1 if row.open_codes is None else row.open_codes for row in state]),
         )
         processors = LogitsProcessorList([*(logits_processor or []), grammar])

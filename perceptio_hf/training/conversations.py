@@ -67,7 +67,7 @@ class ConversationEncoder:
         if found != (list(mask_pictures), list(depth_pictures)):
             raise SampleError(
                 f"its [SEG] and depth spans speak of pictures {list(mask_pictures)} and {list(depth_pictures)}, but "
-                f"its tokens of {found[0]} and {found[1]}: this tokenizer joins a mark with what stands beside it. Write "
+                f"its tokens of {found[0]} and {found[1]}: this tokenizer joins a mark with its neighbours. Write "
                 "marks at the beginning of the response or of a line, or after a space, and a space behind them.",
                 "picture",
             )
