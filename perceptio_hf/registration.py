@@ -7,11 +7,14 @@ filled as soon as their module has been loaded, so that `import perceptio_hf` do
 """
 
 import functools
+import importlib
 import importlib.abc
 import importlib.util
 import sys
 from collections.abc import Callable
 from types import ModuleType
+
+from perceptio_hf.modeling.attachments import attach
 
 _CONFIGS = {"perceptio": "PerceptioConfig", "perceptio_depth_vqvae": "DepthVQVAEConfig"}
 _MODEL = {"perceptio": "PerceptioForConditionalGeneration"}
@@ -23,6 +26,12 @@ _TABLES = {
         "MODEL_FOR_MULTIMODAL_LM_MAPPING": _MODEL,
     },
     "transformers.models.auto.processing_auto": {"PROCESSOR_MAPPING": {"perceptio": "PerceptioProcessor"}},
+}
+# What the model's own classes offer but floors above it do: see `perceptio_hf.modeling.attachments`.
+_ATTACHED = {
+    "from_components": "perceptio_hf.build.assembly",
+    "processor_from_components": "perceptio_hf.build.processors",
+    "replace_default_card": "perceptio_hf.hub.card",
 }
 _CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 
@@ -59,10 +68,16 @@ def _execute(name: str, execute: Callable[[ModuleType], None], module: ModuleTyp
     _register(name, module)
 
 
+def _function(module: str, name: str) -> Callable:
+    return getattr(importlib.import_module(module), name)
+
+
 def register() -> None:
     """Register now where transformers' tables are loaded already, and elsewhere as soon as they are."""
     for kind in _CONFIGS:  # where transformers looks for the classes of a model type
         sys.modules.setdefault(f"transformers.models.{kind}", sys.modules[__package__])
+    for name, module in _ATTACHED.items():
+        attach(name, functools.partial(_function, module, name))
     names = {_CONFIG_MODULE, *_TABLES}
     for name in sorted(names & set(sys.modules)):
         names.remove(name)

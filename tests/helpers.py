@@ -14,7 +14,7 @@ def depth_config() -> DepthVQVAEConfig:
 
 def small_config(processor: PerceptioProcessor, tie: bool = True) -> PerceptioConfig:
     """The tiny model's configuration with even smaller parts."""
-    from perceptio_hf.training.tiny_model import tiny_config
+    from perceptio_hf.lab.lessons.model import tiny_config
 
     config = tiny_config(processor, depth_config())
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = tie

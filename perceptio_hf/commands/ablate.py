@@ -47,8 +47,8 @@ def ablate(
             f"--sight {sight} holds no checkpoint; name the folder of one, or `tiny` for the embedded one."
         )
     from perceptio_hf import tiny_checkpoint
-    from perceptio_hf.evaluation.ablation_report import write_report
-    from perceptio_hf.training.ablation import VARIANTS, AblationRecipe, summarise, train_base
+    from perceptio_hf.lab.ablation.report import write_report
+    from perceptio_hf.lab.ablation.variants import VARIANTS, AblationRecipe, summarise, train_base
 
     names = list(VARIANTS) if variants == "all" else [name.strip() for name in variants.split(",")]
     unknown = [name for name in names if name not in VARIANTS]
@@ -71,7 +71,7 @@ def _run_all(runs: list[tuple[str, int]], recipe, base: Path, out: Path, process
     """((variant, seed), scores) of every run as they finish."""
     from tqdm.auto import tqdm
 
-    from perceptio_hf.training.ablation import run_variant
+    from perceptio_hf.lab.ablation.variants import run_variant
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes started here
     context = multiprocessing.get_context("spawn")

@@ -11,17 +11,18 @@ from typing import Annotated
 import typer
 
 from perceptio_hf import __version__
-from perceptio_hf.commands.ablate import ablate
-from perceptio_hf.commands.build import build
-from perceptio_hf.commands.codebook import app as codebook
-from perceptio_hf.commands.convert import app as convert
-from perceptio_hf.commands.demo import demo
-from perceptio_hf.commands.eval import evaluate
-from perceptio_hf.commands.export import export
-from perceptio_hf.commands.predict import predict
-from perceptio_hf.commands.push import push
-from perceptio_hf.commands.report import report
-from perceptio_hf.commands.train import CONTEXT, train
+
+from .ablate import ablate
+from .build import build
+from .codebook import app as codebook
+from .convert import app as convert
+from .demo import demo
+from .eval import evaluate
+from .export import export
+from .predict import predict
+from .push import push
+from .report import report
+from .train import CONTEXT, train
 
 USER_ERROR, INTERRUPTED = 2, 130
 

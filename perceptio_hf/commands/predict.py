@@ -52,7 +52,7 @@ def predict(
     check_pictures(pictures)
     check_out(out)
 
-    from perceptio_hf.commands import checkpoints
+    from . import checkpoints
 
     name = checkpoints.resolve(model)
     note = checkpoints.TINY_NOTE if checkpoints.is_tiny(name) else None
@@ -159,7 +159,7 @@ def answer_questions(
     Raises:
         ValueError: for an empty question, or where `max_new_tokens` is too small for the spans `spatial` forces.
     """
-    from perceptio_hf.evaluation.answering import encode_questions
+    from perceptio_hf.evaluation.run.answering import encode_questions
 
     inputs = encode_questions(processor, pictures, questions).to(model.device)
     limit = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
@@ -169,7 +169,7 @@ def answer_questions(
 
 def describe(answer: "SpatialAnswer") -> dict:
     """What an answer says, for JSON: words, masks as COCO run lengths and what they are of, depth as its codes."""
-    from perceptio_hf.run_length import encode_mask
+    from perceptio_hf.data.run_length import encode_mask
 
     return {
         "text": answer.text,

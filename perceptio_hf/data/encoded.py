@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from perceptio_hf.data.depth_maps import DepthMap, depth_from_values, read_depth
-from perceptio_hf.run_length import decode_mask
+from .depth_maps import DepthMap, depth_from_values, read_depth
+from .run_length import decode_mask
 
 _PLAIN_MODES = ("1", "L", "P", "I", "I;16", "F")  # one number per pixel, 0 outside of a mask
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from perceptio_hf.data.encoded import as_code_lists, as_list
-from perceptio_hf.data.samples import name_of
 from perceptio_hf.processing.pictures import load_picture
-from perceptio_hf.run_length import compress_counts, encode_mask
+
+from .encoded import as_code_lists, as_list
+from .run_length import compress_counts, encode_mask
+from .samples import name_of
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset

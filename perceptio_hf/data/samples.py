@@ -26,10 +26,7 @@ from typing import Any, TypedDict
 import numpy as np
 from PIL import Image
 
-from perceptio_hf.data.depth_maps import DepthMap
-from perceptio_hf.data.encoded import as_code_lists, as_list, load_depth, load_mask, open_encoded
 from perceptio_hf.processing.pictures import load_picture
-from perceptio_hf.run_length import RunLengths
 from perceptio_hf.tokens import (
     PICTURE_MARK,
     SEG_TOKEN,
@@ -39,6 +36,10 @@ from perceptio_hf.tokens import (
     picture_mark,
     read_sequence,
 )
+
+from .depth_maps import DepthMap
+from .encoded import as_code_lists, as_list, load_depth, load_mask, open_encoded
+from .run_length import RunLengths
 
 REASONS = ("conversation", "picture", "masks", "depth", "codes", "length")  # why a sample can be unusable
 

@@ -7,16 +7,16 @@ masks and depth maps are files named relative to the folder.
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perceptio_hf.data.depth_maps import UNITS
-from perceptio_hf.data.rows import as_rows, dataset_of, import_datasets, sample_features, to_row
-from perceptio_hf.data.world.questions import DEPTH_QUESTIONS
-from perceptio_hf.files import write_text
+from perceptio_hf.files import new_folder, write_text
 from perceptio_hf.tokens import DEPTH_END_TOKEN, DEPTH_START_TOKEN
+from perceptio_hf.world.questions import DEPTH_QUESTIONS
+
+from .depth_maps import UNITS
+from .rows import as_rows, dataset_of, import_datasets, sample_features, to_row
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -130,14 +130,10 @@ def write_samples(folder: str | os.PathLike, samples: Iterable[Mapping[str, Any]
     folder = Path(folder).expanduser()
     if folder.exists():
         raise ValueError(f"{folder} exists already; choose a new folder, or remove it first.")
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        (partial / "files").mkdir(parents=True)
-        lines = [json.dumps(_line(to_row(sample), number, partial)) for number, sample in enumerate(samples)]
-        write_text(partial / SAMPLES_FILE, "".join(line + "\n" for line in lines))
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(folder) as fresh:
+        (fresh / "files").mkdir()
+        lines = [json.dumps(_line(to_row(sample), number, fresh)) for number, sample in enumerate(samples)]
+        write_text(fresh / SAMPLES_FILE, "".join(line + "\n" for line in lines))
     return folder
 
 

@@ -7,8 +7,9 @@ from transformers import PreTrainedConfig
 from transformers.models.internvl.configuration_internvl import InternVLConfig
 from transformers.models.sam2.configuration_sam2 import Sam2Config
 
-from ..tokens import SpatialVocabulary
-from .configuration_depth_vqvae import DepthVQVAEConfig
+from perceptio_hf.tokens import SpatialVocabulary
+
+from .configuration_depth_vqvae import DepthVQVAEConfig, refuse_unknown, without_foreign
 
 _SPATIAL_CONFIGS = {"mask_config": Sam2Config, "depth_config": DepthVQVAEConfig}
 
@@ -34,7 +35,7 @@ class PerceptioConfig(InternVLConfig):
             single-mask output.
 
     Raises:
-        ValueError: where these fields contradict one another.
+        ValueError: where these fields contradict one another, or one does not exist.
     """
 
     model_type = "perceptio"
@@ -57,6 +58,7 @@ class PerceptioConfig(InternVLConfig):
     mask_multimask_output: bool = True
 
     def __post_init__(self, **kwargs):
+        refuse_unknown(type(self), kwargs)
         for name, config_class in _SPATIAL_CONFIGS.items():
             value = getattr(self, name)
             if not isinstance(value, PreTrainedConfig):
@@ -68,6 +70,14 @@ class PerceptioConfig(InternVLConfig):
             self.num_depth_codes = self.depth_config.num_codes
         self._check_depth_sizes()
         self._check_token_ids()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers; keys of other programs are left out."""
+        values = without_foreign(cls, config_dict)
+        if isinstance(values.get("depth_config"), dict):
+            values["depth_config"] = without_foreign(DepthVQVAEConfig, values["depth_config"])
+        return super().from_dict(values, **kwargs)
 
     def _check_depth_sizes(self) -> None:
         for name, of_codec in (("num_depth_tokens", "num_tokens"), ("num_depth_codes", "num_codes")):

@@ -8,7 +8,8 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput, logging
 
-from ..tokens import DepthSpan, SpatialSequence, SpatialVocabulary, read_sequence
+from perceptio_hf.tokens import DepthSpan, SpatialSequence, SpatialVocabulary, read_sequence
+
 from .span_grammar import SPATIAL_MODES, SpanGrammar, required_new_tokens
 
 logger = logging.get_logger(__name__)

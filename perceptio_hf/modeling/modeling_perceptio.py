@@ -15,10 +15,13 @@ from transformers.models.internvl.modeling_internvl import (
 )
 from transformers.models.sam2.modeling_sam2 import Sam2Model
 
-from ..tokens import SpatialVocabulary, read_sequence
+from perceptio_hf.tokens import SpatialVocabulary, read_sequence
+
+from .attachments import attached, needed
 from .configuration_perceptio import PerceptioConfig
 from .generation_perceptio import SpatialGenerationMixin, SpatialRecorder, count_pictures
 from .modeling_depth_vqvae import DepthVQVAE
+from .precision import without_casts_down
 
 
 @dataclass
@@ -89,6 +92,13 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
         self.mask_model.vision_encoder.requires_grad_(False)
         self.depth_model.requires_grad_(False)
 
+    def _apply(self, fn, recurse: bool = True):
+        """What `to`, `half` and `bfloat16` do to every tensor; the parts that stay float32 are moved, not cast."""
+        if recurse:
+            for name, part in self.named_children():
+                part._apply(without_casts_down(fn) if name in self._keep_in_fp32_modules_strict else fn)
+        return super()._apply(fn, recurse=False)
+
     def train(self, mode: bool = True):
         """As ever, but the frozen parts stay in evaluation mode."""
         super().train(mode)
@@ -118,9 +128,9 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
     ) -> "PerceptioForConditionalGeneration":
         """A fresh Perceptio out of a stock InternVL, a stock SAM2 and a depth codec.
 
-        Without spatial tokens it computes bit for bit what the InternVL computes. The spatial tokens have ids of rows
-        that no token uses, or of rows that are added; the new rows resemble those that are there (how, and why, says
-        `perceptio_hf.conversion.token_rows`) and every other row keeps its bits. The [SEG] projector starts at random.
+        It has the InternVL's weights, bit for bit, and without spatial tokens computes what the InternVL computes. The
+        spatial tokens have ids of rows that no token uses, or of rows that are added; the new rows resemble those that
+        are there (how, and why, says `perceptio_hf.build.token_rows`). The [SEG] projector starts at random.
         All of this is to be trained before masks and depth mean anything.
 
         Models that are given share the memory of their weights with the result, embedding and head apart, and are
@@ -144,18 +154,12 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
             ValueError: a part that cannot be read, is of another kind, damaged or incomplete, or parts that do not fit.
             ImportError: where only a copy of this file is at hand and not the package.
         """
-        try:  # transformers looks for imports outside of try when it loads a copy of this file
-            from perceptio_hf.conversion.assembly import from_components
-        except ImportError as error:
-            raise ImportError(f"from_components needs the package perceptio-hf: {error}") from error
+        from_components = needed("from_components", "from_components")
         return from_components(cls, internvl, sam2, depth_codec, processor=processor, dtype=dtype, seed=seed)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
         """The last step before an upload (transformers 5.17 to 5.23); a card that says nothing gives way to ours."""
-        try:  # transformers looks for imports outside of try when it loads a copy of this file
-            from perceptio_hf.hub.card import replace_default_card
-        except ImportError:
-            replace_default_card = None
+        replace_default_card = attached("replace_default_card")
         if replace_default_card is not None:
             replace_default_card(Path(working_dir, "README.md"), self, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)

@@ -1,7 +1,7 @@
 """Lets a saved folder carry its own code, so that `trust_remote_code=True` loads it where this package is absent.
 
 transformers copies only one flat folder of files; this package has several. `write_code` therefore writes the files
-itself, with their relative imports made flat, and fills the `auto_map` that transformers reads.
+itself, with the imports among them made flat, and fills the `auto_map` that transformers reads.
 """
 
 import os
@@ -12,11 +12,13 @@ from typing import Any
 _CODEC_FILES = (
     "modeling/configuration_depth_vqvae.py",
     "modeling/modeling_depth_vqvae.py",
+    "modeling/precision.py",
     "modeling/remote_code.py",
 )
 _FILES = (
     *_CODEC_FILES,
     "tokens.py",
+    "modeling/attachments.py",
     "modeling/configuration_perceptio.py",
     "modeling/generation_perceptio.py",
     "modeling/modeling_perceptio.py",
@@ -39,12 +41,12 @@ _AUTO_MAPS = {
     },
     "PerceptioProcessor": {"AutoProcessor": "processing_perceptio.PerceptioProcessor"},
 }
-_RELATIVE_IMPORT = re.compile(r"^(\s*from )\.+(?:\w+\.)?(\w+ import )", re.MULTILINE)
+_OWN_IMPORT = re.compile(r"^(\s*from )(?:\.|perceptio_hf\.(?:\w+\.)?)(\w+ import )", re.MULTILINE)
 
 
 def flatten_imports(source: str) -> str:
-    """Rewrite every relative import of this package to a single dot: all files travel in one folder."""
-    return _RELATIVE_IMPORT.sub(r"\1.\2", source)
+    """Rewrite every import of this package to a single dot: all files travel in one folder."""
+    return _OWN_IMPORT.sub(r"\1.\2", source)
 
 
 def write_code(saved: Any, folder: str | os.PathLike) -> None:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from ..tokens import PICTURE_MARK
+from perceptio_hf.tokens import PICTURE_MARK
 
 _TAGS = re.compile(r"</?p>")  # Sa2VA and GLaMM write <p> the cat </p> [SEG]
 _TAGGED = re.compile(r"<p>((?:(?!</?p>).)*)</p>\W*$", re.DOTALL)

@@ -15,8 +15,10 @@ from transformers import BatchFeature
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from ..modeling.remote_code import write_code
-from ..tokens import SEG_TOKEN, escape_spatial_tokens, picture_mark, spatial_tokens
+from perceptio_hf.modeling.attachments import needed
+from perceptio_hf.modeling.remote_code import write_code
+from perceptio_hf.tokens import SEG_TOKEN, escape_spatial_tokens, picture_mark, spatial_tokens
+
 from .phrases import phrases_of, without_tags
 from .pictures import load_picture
 
@@ -159,10 +161,7 @@ class PerceptioProcessor(InternVLProcessor):
                 depth tokens for another codebook, or takes a spatial token apart.
             ImportError: where only a copy of this file is at hand and not the package.
         """
-        try:  # transformers looks for imports outside of try when it loads a copy of this file
-            from perceptio_hf.conversion.processors import processor_from_components
-        except ImportError as error:
-            raise ImportError(f"from_components needs the package perceptio-hf: {error}") from error
+        processor_from_components = needed("processor_from_components", "from_components")
         return processor_from_components(cls, internvl, sam2, depth_codec)
 
     def _read_tokenizer(self, tokenizer) -> None:
@@ -294,51 +293,6 @@ class PerceptioProcessor(InternVLProcessor):
         else:
             kwargs |= options
         return super().apply_chat_template(chats if batched else chats[0], chat_template, **kwargs)
-
-    def encode_conversations(
-        self, conversations: Sequence[Sequence[dict]], masks: Sequence[np.ndarray] | None = None, **kwargs
-    ) -> BatchFeature:
-        """Training inputs: whole conversations, right-padded, with the targets of the assistant's last turn.
-
-        Args:
-            conversations: chats whose last turn is the assistant's; its spatial tokens are written out (see
-                `perceptio_hf.tokens.depth_span`).
-            masks: per conversation (n, H, W) bool, one per [SEG] of the last turn.
-
-        Returns:
-            What `__call__` returns and `labels` (-100 outside the last turn); with `masks`, `mask_labels`: a list of
-            float32 (n, H, W).
-
-        Raises:
-            ValueError: a last turn of another role; another number of [SEG] than masks (the conversation is named).
-        """
-        for index, chat in enumerate(conversations):
-            if not chat or chat[-1]["role"] != "assistant":
-                raise ValueError(f"Conversation {index} must end with the assistant's turn, which is what is learnt.")
-        common = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "padding": True}
-        inputs = self.apply_chat_template(list(conversations), padding_side="right", **common, **kwargs)
-        prompts = [list(chat[:-1]) for chat in conversations]
-        lengths = self.apply_chat_template(
-            prompts, add_generation_prompt=True, padding_side="right", **common, **kwargs
-        )["attention_mask"].sum(1)
-        labels = inputs["input_ids"].clone()
-        positions = torch.arange(labels.shape[1])
-        labels[(positions < lengths[:, None]) | (inputs["attention_mask"] == 0)] = _IGNORED_LABEL
-        inputs["labels"] = labels
-        if masks is not None:
-            inputs["mask_labels"] = self._mask_labels(labels, masks)
-        return inputs
-
-    def _mask_labels(self, labels: torch.Tensor, masks: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        counts = (labels == self.seg_token_id).sum(1).tolist()
-        if len(masks) != len(counts):
-            raise ValueError(
-                f"Got masks for {len(masks)} of {len(counts)} conversations; pass an empty array for none."
-            )
-        for index, (count, mask) in enumerate(zip(counts, masks, strict=True)):
-            if len(mask) != count:
-                raise ValueError(f"Conversation {index} has {count} [SEG] tokens but {len(mask)} masks.")
-        return [torch.as_tensor(np.asarray(mask), dtype=torch.float32) for mask in masks]
 
     def post_process_spatial(self, outputs, threshold: float | None = None) -> list[SpatialAnswer]:
         """Generated tokens with their masks and depth maps -> one `SpatialAnswer` per row.

@@ -1,1 +1,4 @@
-"""Training: the depth codebook, the objectives and the trainer."""
+"""Training for users: losses, trainer, collator, recipes, depth codec.
+
+Imports `data`, the model and what is below; never `evaluation`.
+"""

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import get_worker_info
 
-from ..data.depth_maps import DepthMap
-from ..data.samples import REASONS, LoadedSample, SampleError, load_sample, name_of
-from ..modeling.modeling_depth_vqvae import prepare_depth
-from ..processing.processing_perceptio import PerceptioProcessor
-from .conversations import IGNORED_LABEL, ConversationEncoder
+from perceptio_hf.data.depth_maps import DepthMap
+from perceptio_hf.data.samples import REASONS, LoadedSample, SampleError, load_sample, name_of
+from perceptio_hf.modeling.modeling_depth_vqvae import prepare_depth
+from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
+
+from .conversations import ConversationEncoder
+from .losses import IGNORED_LABEL
 
 _logger = logging.getLogger(__name__)
 _LOGGED = 20  # skipped samples that each process describes; all are counted

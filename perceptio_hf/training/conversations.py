@@ -3,11 +3,12 @@
 import re
 from collections.abc import Sequence
 
-from ..data.samples import SampleError
-from ..processing.processing_perceptio import PerceptioProcessor
-from ..tokens import SpatialVocabulary, read_sequence
+from perceptio_hf.data.samples import SampleError
+from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
+from perceptio_hf.tokens import SpatialVocabulary, read_sequence
 
-IGNORED_LABEL = -100
+from .losses import IGNORED_LABEL
+
 # Two characters without a meaning mark the assistant's words in the rendered text, whatever the chat template is.
 _BEGIN, _END = "\U000f5e60", "\U000f5e61"
 _MARKED = re.compile(f"{_BEGIN}(.*?){_END}", re.DOTALL)
@@ -66,9 +67,9 @@ class ConversationEncoder:
         found = [seg.picture for seg in read.segs], [span.picture for span in read.spans]
         if found != (list(mask_pictures), list(depth_pictures)):
             raise SampleError(
-                f"its [SEG] and depth spans speak of pictures {list(mask_pictures)} and {list(depth_pictures)}, but "
-                f"its tokens of {found[0]} and {found[1]}: this tokenizer joins a mark with its neighbours. Write "
-                "marks at the beginning of the response or of a line, or after a space, and a space behind them.",
+                f"its [SEG] and depth spans speak of pictures {list(mask_pictures)} and {list(depth_pictures)}, as "
+                f"token ids of {found[0]} and {found[1]}: this tokenizer joins a mark with what stands beside it. "
+                "Write marks at the beginning of the response or of a line, or after a space, and a space behind them.",
                 "picture",
             )
 

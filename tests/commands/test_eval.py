@@ -9,8 +9,8 @@ from evaluation import published_formats as formats
 from PIL import Image
 
 from perceptio_hf.commands import main
+from perceptio_hf.data.run_length import decode_mask
 from perceptio_hf.hub.card import read_results
-from perceptio_hf.run_length import decode_mask
 
 
 @pytest.fixture(scope="module")

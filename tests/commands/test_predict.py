@@ -10,7 +10,7 @@ from PIL import Image
 
 from perceptio_hf.commands import main
 from perceptio_hf.commands.predict import answer_questions, name_folders
-from perceptio_hf.run_length import decode_mask
+from perceptio_hf.data.run_length import decode_mask
 
 QUESTION = "Which object is closest?"
 

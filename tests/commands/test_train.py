@@ -11,8 +11,10 @@ from PIL import Image
 
 from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor, PerceptioSFTConfig
 from perceptio_hf.commands.main import run
+from perceptio_hf.data.keys import check_keys
 from perceptio_hf.data.sources import write_samples
-from perceptio_hf.training.recipe import check_keys, load_tasks, read_recipe, training_set
+from perceptio_hf.data.tasks import load_tasks
+from perceptio_hf.training.recipe import read_recipe, training_set
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -180,7 +182,7 @@ def test_a_bad_sample_is_named(tmp_path, recipe, samples, fails, capsys):
 
 
 def test_tiny_recipes_still_train_from_scratch(tmp_path, monkeypatch, fails):
-    from perceptio_hf.training import tiny
+    from perceptio_hf.lab.lessons import stages as tiny
 
     called = []
     monkeypatch.setattr(tiny.TinyRecipe, "read", classmethod(lambda cls, path: path))

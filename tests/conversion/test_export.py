@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer, InternVLForCon
 import perceptio_hf
 from perceptio_hf import PerceptioProcessor
 from perceptio_hf.conversion.export import export_internvl
-from perceptio_hf.evaluation.scenes import encode_items, held_out_items
+from perceptio_hf.lab.held_out import encode_items, held_out_items
 from perceptio_hf.tokens import depth_span, spatial_tokens
 
 STOCK = """

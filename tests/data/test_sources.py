@@ -15,9 +15,9 @@ from PIL import Image
 
 from perceptio_hf.data.rows import as_rows, dataset_of, sample_features
 from perceptio_hf.data.sources import depth_folder, load_samples, write_samples
-from perceptio_hf.data.world import HELD_OUT_SEED
 from perceptio_hf.data.world_samples import WORLD_TASKS, iter_world_samples, world_dataset
 from perceptio_hf.training.collator import PerceptioDataCollator
+from perceptio_hf.world import HELD_OUT_SEED
 
 datasets.disable_progress_bars()
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from perceptio_hf.evaluation.depth_metrics import mean_depth_metrics
-from perceptio_hf.evaluation.multiple_choice import multiple_choice_accuracy
-from perceptio_hf.evaluation.relative_depth import relative_depth_accuracy
-from perceptio_hf.evaluation.segmentation_metrics import referring_segmentation
-from perceptio_hf.run_length import encode_mask, read_counts
+from perceptio_hf.data.run_length import encode_mask, read_counts
+from perceptio_hf.evaluation.metrics.depth import mean_depth_metrics
+from perceptio_hf.evaluation.metrics.multiple_choice import multiple_choice_accuracy
+from perceptio_hf.evaluation.metrics.relative_depth import relative_depth_accuracy
+from perceptio_hf.evaluation.metrics.segmentation import referring_segmentation
 
 evaluate = pytest.importorskip("evaluate", reason="evaluate comes with the extra eval")
 
@@ -181,7 +181,7 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch, tmp_pat
 
 
 def test_the_page_without_gradio_says_what_to_install(monkeypatch):
-    from perceptio_hf.evaluation.metric_widget import metric_interface
+    from perceptio_hf.evaluation.metrics.widget import metric_interface
 
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ImportError, match=re.escape("pip install 'perceptio-hf[app,eval]'")):
@@ -192,7 +192,7 @@ def test_the_page_computes():
     pytest.importorskip("gradio", reason="gradio comes with the extra app")
     import json
 
-    from perceptio_hf.evaluation.metric_widget import metric_interface
+    from perceptio_hf.evaluation.metrics.widget import metric_interface
 
     example = runpy.run_path(str(METRICS / "depth_estimation" / "app.py"))["EXAMPLE"]
     page = metric_interface(METRICS / "depth_estimation", example)

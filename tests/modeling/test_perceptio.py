@@ -95,10 +95,13 @@ def test_masks_in_training_have_gradients_where_they_should(processor):
     model = random_model(processor).train()
     assert not model.mask_model.vision_encoder.training and not model.depth_model.training
     turn = {"role": "assistant", "content": "[SEG] There."}
-    inputs = processor.encode_conversations([[*chat(picture()), turn], [*chat(picture(seed=1)), turn]])
+    chats = [[*chat(picture()), turn], [*chat(picture(seed=1)), turn]]
+    inputs = processor.apply_chat_template(
+        chats, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
+    )
     sizes = inputs.pop("original_sizes")
     assert sizes.tolist() == [[40, 48]] * 2
-    out = model(**inputs)
+    out = model(**inputs, labels=inputs["input_ids"])
     assert out.mask_logits.shape == (2, *model.mask_size)
     (out.loss + out.mask_logits.square().mean() + out.mask_scores.sum()).backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}

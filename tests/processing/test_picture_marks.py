@@ -9,8 +9,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from perceptio_hf import PerceptioConfig
+from perceptio_hf.lab.lessons.model import tiny_processor
 from perceptio_hf.tokens import SpatialVocabulary, picture_mark, read_sequence
-from perceptio_hf.training.tiny_model import tiny_processor
 
 CORPUS = [
     *[f"Image-{number}: the cat\nImage-{number}:\nIn Image-{number}: it is" for number in range(1, 40)],

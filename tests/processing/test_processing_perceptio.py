@@ -125,25 +125,6 @@ def test_spatial_tokens_of_the_assistant_are_tokens(processor):
     )
 
 
-def test_training_targets(processor):
-    chats = [
-        [*chat(picture(), text="Where?"), {"role": "assistant", "content": "[SEG] There it is."}],
-        [*chat(picture(), text="How deep is it, and why?"), {"role": "assistant", "content": depth_span([2] * 16)}],
-    ]
-    masks = [np.ones((1, 40, 48), bool), np.zeros((0, 40, 48), bool)]
-    batch = processor.encode_conversations(chats, masks)
-    for row, (messages, labels) in enumerate(zip(chats, batch.labels, strict=True)):
-        target = processor.tokenizer.decode(labels[labels != -100])
-        assert target == messages[-1]["content"] + "<|im_end|>\n", row
-        assert torch.equal(labels[labels != -100], batch.input_ids[row][labels != -100])
-    assert [tuple(mask.shape) for mask in batch.mask_labels] == [(1, 40, 48), (0, 40, 48)]
-    assert batch.attention_mask[:, 0].tolist() == [1, 1]  # padded on the right
-    with pytest.raises(ValueError, match=r"Conversation 1 has 0 \[SEG\] tokens but 1 masks"):
-        processor.encode_conversations(chats, [masks[0], masks[0]])
-    with pytest.raises(ValueError, match="Conversation 0 must end with the assistant"):
-        processor.encode_conversations([chats[0][:1]])
-
-
 def test_bad_requests(processor, model, tmp_path):
     (tmp_path / "words.txt").write_text("no picture")
     cases = [

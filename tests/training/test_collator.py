@@ -12,13 +12,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
+from perceptio_hf.data.run_length import encode_mask
 from perceptio_hf.data.samples import REASONS, SampleError
 from perceptio_hf.data.world_samples import WORLD_TASKS, iter_world_samples, world_dataset
-from perceptio_hf.run_length import encode_mask
+from perceptio_hf.lab.lessons.model import tiny_processor
 from perceptio_hf.tokens import depth_span, read_sequence
 from perceptio_hf.training.collator import PerceptioDataCollator
 from perceptio_hf.training.losses import loss_counts
-from perceptio_hf.training.tiny_model import tiny_processor
 
 SPAN = "<DEPTH_START><DEPTH_END>"
 # As InternVL's checkpoints have it: no generation markers.

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from perceptio_hf import PerceptioForConditionalGeneration, PerceptioSFTTrainer
 from perceptio_hf.commands.train import _fine_tune
 from perceptio_hf.training.lora import MODULES_TO_SAVE, block_layers, lora_config
-from perceptio_hf.training.recipe import load_tasks, read_recipe, training_set
+from perceptio_hf.training.recipe import read_recipe, training_set
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 UNUSED = (".pred_obj_score_head.", ".output_hypernetworks_mlps.")  # of the mask decoder: videos, and further masks
@@ -298,27 +298,3 @@ def test_the_guide_runs(tmp_path, monkeypatch):
         exec(code, names)
     assert (tmp_path / "runs/lora/checkpoint/adapter_config.json").is_file()
     load(tmp_path / "runs/lora/merged")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"take_every": 11}, r"Task 1 \(rooms\): take_every is 11; expected a whole number from 2 to 10"),
-        (
-            {"take_every": 5, "leave_out_every": 5},
-            r"Task 1 \(rooms\): take_every and leave_out_every are for one of two",
-        ),
-        ({"variants": 0}, r"Task 1 \(rooms\): variants is 0; expected a whole number of 1 or more"),
-        ({"take_evry": 5}, r"Task 1 \(rooms\): unknown key 'take_evry'; did you mean take_every"),
-    ],
-)
-def test_a_part_or_variants_that_cannot_be_are_said(rooms, changes, message):
-    task = {"depth_folder": str(rooms), "unit": "mm", "depths": "*.depth.npy"}
-    with pytest.raises(ValueError, match=message):
-        load_tasks([task | changes])
-
-
-def test_parts_are_taken_before_variants_are_made(rooms):
-    task = {"depth_folder": "rooms", "unit": "mm", "depths": "*.depth.npy", "take_every": 5, "variants": 3}
-    datasets, _ = load_tasks([task], str(rooms.parent))
-    assert [name.partition(",")[0] for name in datasets["rooms"]["id"]] == ["4", "9", "4", "4", "4", "9", "9", "9"]

@@ -11,8 +11,8 @@ from helpers import random_model
 from PIL import Image
 
 from perceptio_hf import PerceptioSFTTrainer
-from perceptio_hf.training.loss_labels import loss_counts
 from perceptio_hf.training.losses import PARTS, composite_loss
+from perceptio_hf.training.losses.labels import loss_counts
 
 
 @pytest.fixture(scope="module")
