@@ -301,6 +301,6 @@ def grey_values(picture: Image.Image) -> np.ndarray:
         if (colour[..., 3] == 255).all() and (colour[..., :3] == colour[..., :1]).all():
             return colour[..., 0]
     raise ValueError(
-        f"a picture of mode {picture.mode}{' with 16 bits' if ';16' in kind else ''}; depth is one grey channel of 8 or "
-        "16 bits or floats (or three equal ones of 8 bits), not colour."
+        f"a picture of mode {picture.mode}{' with 16 bits' if ';16' in kind else ''}; depth is one grey channel of 8 "
+        "or 16 bits or floats (or three equal ones of 8 bits), not colour."
     )
