@@ -114,14 +114,19 @@ def _row(sample: Any, place: str, folder: Path) -> dict[str, Any]:
     for key in _FILE_KEYS:
         if sample.get(key) is not None:
             sample[key] = _located(sample[key], folder)
-    for message in sample.get("messages") or ():
-        for part in (message.get("content") or ()) if isinstance(message, dict) else ():
-            if isinstance(part, dict):
-                part |= {key: _located(part[key], folder) for key in PART_KEYS if key in part and key != "base64"}
+    for part in _parts(sample.get("messages")):
+        part |= {key: _located(part[key], folder) for key in PART_KEYS if key in part and key != "base64"}
     try:
         return to_row({"id": place, **sample})
     except ValueError as error:
         raise ValueError(f"{place}: {error}" if sample.get("id") is not None else str(error)) from None
+
+
+def _parts(messages: Any) -> Iterator[dict]:
+    """The parts of messages, as far as these have the form of messages."""
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        yield from (part for part in content if isinstance(part, dict)) if isinstance(content, list) else ()
 
 
 def _located(value: Any, folder: Path) -> Any:

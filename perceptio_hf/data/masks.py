@@ -115,9 +115,7 @@ def mask_of_picture(picture: Image.Image) -> np.ndarray:
 
 
 def _mask_of_lossy(values: np.ndarray) -> np.ndarray:
-    """JPEG and its like blur 0 and 255, but not beyond telling; smaller labels drown."""
-    if not values.any():
-        return np.zeros(values.shape, bool)
+    """JPEG and its like blur 0 and 255, but not beyond telling; smaller labels drown, some without a trace."""
     if values.max() < _BRIGHT or ((values > _DARK) & (values < _BRIGHT)).any():
         raise ValueError("it was stored with loss (JPEG?), and its values can no longer be told apart; give a PNG")
     return values >= _BRIGHT

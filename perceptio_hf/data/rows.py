@@ -8,7 +8,7 @@ import functools
 import io
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from types import ModuleType
+from types import ModuleType, NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -244,7 +244,10 @@ def _file(source: Any) -> dict[str, Any]:
     """A picture as {"bytes", "path"}."""
     source = local(source)
     if isinstance(source, Mapping):
-        return {"bytes": source.get("bytes"), "path": source.get("path")}
+        data, path = source.get("bytes"), source.get("path")
+        if not isinstance(data, (bytes, NoneType)) or not isinstance(path, (str, NoneType)):
+            raise ValueError(f"a file is {{'bytes': ...}} or {{'path': ...}}, not {str(source)[:60]}.")
+        return {"bytes": data, "path": path}
     if isinstance(source, bytes):
         return {"bytes": source, "path": None}
     if isinstance(source, (str, os.PathLike)):
