@@ -102,6 +102,8 @@ def check_message(message: Any) -> tuple[str, str | Sequence]:
     if not role or not isinstance(role, str) or not isinstance(content, (str, list, tuple)):
         raise ValueError(f"a message is {{'role': ..., 'content': ...}}, not {str(message)[:80]}.")
     unknown = [key for key, value in message.items() if key not in ("role", "content") and value is not None]
+    if isinstance(content, str):
+        _check_text(content)
     if unknown:
         raise ValueError(f"a message has the unknown key {unknown[0]!r}; it has `role` and `content`. Leave it out.")
     return role, content
@@ -118,7 +120,16 @@ def read_part(part: Any) -> dict:
     is_text = kind == "text" and isinstance(given.get("text"), str) and len(given) == 2
     if not is_text and (kind != "image" or len(given) > 2 or set(given) - {"type", *PART_KEYS}):
         raise ValueError(f"a part of a message is a text or an image, not {str(part)[:80]}.")
+    if is_text:
+        _check_text(given["text"])
     return given
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"a text holds half a character, {text.encode('ascii', 'backslashreplace')[:60]!r}.") from None
 
 
 def picture_of(part: Mapping[str, Any]) -> Any:

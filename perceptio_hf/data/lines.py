@@ -21,7 +21,7 @@ Shard = tuple[str, str, int, int, int]  # file, folder of its pictures, first by
 MOST_IN_MEMORY = 1 << 24  # bytes of a file that is not worth a copy on disk
 _FILE_KEYS = ("images", "image", "masks", "depth", "depth_valid")
 _SCHEMES = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
-_CHUNK, _MOST_ITEM = 1 << 20, 1 << 28  # characters
+_HEAD, _CHUNK, _MOST_ITEM = 1 << 12, 1 << 20, 1 << 28  # characters
 _BETWEEN = re.compile(r"[\s,]*")
 _STAMP = b"perceptio_hf"
 
@@ -29,7 +29,7 @@ _STAMP = b"perceptio_hf"
 def is_array(file: Path) -> bool:
     """Whether a file holds one JSON array, as LLaVA's do, instead of one sample per line."""
     with open(file, "rb") as data:
-        return data.read(1 << 12).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        return data.read(_HEAD).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def shards_of(file: Path, folder: Path, most: int) -> list[Shard]:
@@ -83,7 +83,7 @@ def _items(file: Path) -> Iterator[Any]:
     decoder, number = json.JSONDecoder(), 0
     try:
         with open(file, encoding="utf-8-sig") as text:
-            read = text.read(_CHUNK)
+            read = text.read(max(_CHUNK, _HEAD))
             place = read.index("[") + 1
             while True:
                 place = _BETWEEN.match(read, place).end()

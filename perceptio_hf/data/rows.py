@@ -86,7 +86,7 @@ def to_row(sample: Mapping[str, Any]) -> dict[str, Any]:
             "depth": [_depth_file(depth) for depth in as_list(whole.get("depth"))],
             "depth_unit": whole.get("depth_unit"),
             "depth_valid": [_mask(mask) for mask in as_list(whole.get("depth_valid"))],
-            "depth_codes": as_code_lists(whole.get("depth_codes")),
+            "depth_codes": [_whole(codes) for codes in as_code_lists(whole.get("depth_codes"))],
             "task": whole.get("task"),
             "id": None if whole.get("id") is None else str(whole["id"]),
         }
@@ -261,6 +261,14 @@ def _file(source: Any) -> dict[str, Any]:
     return {"bytes": file.getvalue(), "path": None}
 
 
+def _whole(numbers: Iterable[Any]) -> list[int]:
+    """Numbers as `int`; pyarrow would cut 1.5 to 1."""
+    wrong = [number for number in numbers if int(number) != number]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} is no whole number")
+    return [int(number) for number in numbers]
+
+
 def _depth_file(source: Any) -> dict[str, Any]:
     """A depth map as {"bytes", "path"}; arrays and pictures in memory are encoded as .npy."""
     if isinstance(source, (Mapping, bytes, str, os.PathLike)):
@@ -277,9 +285,9 @@ def _mask(source: Any) -> dict[str, Any]:
     if isinstance(source, Mapping) and source.get("counts") is not None:
         counts = source["counts"]
         if isinstance(counts, (list, tuple, np.ndarray)):
-            counts = compress_counts([int(count) for count in counts])
+            counts = compress_counts(_whole(counts))
         counts = counts if isinstance(counts, str) else counts.decode("ascii")
-        return empty | {"size": [int(side) for side in source["size"]], "counts": counts}
+        return empty | {"size": _whole(source["size"]), "counts": counts}
     if isinstance(source, Mapping) and source.get("polygons") is not None:
         source = source["polygons"]
     if isinstance(source, (list, tuple)):
