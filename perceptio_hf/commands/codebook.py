@@ -113,7 +113,7 @@ def evaluate(
 @app.command()
 def encode(
     codec: Codec,
-    files: Annotated[list[Path], typer.Argument(help="Depth maps: .png, .npy, .npz.", show_default=False)],
+    files: Annotated[list[Path], typer.Argument(help="Depth maps: .png, .tif, .npy, .npz.", show_default=False)],
     unit: UnitOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for codes.json and what the codes decode to, as 16-bit PNG.")

@@ -39,6 +39,16 @@ from perceptio_hf.tokens import (
 
 from .depth_maps import DepthMap
 from .encoded import as_code_lists, as_list, load_depth, load_mask, open_encoded
+from .form import (
+    CONVERSATIONS,
+    PART_KEYS,
+    PICTURE_TOKEN,
+    as_sample,
+    check_message,
+    picture_of,
+    read_part,
+    split_at_pictures,
+)
 from .run_length import RunLengths
 
 REASONS = ("conversation", "picture", "masks", "depth", "codes", "length")  # why a sample can be unusable
@@ -51,17 +61,19 @@ _TRANSPOSED = 0.05  # relative difference of side ratios up to which a depth map
 
 
 class Sample(TypedDict, total=False):
-    """What a sample may hold; only `messages` is needed. A value of None counts as absent.
+    """What a sample may hold; only `messages` is needed. A value of None counts as absent; any other key is an error.
 
-    images: pictures in reading order: paths, PIL, uint8 arrays (H, W, 3), encoded bytes, or what `datasets.Image`
-        gives.
-    messages: the chat. `content` is a string, or parts {"type": "text", "text": ...} and {"type": "image"}; where no
-        part is a picture, all pictures come before the first words of the user. Every turn of the assistant is learnt;
-        in it ``[SEG]`` and ``<DEPTH_START><DEPTH_END>`` (an empty span, at most one per picture) are spatial tokens,
-        and ``Image-2:`` says that those behind it speak of the second picture (the rule: `perceptio_hf.tokens`).
-    masks: one per ``[SEG]`` in reading order, of its picture's size: COCO run lengths, or a path, an array (H, W) or a
-        grey picture, where 0 is outside.
-    depth: one depth map for each empty span (a list where there are several): a path (.png, .npy, .npz), an array
+    images: pictures in reading order: paths, data: URLs, PIL, uint8 arrays (H, W, 3), encoded bytes, or what
+        `datasets.Image` gives.
+    messages: the chat. `content` is a string, or parts {"type": "text", "text": ...} and {"type": "image"}; ``<image>``
+        in a text is the place of a picture too. Where there is no place, all pictures come before the first words of
+        the user. Every turn of the assistant is learnt; in it ``[SEG]`` and ``<DEPTH_START><DEPTH_END>`` (an empty
+        span, at most one per picture) are spatial tokens, and ``Image-2:`` says that those behind it speak of the
+        second picture (the rule: `perceptio_hf.tokens`).
+    masks: one per ``[SEG]`` in reading order, of its picture's size: COCO run lengths or polygons, or a path, an array
+        (H, W) or a grey picture, where 0 is outside. Floats up to 1 are probabilities. What could be meant in two ways
+        is an error.
+    depth: one depth map for each empty span (a list where there are several): a path (.png, .tif, .npy, .npz), an array
         (H, W) or a grey picture.
     depth_unit: what the numbers of `depth` are: "mm", "m", "disparity" or "relative".
     depth_valid: like one of `masks`; outside where `depth` has no reading.
@@ -83,6 +95,9 @@ class Sample(TypedDict, total=False):
     depth_pictures: list[int]
     task: str
     id: str
+
+
+SAMPLE_KEYS = tuple(Sample.__annotations__)
 
 
 class SampleError(ValueError):
@@ -129,8 +144,9 @@ def load_sample(
     """
     try:
         return _load(sample, num_depth_tokens, num_depth_codes)
-    except SampleError as error:
-        raise SampleError(f"Sample {name_of(sample, position)}: {error}", error.reason) from None
+    except ValueError as error:
+        reason = error.reason if isinstance(error, SampleError) else "conversation"
+        raise SampleError(f"Sample {name_of(sample, position)}: {error}", reason) from None
 
 
 def check_sample(sample: Mapping[str, Any], *, num_depth_tokens: int = 100, num_depth_codes: int = 128) -> None:
@@ -145,20 +161,22 @@ def name_of(sample: Mapping[str, Any], position: int | None = None) -> str:
     if sample.get("id") is not None:
         return repr(sample["id"])
     place = [] if position is None else [f"number {position} of its batch"]
-    images = sample.get("images")
-    first = images[0] if isinstance(images, (list, tuple)) and images else None
+    images = sample.get("images", sample.get("image"))
+    first = images[0] if isinstance(images, (list, tuple)) and images else images
     path = first.get("path") if isinstance(first, Mapping) else first
-    file = [os.fspath(path)] if isinstance(path, (str, os.PathLike)) else []
-    words = re.search(r"'(?:content|text)': '([^']{1,40})", str(sample.get("messages", ""))[:2000])
+    file = [os.fspath(path)[:200]] if isinstance(path, (str, os.PathLike)) else []
+    said = str(sample.get("messages", sample.get(CONVERSATIONS, "")))[:2000]
+    words = re.search(r"'(?:content|text|value)': '([^']{1,40})", said)
     return " ".join([*place, "(" + ", ".join([*file, *([repr(words[1])] if words else [])]) + ")"])
 
 
 def _load(sample: Mapping[str, Any], num_depth_tokens: int, num_depth_codes: int) -> LoadedSample:
     if not isinstance(sample, Mapping):
         raise SampleError(f"it is a {type(sample).__name__}; a sample is a dict with `messages` and `images`.")
+    sample = as_sample(sample, SAMPLE_KEYS)
     messages = _messages(sample.get("messages"))
     sources = _picture_sources(sample, messages)
-    depths, codes = _depth_of(sample), as_code_lists(sample.get("depth_codes"))
+    depths, codes = _depth_of(sample), _codes_of(sample)
     if depths and codes:
         raise SampleError("it has both `depth` and `depth_codes`; give one of them.", "depth")
     given: list[DepthMap | list[int]] = [*depths, *codes]
@@ -183,24 +201,19 @@ def _messages(value: Any) -> list[dict]:
 
 def _message(message: Mapping[str, Any]) -> dict:
     """A copy whose content is a list of parts; what the assistant says is one part."""
-    if not isinstance(message, Mapping) or not message.get("role") or message.get("content") is None:
-        raise SampleError(f"a message is {{'role': ..., 'content': ...}}, not {str(message)[:80]}.")
-    content = message["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else [_part(part) for part in content]
-    if message["role"] == "assistant":
-        if any(part["type"] != "text" for part in parts):
+    role, content = check_message(message)
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else [read_part(part) for part in content]
+    if role == "assistant":
+        if any(part["type"] != "text" or PICTURE_TOKEN in part["text"] for part in parts):
             raise SampleError("the assistant's turn holds a picture; pictures belong to the user's turns.")
         parts = [{"type": "text", "text": "".join(part["text"] for part in parts)}]
         if not parts[0]["text"].strip():
             raise SampleError("a turn of the assistant has no words; there is nothing to learn.")
-    return {"role": message["role"], "content": parts}
-
-
-def _part(part: Mapping[str, Any]) -> dict:
-    part = {key: value for key, value in part.items() if value is not None}  # columns fill gaps with None
-    if part.get("type") not in ("text", "image") or (part["type"] == "text" and not isinstance(part.get("text"), str)):
-        raise SampleError(f"a part of a message is a text or an image, not {str(part)[:80]}.")
-    return part
+    else:
+        parts = [
+            piece for part in parts for piece in (split_at_pictures(part["text"]) if "text" in part else [dict(part)])
+        ]
+    return {"role": role, "content": parts}
 
 
 def _picture_sources(sample: Mapping[str, Any], messages: list[dict]) -> list:
@@ -209,7 +222,10 @@ def _picture_sources(sample: Mapping[str, Any], messages: list[dict]) -> list:
         raise SampleError("it has no turn of the assistant, which is what is learnt; add one to `messages`.")
     sources = as_list(sample.get("images"))
     places = [part for message in messages for part in message["content"] if part["type"] == "image"]
-    named = [part.pop(key) for part in places for key in ("image", "path", "url") if key in part]
+    named = [picture for part in places if (picture := picture_of(part)) is not None]
+    for part in places:
+        for key in PART_KEYS:
+            part.pop(key, None)
     if not sources:
         sources = named
     elif named:
@@ -221,7 +237,9 @@ def _picture_sources(sample: Mapping[str, Any], messages: list[dict]) -> list:
         user["content"][:0] = places = [{"type": "image"} for _ in sources]
     if len(places) != len(sources):
         raise SampleError(
-            f"its messages show {len(places)} pictures, but {len(sources)} are given; give one for each.", "picture"
+            f"its messages show {len(places)} pictures (parts, or {PICTURE_TOKEN}), but {len(sources)} are given; "
+            "give one for each.",
+            "picture",
         )
     return sources
 
@@ -229,8 +247,8 @@ def _picture_sources(sample: Mapping[str, Any], messages: list[dict]) -> list:
 def _picture(source: Any) -> Image.Image:
     try:
         return load_picture(open_encoded(source))
-    except ValueError as error:
-        raise SampleError(str(error), "picture") from None
+    except Exception as error:  # whatever a file or a value makes Pillow or numpy raise is an error of this sample
+        raise SampleError(str(error) or type(error).__name__, "picture") from None
 
 
 def _depth_of(sample: Mapping[str, Any]) -> list[DepthMap]:
@@ -244,11 +262,18 @@ def _depth_of(sample: Mapping[str, Any]) -> list[DepthMap]:
     return [_depth(source, unit, valid) for source, valid in zip(sources, valids or [None] * len(sources), strict=True)]
 
 
+def _codes_of(sample: Mapping[str, Any]) -> list[list[int]]:
+    try:
+        return as_code_lists(sample.get("depth_codes"))
+    except (TypeError, ValueError):
+        raise SampleError(f"its `depth_codes` are {str(sample['depth_codes'])[:40]!r}, no list.", "codes") from None
+
+
 def _depth(source: Any, unit: str, valid: Any) -> DepthMap:
     try:
         return load_depth(source, unit, None if valid is None else load_mask(valid))
-    except (ValueError, OSError, SyntaxError) as error:
-        raise SampleError(f"its depth cannot be used: {error}", "depth") from None
+    except Exception as error:  # as for pictures
+        raise SampleError(f"its depth cannot be used: {error or type(error).__name__}", "depth") from None
 
 
 def _check_orientation(depth: DepthMap, picture: Image.Image) -> None:
@@ -340,12 +365,12 @@ def _mask(source: Any, index: int, picture: Image.Image, which: str) -> np.ndarr
         # The size that run lengths claim is looked at first: decoding would take as much memory as it says.
         claimed = source.get("size") if isinstance(source, Mapping) else None
         size = tuple(claimed) if claimed is not None else wanted
-        mask = load_mask(source) if size == wanted else None
+        mask = load_mask(source, wanted) if size == wanted else None
         size = size if mask is None else mask.shape
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # as for pictures
         raise SampleError(
-            f"mask {index} cannot be read ({error}); give COCO run lengths {{'size': [height, width], 'counts': ...}} "
-            "or a grey picture.",
+            f"mask {index} cannot be read ({error or type(error).__name__}); give COCO run lengths "
+            "{'size': [height, width], 'counts': ...}, its polygons, or a grey picture.",
             "masks",
         ) from None
     if mask is None or size != wanted:

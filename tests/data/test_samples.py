@@ -247,7 +247,7 @@ BAD = [
     (
         sample(asked=[{"type": "image"}, {"type": "image"}, {"type": "text", "text": "?"}]),
         "picture",
-        "show 2 pictures, but 1 are given",
+        "show 2 pictures .parts, or <image>., but 1 are given",
     ),
     (
         {"messages": [{"role": "assistant", "content": [{"type": "image"}]}]},

@@ -269,6 +269,46 @@ def test_mistakes_get_one_line_and_exit_code_2(folder, capsys, arguments, messag
 
 
 @pytest.mark.parametrize(
+    "kind", ["flipped.npz", "cut.npz", "claims.npy", "pickle.npy", "cut.png", "cut.tif", "huge.tif"]
+)
+def test_damaged_depth_files_get_one_line(folder, capsys, tmp_path, kind):
+    file = tmp_path / kind
+    depth = np.random.default_rng(0).random((40, 40)).astype(np.float32) + 1
+    if kind.endswith("npz"):
+        np.savez_compressed(file, depth)
+    elif kind == "pickle.npy":
+        np.save(file, np.array([[{}]], dtype=object), allow_pickle=True)
+    elif kind == "claims.npy":
+        header = "{'descr': '<f8', 'fortran_order': False, 'shape': (1000000, 1000000), }".ljust(117) + "\n"
+        file.write_bytes(b"\x93NUMPY\x01\x00v\x00" + header.encode() + bytes(8000))
+    else:
+        picture = Image.fromarray(depth) if kind.endswith("tif") else Image.fromarray((depth * 100).astype(np.uint8))
+        picture.save(file)
+    data = bytearray(file.read_bytes())
+    if kind.startswith("cut"):
+        data = data[: len(data) // 2]
+    elif kind.startswith("flipped"):
+        data[3000] ^= 8
+    elif kind == "huge.tif":  # its header claims 65,000 rows and columns
+        first = int.from_bytes(data[4:8], "little")
+        for entry in range(first + 2, first + 2 + 12 * int.from_bytes(data[first : first + 2], "little"), 12):
+            if int.from_bytes(data[entry : entry + 2], "little") in (256, 257):  # width and height
+                data[entry + 8 : entry + 10] = (65000).to_bytes(2, "little")
+    file.write_bytes(data)
+    codec = str(folder / "codec")
+    given = ["--unit", "m", "--data", str(tmp_path)]
+    for arguments in (
+        ["encode", codec, str(file), "--unit", "m"],
+        ["eval", codec, *given],
+        ["train", "--out", str(tmp_path / "new"), "--steps", "1", *given],
+    ):
+        assert run(["codebook", *arguments]) == 2
+        error = capsys.readouterr().err
+        lines = [line for line in error.splitlines() if line.startswith("perceptio: ")]
+        assert len(lines) == 1 and kind in lines[0] and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
     ("recipe", "message"),
     [
         ({"stepps": 3}, "stepps"),

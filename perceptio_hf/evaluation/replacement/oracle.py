@@ -67,8 +67,8 @@ def _folder_oracle(folder: Path, unit: str | None, samples: list[Sample]) -> Dep
 
 
 def _depth_path(folder: Path, sample: Sample, *, alone: bool) -> Path:
-    """FOLDER/SET/NAME.png (or .npy, .npz) for a picture SET/NAME.jpg, FOLDER/NAME.png where no two pictures share NAME,
-    or FOLDER/ID.png."""
+    """FOLDER/SET/NAME.png (or .tif, .npy, .npz) for a picture SET/NAME.jpg, FOLDER/NAME.png where no two pictures share
+    NAME, or FOLDER/ID.png."""
     picture = Path(sample.picture.name)
     stems = [folder / picture.parent.name / picture.stem] + [folder / picture.stem] * alone + [folder / sample.id]
     places = list(dict.fromkeys(stem.with_name(stem.name + suffix) for stem in stems for suffix in SUFFIXES))
