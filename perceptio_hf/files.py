@@ -131,7 +131,7 @@ _held: dict[tuple[int, str], int] = {}  # (process, folder) -> how often it is h
 
 
 @contextmanager
-def in_use(folder: str | os.PathLike, doing: str) -> Iterator[None]:
+def in_use(folder: str | os.PathLike, doing: str, *, patience: float = 0.0) -> Iterator[None]:
     """Hold a folder for this process; whoever else asks for it meanwhile is told who has it.
 
     The operating system gives it back when the process ends, however it ends. Within the process, which may ask again,
@@ -140,6 +140,7 @@ def in_use(folder: str | os.PathLike, doing: str) -> Iterator[None]:
     Args:
         folder: Made where it is missing.
         doing: What the others read, e.g. "training".
+        patience: Seconds to wait for another process.
 
     Raises:
         ValueError: Another process has it; named are its id, its machine, and since when.
@@ -149,7 +150,7 @@ def in_use(folder: str | os.PathLike, doing: str) -> Iterator[None]:
     key = (os.getpid(), folder)
     if not _held.get(key):
         os.makedirs(folder, exist_ok=True)
-        file = _locked(Path(folder, _IN_USE), doing)
+        file = _locked(Path(folder, _IN_USE), doing, time.monotonic() + patience)
     else:
         file = None
     _held[key] = _held.get(key, 0) + 1
@@ -162,8 +163,8 @@ def in_use(folder: str | os.PathLike, doing: str) -> Iterator[None]:
             file.close()
 
 
-def _locked(path: Path, doing: str) -> TextIO | None:
-    """The open file that holds the lock, None where there are no locks."""
+def _locked(path: Path, doing: str, deadline: float) -> TextIO | None:
+    """The open file that holds the lock, None where there are no locks. The deadline is one of `time.monotonic`."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -176,6 +177,9 @@ def _locked(path: Path, doing: str) -> TextIO | None:
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
+            if time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
             raise ValueError(
                 f"{path.parent} is in use by {holder}. Wait for it, stop it, or name another folder."
             ) from None
