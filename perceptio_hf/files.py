@@ -6,7 +6,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -157,7 +157,7 @@ def in_use(folder: str | os.PathLike, doing: str, *, patience: float = 0.0) -> I
     and on file systems or systems without such locks, nothing is refused.
 
     Args:
-        folder: Made where it is missing.
+        folder: Made where it is missing, and removed again where nothing came into it.
         doing: What the others read, e.g. "training".
         patience: Seconds to wait for another process.
 
@@ -167,8 +167,8 @@ def in_use(folder: str | os.PathLike, doing: str, *, patience: float = 0.0) -> I
     """
     folder = os.path.realpath(folder)
     key = (os.getpid(), folder)
+    made = not os.path.exists(folder)
     if not _held.get(key):
-        os.makedirs(folder, exist_ok=True)
         file = _locked(Path(folder, _IN_USE), doing, time.monotonic() + patience)
     else:
         file = None
@@ -180,6 +180,9 @@ def in_use(folder: str | os.PathLike, doing: str, *, patience: float = 0.0) -> I
         if file is not None:
             Path(folder, _IN_USE).unlink(missing_ok=True)  # before it is given back: whoever waits looks again
             file.close()
+        if made:
+            with suppress(OSError):  # it holds something
+                os.rmdir(folder)
 
 
 def _locked(path: Path, doing: str, deadline: float) -> TextIO | None:
@@ -187,9 +190,14 @@ def _locked(path: Path, doing: str, deadline: float) -> TextIO | None:
     try:
         import fcntl
     except ImportError:  # Windows
+        path.parent.mkdir(parents=True, exist_ok=True)
         return None
     while True:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closing it gives the lock back)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closing it gives the lock back)
+        except FileNotFoundError:  # somebody who has made the folder has just removed it again
+            continue
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
