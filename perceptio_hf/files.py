@@ -168,10 +168,8 @@ def in_use(folder: str | os.PathLike, doing: str, *, patience: float = 0.0) -> I
     folder = os.path.realpath(folder)
     key = (os.getpid(), folder)
     made = not os.path.exists(folder)
-    if not _held.get(key):
-        file = _locked(Path(folder, _IN_USE), doing, time.monotonic() + patience)
-    else:
-        file = None
+    deadline = time.monotonic() + patience
+    file = None if _held.get(key) else _locked(Path(folder, _IN_USE), doing, deadline)
     _held[key] = _held.get(key, 0) + 1
     try:
         yield
