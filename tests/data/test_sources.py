@@ -16,6 +16,7 @@ from PIL import Image
 from perceptio_hf.data.rows import as_rows, dataset_of, sample_features
 from perceptio_hf.data.sources import depth_folder, load_samples, write_samples
 from perceptio_hf.data.world_samples import WORLD_TASKS, iter_world_samples, world_dataset
+from perceptio_hf.extras import how_to_install
 from perceptio_hf.training.collator import PerceptioDataCollator
 from perceptio_hf.world import HELD_OUT_SEED
 
@@ -190,7 +191,7 @@ def test_the_world_refuses():
 
 def test_without_datasets_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"perceptio-hf\[train\]"):
+    with pytest.raises(ImportError, match=re.escape(how_to_install("train"))):
         load_samples(tmp_path)
 
 
