@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perceptio_hf.files import new_folder
 from perceptio_hf.tokens import DEPTH_END_TOKEN, DEPTH_START_TOKEN
 from perceptio_hf.world.questions import DEPTH_QUESTIONS
 

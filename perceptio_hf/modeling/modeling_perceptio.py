@@ -80,7 +80,8 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
     config: PerceptioConfig
     config_class = PerceptioConfig
     _keep_in_fp32_modules_strict: ClassVar = ["mask_model", "depth_model", "seg_projector"]
-    # What quantisation leaves alone is read from here. transformers wants no name in both lists: these are the parts' own.
+    # What quantisation leaves alone is read from here. transformers wants no name in both lists: these are the parts'
+    # own.
     _keep_in_fp32_modules: ClassVar = [
         *(
             f"mask_model.{name}"
