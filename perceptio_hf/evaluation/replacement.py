@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from transformers import BatchFeature, GenerationMixin
 
-from ..modeling.generation_perceptio import SpatialOutput
 from ..modeling.span_grammar import SpanGrammar
+from ..modeling.spatial_output import SpatialOutput
 
 if TYPE_CHECKING:
     from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration

@@ -31,6 +31,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
 from .configuration_depth_vqvae import DepthVQVAEConfig
+from .placement import device_of
 
 
 @dataclass
@@ -178,6 +179,11 @@ class DepthVQVAE(PreTrainedModel):
             init.normal_(module.vectors, std=self.config.initializer_range)
             init.ones_(module.ema_count)
             init.copy_(module.ema_sum, module.vectors)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codec computes, also while its parameters are kept elsewhere and come only when they are used."""
+        return device_of(self) or super().device
 
     @property
     def grid_size(self) -> int:

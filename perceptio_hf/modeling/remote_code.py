@@ -12,6 +12,7 @@ from typing import Any
 _CODEC_FILES = (
     "modeling/configuration_depth_vqvae.py",
     "modeling/modeling_depth_vqvae.py",
+    "modeling/placement.py",
     "modeling/remote_code.py",
 )
 _FILES = (
@@ -19,8 +20,13 @@ _FILES = (
     "tokens.py",
     "modeling/configuration_perceptio.py",
     "modeling/generation_perceptio.py",
+    "modeling/mask_prediction.py",
     "modeling/modeling_perceptio.py",
     "modeling/span_grammar.py",
+    "modeling/spatial_output.py",
+    "modeling/spatial_reading.py",
+    "modeling/spatial_recorder.py",
+    "modeling/spatial_request.py",
     "processing/pictures.py",
     "processing/processing_perceptio.py",
 )
