@@ -1,9 +1,10 @@
 """`generate` with spatial tokens: the loops of transformers under the grammar, masks and depth of what they made."""
 
 import copy
+import inspect
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 
 from .spatial_output import PerceptioGenerateBeamOutput, PerceptioGenerateOutput
 from .spatial_reading import Prompts, SpatialReadingMixin
@@ -70,6 +71,7 @@ class SpatialGenerationMixin(SpatialReadingMixin):
         else:
             generation_config = copy.deepcopy(generation_config)
             generation_config.max_new_tokens, generation_config.max_length = request.new_tokens, None
+        _check_assistant(kwargs)
         recorder = None
         if returns_dict and not _is_drafted(config, kwargs):
             kwargs["spatial_recorder"] = recorder = StepRecorder(request.words, request.prompt_length)
@@ -132,3 +134,20 @@ def _is_drafted(config: GenerationConfig, kwargs: dict) -> bool:
     """Whether something else drafts tokens, so that a step may read several of them and take some back."""
     asked = [kwargs.get(name, getattr(config, name, None)) for name in _DRAFTERS]
     return kwargs.get("assistant_model") is not None or any(asked)
+
+
+def _check_assistant(kwargs: dict) -> None:
+    """Older transformers hands the pictures themselves to the assistant; a text model refuses them in its own words."""
+    assistant = kwargs.get("assistant_model")
+    if (
+        assistant is None
+        or kwargs.get("pixel_values") is None
+        or hasattr(GenerationMixin, "_expand_multimodal_outputs")
+    ):
+        return
+    if "pixel_values" not in inspect.signature(assistant.forward).parameters:
+        raise ValueError(
+            f"{type(assistant).__name__} reads no pictures, and this release of transformers can use it as an "
+            "assistant only for prompts without pictures. Install a newer transformers, or let a vision-language model "
+            "assist."
+        )

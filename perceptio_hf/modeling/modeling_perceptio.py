@@ -87,7 +87,12 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
         """As transformers'; flash and flex attention are for the vision tower and the language model only."""
-        super().set_attn_implementation(attention_of_internvl(attn_implementation), *args, **kwargs)
+        if attention_of_internvl(attn_implementation) == attn_implementation:
+            super().set_attn_implementation(attn_implementation, *args, **kwargs)
+            return
+        for part in (self.model.vision_tower, self.model.language_model):
+            part.set_attn_implementation(attn_implementation, *args, **kwargs)
+        self.config._attn_implementation = attn_implementation
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
         """As transformers'.
