@@ -2,10 +2,22 @@
 
 import copy
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+)
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from .span_grammar import SPATIAL_MODES, SpanGrammar
+from .spatial_loop import SPATIAL_DECODINGS, SpatialLoop, WholeSpans
 from .spatial_output import PerceptioGenerateBeamOutput, PerceptioGenerateOutput
 from .spatial_reading import Prompts, SpatialReadingMixin
 from .spatial_recorder import StepRecorder
@@ -26,6 +38,7 @@ class SpatialGenerationMixin(SpatialReadingMixin):
         logits_processor: LogitsProcessorList | None = None,
         *,
         spatial: str | None = None,
+        spatial_decoding: str | None = None,
         mask_pixel_values: torch.FloatTensor | None = None,
         original_sizes: torch.LongTensor | None = None,
         **kwargs,
@@ -38,6 +51,10 @@ class SpatialGenerationMixin(SpatialReadingMixin):
             spatial: "auto" lets the model decide and keeps what it emits well formed; "seg", "depth", "seg+depth"
                 force the spans in this order for each picture; "none" forbids them. A row without a picture has
                 neither, whatever the mode. Default: `spatial` of the generation configuration, else "auto".
+            spatial_decoding: "parallel" guesses a whole span and corrects it in few passes, "sequential" writes code by
+                code; the results are the same (docs/generation.md). Default: `spatial_decoding` of the generation
+                configuration, else "parallel". Beams, drafted tokens, processors and stopping criteria that read ids,
+                and caches that cannot be cut are sequential, and say so once.
             mask_pixel_values: (pictures, 3, S, S) as the processor prepares them for SAM2; needed for masks.
             original_sizes: (pictures, 2) height and width of each picture, carried into the output.
 
@@ -47,12 +64,14 @@ class SpatialGenerationMixin(SpatialReadingMixin):
             another model drafts the tokens, from one more pass over the result).
 
         Raises:
-            ValueError: unknown `spatial`, a forced span without a picture, too few new tokens for it, forced masks
-                without `mask_pixel_values`, a prompt that ends in a broken span.
+            ValueError: unknown `spatial` or `spatial_decoding`, a forced span without a picture, too few new tokens for
+                it, forced masks without `mask_pixel_values`, a prompt that ends in a broken span.
         """
         config = self.generation_config if generation_config is None else generation_config
-        spatial = generation_setting("spatial", spatial, generation_config, self.generation_config, "auto")
-        check_mode(spatial)
+        spatial = generation_setting("spatial", spatial, generation_config, self.generation_config) or "auto"
+        check_mode("spatial", spatial, SPATIAL_MODES)
+        asked = generation_setting("spatial_decoding", spatial_decoding, generation_config, self.generation_config)
+        check_mode("spatial_decoding", asked or "parallel", SPATIAL_DECODINGS)
         # As the assistant of another model it only drafts; that model's grammar is among the processors.
         drafts = getattr(config, "is_assistant", False)
         if drafts or (not self.config.has_spatial_tokens and spatial in ("auto", "none")):
@@ -65,17 +84,37 @@ class SpatialGenerationMixin(SpatialReadingMixin):
         request = SpatialRequest.of(self.spatial_vocabulary(), spatial, prompt, embedded, config, kwargs)
         returns_dict = kwargs.get("return_dict_in_generate", config.return_dict_in_generate)
         request.check(needs_masks=returns_dict and mask_pixel_values is None)
+        _check_assistant(kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key not in ("max_length", "max_new_tokens")}
         if generation_config is None:
             kwargs["max_new_tokens"] = request.new_tokens
         else:
             generation_config = copy.deepcopy(generation_config)
             generation_config.max_new_tokens, generation_config.max_length = request.new_tokens, None
-        _check_assistant(kwargs)
-        recorder = None
-        if returns_dict and not _is_drafted(config, kwargs):
-            kwargs["spatial_recorder"] = recorder = StepRecorder(request.words, request.prompt_length)
-        processors = LogitsProcessorList([*(logits_processor or []), request.grammar()])
+
+        def setting(name: str):
+            return generation_setting(name, kwargs.get(name), generation_config, self.generation_config)
+
+        grammar = request.grammar()
+        processors = LogitsProcessorList([*(logits_processor or []), grammar])
+        _spare_spans(kwargs, setting, grammar)
+        loop = SpatialLoop(
+            request,
+            asked or "parallel",
+            insists=asked is not None,
+            keeps_states=bool(returns_dict),
+            streamer=kwargs.get("streamer"),
+        )
+        drafted = kwargs.get("assistant_model") is not None or any(setting(name) for name in _DRAFTERS)
+        obstacle = "drafted tokens" if drafted else loop.obstacle(setting)
+        if obstacle is None and (is_fsdp_managed_module(self) or is_deepspeed_zero3_enabled()):
+            obstacle = "processes that share one model"
+        if obstacle is None:
+            kwargs["custom_generate"] = loop
+        else:
+            loop.fall_back(obstacle)
+            if not drafted:  # there a step may read several tokens, and take some back
+                kwargs["spatial_recorder"] = loop.recorder()
         out = super().generate(inputs, generation_config, processors, **kwargs)
         if not returns_dict:
             return out
@@ -85,9 +124,9 @@ class SpatialGenerationMixin(SpatialReadingMixin):
             prompt, kwargs.get("pixel_values"), kwargs.get("attention_mask"), mask_pixel_values, original_sizes
         )
         beams = out.get("beam_indices")
-        if recorder is not None:
-            recorder.beam_indices = beams
-        fields = self._read_spatial(out.sequences, prompts, recorder)
+        if isinstance(loop.states, StepRecorder):
+            loop.states.beam_indices = beams
+        fields = self._read_spatial(out.sequences, prompts, loop.states)
         return (PerceptioGenerateOutput if beams is None else PerceptioGenerateBeamOutput)(**out, **fields)
 
     def _empty_prompt(self, config: GenerationConfig, kwargs: dict) -> torch.Tensor | None:
@@ -100,6 +139,11 @@ class SpatialGenerationMixin(SpatialReadingMixin):
                 "bos_token_id to begin with. Pass what the processor returns: model.generate(**inputs)."
             )
         return torch.full((1, 1), start, device=self.device)
+
+    def draft_codes(self, device: torch.device) -> torch.Tensor:
+        """(N,) ids of the codes that a span's first pass is read with; any serve, good ones save passes."""
+        words = self.spatial_vocabulary()
+        return torch.full((words.num_depth_tokens,), words.codes[0], device=device)
 
     def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, spatial_recorder=None, **kwargs):
         """As transformers', and the recorder notes which tokens the coming step reads; forward never sees it."""
@@ -130,10 +174,14 @@ class SpatialGenerationMixin(SpatialReadingMixin):
         )
 
 
-def _is_drafted(config: GenerationConfig, kwargs: dict) -> bool:
-    """Whether something else drafts tokens, so that a step may read several of them and take some back."""
-    asked = [kwargs.get(name, getattr(config, name, None)) for name in _DRAFTERS]
-    return kwargs.get("assistant_model") is not None or any(asked)
+def _spare_spans(kwargs: dict, setting: Callable[[str], Any], grammar: SpanGrammar) -> None:
+    """Let no stopping criterion cut a span: the caller's own, time and stop strings are asked again behind it."""
+    given = list(kwargs.get("stopping_criteria") or [])
+    if setting("max_time") is not None:
+        given.append(MaxTimeCriteria(setting("max_time")))
+        kwargs["max_time"] = None
+    if given:
+        kwargs["stopping_criteria"] = StoppingCriteriaList([WholeSpans(item, grammar) for item in given])
 
 
 def _check_assistant(kwargs: dict) -> None:

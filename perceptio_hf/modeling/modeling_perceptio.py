@@ -20,6 +20,8 @@ from .configuration_perceptio import PerceptioConfig, attention_of_internvl
 from .generation_perceptio import SpatialGenerationMixin
 from .mask_prediction import MaskPredictionMixin, SegProjector
 from .modeling_depth_vqvae import DepthVQVAE
+from .placement import is_here
+from .span_grammar import code_columns
 from .spatial_reading import count_pictures
 
 
@@ -32,12 +34,14 @@ class PerceptioCausalLMOutputWithPast(InternVLCausalLMOutputWithPast):
         mask_logits: (n, h, w) float32, one per [SEG] of the batch in reading order, if `mask_pixel_values` were given.
         mask_scores: (n,) SAM2's predicted IoU of each mask.
         loss_parts: scalars by name, if a `criterion` was given.
+        code_logits: (batch, sequence, K) logits of the depth codes, if asked for.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     mask_logits: torch.FloatTensor | None = None
     mask_scores: torch.FloatTensor | None = None
     loss_parts: dict[str, torch.Tensor] | None = None
+    code_logits: torch.FloatTensor | None = None
 
 
 # (hidden_states (batch, sequence, hidden), lm_head, the output so far) -> (loss, its parts by name)
@@ -205,6 +209,8 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
         mm_encoder_outputs: dict | None = None,
         mask_pixel_values: torch.FloatTensor | None = None,
         criterion: Criterion | None = None,
+        word_places: torch.LongTensor | None = None,
+        with_code_logits: bool = False,
         **kwargs,
     ) -> PerceptioCausalLMOutputWithPast:
         """InternVL's forward (transformers 5.17 to 5.23, `InternVLForConditionalGeneration.forward`) and the masks.
@@ -215,6 +221,8 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
             criterion: computes `loss` and `loss_parts` from the hidden states, the head and the output so far (masks
                 included, `logits` None: it calls the head where it needs to). It runs in here so that wrappers which
                 shard or replicate the model see every use of its parameters.
+            word_places: (batch,) the one step of each row whose state passes the head, instead of `logits_to_keep`.
+            with_code_logits: whether `code_logits` are computed, for all steps.
 
         Raises:
             ValueError: if both `labels` and `criterion` are given.
@@ -249,7 +257,10 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
         logits = None
         if criterion is None:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, keep])
+            kept = hidden[:, keep]
+            if word_places is not None:
+                kept = hidden[torch.arange(len(hidden), device=hidden.device), word_places][:, None]
+            logits = self.lm_head(kept)
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
@@ -270,10 +281,20 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
             mask_logits=mask_logits,
             mask_scores=mask_scores,
         )
+        if with_code_logits:
+            result.code_logits = self._code_logits(hidden)
         if criterion is not None:
             loss, parts = criterion(hidden, self.lm_head, result)
             result = replace(result, loss=loss, loss_parts=parts)
         return result.to_tuple() if return_dict is False else result
+
+    def _code_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(batch, sequence, hidden) -> (batch, sequence, K): by the head's rows of the codes, if they are here."""
+        head, columns = self.lm_head, code_columns(self.spatial_vocabulary(), hidden.device)
+        plain = type(head) is nn.Linear and is_here(head.weight) and head.weight.device == hidden.device
+        if not plain:
+            return head(hidden)[..., columns]
+        return nn.functional.linear(hidden, head.weight[columns], None if head.bias is None else head.bias[columns])
 
     def _masks_of_batch(
         self, input_ids: torch.Tensor, hidden: torch.Tensor, mask_pixel_values: torch.Tensor, *, always: bool = False

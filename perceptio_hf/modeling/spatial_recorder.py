@@ -130,3 +130,29 @@ class ReplayedStates(StateReader):
             found[: max(self.prompt_length - 1 - start, 0)] = float("nan")  # given in the prompt: nobody chose these
             odds.append(found)
         return torch.stack(odds)
+
+
+class SpanStates(StateReader):
+    """The same answers from what `SpanDecoder` kept.
+
+    Args:
+        states, places: (rows, capacity, hidden) states of [SEG] tokens and (rows, capacity) their positions, -1 = none.
+        odds: (rows, length) odds of the code at each position, NaN elsewhere.
+    """
+
+    def __init__(self, states: torch.Tensor, places: torch.Tensor, odds: torch.Tensor):
+        self.states, self.places, self.odds = states, places, odds
+
+    def seg_states(self, rows: Sequence[int], positions: Sequence[int]) -> tuple[torch.Tensor, list[bool]]:
+        lines = [
+            {position: line for line, position in enumerate(places) if position >= 0}
+            for places in self.places[:, :-1].tolist()
+        ]
+        found = [lines[row].get(position, -1) for row, position in zip(rows, positions, strict=True)]
+        index = torch.tensor([list(rows), [max(line, 0) for line in found]], device=self.states.device)
+        return self.states[index[0], index[1]], [line >= 0 for line in found]
+
+    def code_odds(self, rows: Sequence[int], positions: Sequence[int], codes: Sequence[Sequence[int]]) -> torch.Tensor:
+        odds = self.odds.cpu()
+        spans = zip(rows, positions, codes, strict=True)
+        return torch.stack([odds[row, start + 1 : start + 1 + len(chosen)] for row, start, chosen in spans])

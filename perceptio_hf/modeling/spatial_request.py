@@ -1,5 +1,6 @@
 """What one call of `generate` asks of the spatial tokens, and whether it can be had."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,21 +8,22 @@ import torch
 from transformers import GenerationConfig
 
 from ..tokens import SpatialSequence, SpatialVocabulary, read_sequence
-from .span_grammar import SPATIAL_MODES, SpanGrammar, required_new_tokens
+from .grammar_state import GrammarState
+from .span_grammar import SpanGrammar, required_new_tokens
 
 # New tokens beyond the spans, where the caller sets no limit: transformers' default of 20 would fit no span at all.
 _DEFAULT_ANSWER_TOKENS = 128
 _FORCED = ("seg", "depth", "seg+depth")
 
 
-def generation_setting(name: str, argument: Any, asked: GenerationConfig | None, own: GenerationConfig, default: Any):
-    """A setting of ours: the argument of the call, else of the configuration that came with it, else the model's."""
+def generation_setting(name: str, argument: Any, asked: GenerationConfig | None, own: GenerationConfig) -> Any:
+    """A setting: the argument of the call, else of the configuration that came with it, else the model's; or None."""
     if argument is not None:
         return argument
     for config in (asked, own):
         if getattr(config, name, None) is not None:
             return getattr(config, name)
-    return default
+    return None
 
 
 @dataclass
@@ -104,6 +106,21 @@ class SpatialRequest:
             open_codes=torch.tensor([-1 if row.open_codes is None else row.open_codes for row in rows] or [-1]),
         )
 
+    def state(self, rows: int, device: torch.device) -> GrammarState:
+        """The same grammar as state on the device, for `rows` rows: the prompts, each repeated as often as asked."""
+        pictures = self._spread([row.num_pictures for row in self.rows] or [0], rows).to(device)
+        in_span = self._spread([row.open_codes is not None for row in self.rows] or [False], rows).to(device)
+        return GrammarState(self.words, self.spatial, pictures, in_span)
+
+    def span_ends(self, rows: int) -> torch.Tensor:
+        """(rows,) position of the end marker of the span that a prompt left open; 0 where it did not."""
+        missing = [self.words.num_depth_tokens - (row.open_codes or 0) for row in self.rows] or [0]
+        return self.prompt_length + self._spread(missing, rows)
+
+    @staticmethod
+    def _spread(values: list, rows: int) -> torch.Tensor:
+        return torch.tensor(values).repeat_interleave(rows // len(values))
+
 
 def _new_token_limit(
     prompt_length: int,
@@ -126,7 +143,7 @@ def _new_token_limit(
     return length - prompt_length
 
 
-def check_mode(spatial: str) -> None:
-    """Raise a ValueError for a mode that does not exist."""
-    if spatial not in SPATIAL_MODES:
-        raise ValueError(f"spatial={spatial!r} is unknown; use one of {', '.join(map(repr, SPATIAL_MODES))}.")
+def check_mode(name: str, value: str, known: Sequence[str]) -> None:
+    """Raise a ValueError for a value that does not exist."""
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, known))}.")
