@@ -1,6 +1,5 @@
 """Perceptio: InternVL whose language model also writes masks ([SEG]) and depth (a span of codes)."""
 
-import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -14,22 +13,22 @@ from transformers import Cache
 from transformers.models.internvl.modeling_internvl import (
     InternVLCausalLMOutputWithPast,
     InternVLForConditionalGeneration,
-    InternVLModel,
 )
 from transformers.models.sam2.modeling_sam2 import Sam2Model
 
 from perceptio_hf.tokens import SpatialVocabulary, read_sequence
 
 from .attachments import attached, needed
-from .configuration_perceptio import PerceptioConfig
-from .generation_perceptio import SpatialGenerationMixin, SpatialRecorder, count_pictures
+from .configuration_perceptio import PerceptioConfig, attention_of_internvl
+from .generation_perceptio import SpatialGenerationMixin
+from .mask_prediction import MaskPredictionMixin, SegProjector
 from .modeling_depth_vqvae import DepthVQVAE
+from .placement import is_here
 from .precision import without_casts_down
 from .shards import check_shards
-
-# What the installed transformers calls the keys and values of earlier tokens, as an argument and in outputs: `cache`
-# since 5.24, before that `past_key_values`.
-CACHE = "cache" if "cache" in inspect.signature(InternVLModel.forward).parameters else "past_key_values"
+from .span_cache import CACHE
+from .span_grammar import code_columns
+from .spatial_reading import count_pictures
 
 
 @dataclass
@@ -41,12 +40,14 @@ class PerceptioCausalLMOutputWithPast(InternVLCausalLMOutputWithPast):
         mask_logits: (n, h, w) float32, one per [SEG] of the batch in reading order, if `mask_pixel_values` were given.
         mask_scores: (n,) SAM2's predicted IoU of each mask.
         loss_parts: scalars by name, if a `criterion` was given.
+        code_logits: (batch, sequence, K) logits of the depth codes, if asked for.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     mask_logits: torch.FloatTensor | None = None
     mask_scores: torch.FloatTensor | None = None
     loss_parts: dict[str, torch.Tensor] | None = None
+    code_logits: torch.FloatTensor | None = None
 
 
 _OUTPUT_FIELDS = frozenset(field.name for field in fields(PerceptioCausalLMOutputWithPast))
@@ -57,20 +58,7 @@ Criterion = Callable[
 ]
 
 
-class SegProjector(nn.Module):
-    """Projects the language model's [SEG] state into the prompt space of the mask decoder (as Sa2VA and LISA do)."""
-
-    def __init__(self, hidden_size: int, prompt_size: int):
-        super().__init__()
-        self.linear_in = nn.Linear(hidden_size, hidden_size)
-        self.linear_out = nn.Linear(hidden_size, prompt_size)
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """(n, hidden) of any dtype -> (n, prompt) in the projector's own dtype."""
-        return self.linear_out(self.linear_in(states.to(self.linear_in.weight.dtype)).relu())
-
-
-class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForConditionalGeneration):
+class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMixin, InternVLForConditionalGeneration):
     """InternVL with a [SEG] projector, SAM2 and a depth codec.
 
     SAM2's image encoder and the codec are frozen; SAM2, codec and projector stay float32 when the model is loaded in
@@ -124,6 +112,32 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
         self.mask_model.vision_encoder.eval()
         self.depth_model.eval()
         return self
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """As transformers'; flash and flex attention are for the vision tower and the language model only."""
+        if attention_of_internvl(attn_implementation) == attn_implementation:
+            super().set_attn_implementation(attn_implementation, *args, **kwargs)
+            return
+        for part in (self.model.vision_tower, self.model.language_model):
+            part.set_attn_implementation(attn_implementation, *args, **kwargs)
+        self.config._attn_implementation = attn_implementation
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+        """As transformers'.
+
+        Raises:
+            ValueError: if rows of spatial tokens would be cut off.
+        """
+        if new_num_tokens is not None and self.config.has_spatial_tokens:
+            config = self.config
+            last = max(config.seg_token_id, config.depth_start_token_id, config.depth_end_token_id)
+            last = max(last, *config.depth_token_ids)
+            if new_num_tokens <= last:
+                raise ValueError(
+                    f"resize_token_embeddings({new_num_tokens}) would cut off spatial tokens, whose ids go up to "
+                    f"{last}. Keep at least {last + 1} rows; the tokenizer has as many."
+                )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -218,8 +232,9 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
         mm_encoder_outputs: dict | None = None,
         cache: Cache | None = None,
         mask_pixel_values: torch.FloatTensor | None = None,
-        spatial_recorder: SpatialRecorder | None = None,
         criterion: Criterion | None = None,
+        word_places: torch.LongTensor | None = None,
+        with_code_logits: bool = False,
         **kwargs,
     ) -> PerceptioCausalLMOutputWithPast:
         """InternVL's forward and the masks.
@@ -232,10 +247,11 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
             past_key_values, cache: two names of one argument; either works with every version of transformers.
             mask_pixel_values: (pictures, 3, S, S) as the processor prepares them for SAM2. If given, every [SEG] in
                 `input_ids` becomes a mask, with gradients through projector and mask decoder.
-            spatial_recorder: set by `generate`.
             criterion: computes `loss` and `loss_parts` from the hidden states, the head and the output so far (masks
                 included, `logits` None: it calls the head where it needs to). It runs in here so that wrappers which
                 shard or replicate the model see every use of its parameters.
+            word_places: (batch,) the one step of each row whose state passes the head, instead of `logits_to_keep`.
+            with_code_logits: whether `code_logits` are computed, for all steps.
 
         Raises:
             ValueError: if both `labels` and `criterion` are given.
@@ -243,6 +259,12 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
         if criterion is not None and labels is not None:
             raise ValueError(
                 "Both `labels` and `criterion` came; a criterion brings its own labels, leave out `labels`."
+            )
+        if getattr(self, "_is_replica", False):
+            raise ValueError(
+                "The model was put into nn.DataParallel, which cuts a batch of pictures and rows in the wrong places. "
+                "Use one process per GPU, `torchrun --nproc-per-node 2 ...` or `accelerate launch ...`, or show one "
+                "GPU only: CUDA_VISIBLE_DEVICES=0."
             )
         return_dict = kwargs.pop("return_dict", None)
         inputs = {
@@ -263,12 +285,10 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
         logits = None
         if criterion is None:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, keep])
-        if spatial_recorder is not None and input_ids is not None:
-            past = outputs.get(CACHE)
-            end = input_ids.shape[1] if past is None else past.get_seq_length()
-            spatial_recorder.record_states(input_ids, end, hidden)
-            spatial_recorder.record_odds(input_ids, end, logits)
+            kept = hidden[:, keep]
+            if word_places is not None:
+                kept = hidden[torch.arange(len(hidden), device=hidden.device), word_places][:, None]
+            logits = self.lm_head(kept)
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
@@ -285,10 +305,20 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
             mask_logits=mask_logits,
             mask_scores=mask_scores,
         )
+        if with_code_logits:
+            result.code_logits = self._code_logits(hidden)
         if criterion is not None:
             loss, parts = criterion(hidden, self.lm_head, result)
             result = replace(result, loss=loss, loss_parts=parts)
         return result.to_tuple() if return_dict is False else result
+
+    def _code_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(batch, sequence, hidden) -> (batch, sequence, K): by the head's rows of the codes, if they are here."""
+        head, columns = self.lm_head, code_columns(self.spatial_vocabulary(), hidden.device)
+        plain = type(head) is nn.Linear and is_here(head.weight) and head.weight.device == hidden.device
+        if not plain:
+            return head(hidden)[..., columns]
+        return nn.functional.linear(hidden, head.weight[columns], None if head.bias is None else head.bias[columns])
 
     def _masks_of_batch(
         self, input_ids: torch.Tensor, hidden: torch.Tensor, mask_pixel_values: torch.Tensor, *, always: bool = False
@@ -321,66 +351,6 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
 
     def _no_masks(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.zeros(0, *self.mask_size, device=device), torch.zeros(0, device=device)
-
-    @property
-    def mask_size(self) -> tuple[int, int]:
-        """(height, width) of the mask decoder's output: four times its image embedding."""
-        height, width = self.mask_model.prompt_encoder.image_embedding_size
-        return 4 * height, 4 * width
-
-    def encode_mask_pixels(self, mask_pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """SAM2's image features: (n, 3, S, S) -> (n, C, S/16, S/16) and the two finer maps of the mask decoder.
-
-        The image encoder is frozen; gradients reach `conv_s0` and `conv_s1`, which belong to the mask decoder
-        (`Sam2Model.get_image_embeddings` would cut them).
-        """
-        sam = self.mask_model
-        with torch.no_grad():
-            pixels = mask_pixel_values.to(sam.no_memory_embedding.dtype)
-            features = sam.vision_encoder(pixels, return_dict=True).fpn_hidden_states  # fine to coarse, NCHW
-        fine = [sam.mask_decoder.conv_s0(features[0]), sam.mask_decoder.conv_s1(features[1])]
-        return features[2] + sam.no_memory_embedding.view(1, -1, 1, 1), fine
-
-    def predict_masks(
-        self, seg_states: torch.Tensor, mask_pixel_values: torch.Tensor, pictures: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masks of n [SEG] states in one call of the mask decoder; each picture they lie on is encoded once.
-
-        Args:
-            seg_states: (n, hidden), n >= 1.
-            mask_pixel_values: (p, 3, S, S) all pictures of the batch.
-            pictures: (n,) indices 0..p-1.
-
-        Returns:
-            (n, h, w) logits and (n,) predicted IoU, float32.
-        """
-        used, index = pictures.to(mask_pixel_values.device).unique(return_inverse=True)
-        embedding, fine = self.encode_mask_pixels(mask_pixel_values[used])
-        prompts = self.seg_projector(seg_states.to(embedding.device))
-        return self.decode_masks(prompts, embedding[index], [feature[index] for feature in fine])
-
-    def decode_masks(
-        self, prompts: torch.Tensor, embedding: torch.Tensor, fine: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """SAM2's mask decoder on n prompts (n, C) with the features of their pictures -> (n, h, w), (n,)."""
-        sam, count = self.mask_model, prompts.shape[0]
-        sparse = prompts.to(embedding.dtype)[:, None, None]  # (n, 1 prompt, 1 token, C)
-        if self.config.mask_padding_points:
-            padding = sam.prompt_encoder.not_a_point_embed.weight.view(1, 1, 1, -1)
-            sparse = torch.cat([padding.expand(count, 1, self.config.mask_padding_points, -1), sparse], dim=2)
-        _, dense = sam.prompt_encoder(input_points=None, input_labels=None, input_boxes=None, input_masks=None)
-        masks, scores, _, _ = sam.mask_decoder(
-            image_embeddings=embedding,
-            image_positional_embeddings=sam.get_image_wide_positional_embeddings().expand(count, -1, -1, -1),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense.expand(count, -1, -1, -1),
-            multimask_output=self.config.mask_multimask_output,
-            high_resolution_features=fine,
-        )
-        masks, scores = masks[:, 0], scores[:, 0]  # (n, m, h, w), (n, m)
-        best = scores.argmax(-1)
-        rows = torch.arange(count, device=best.device)
-        return masks[rows, best].float(), scores[rows, best].float()
 
 
 def picture_features(outputs) -> torch.Tensor | None:

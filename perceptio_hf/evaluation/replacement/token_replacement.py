@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from transformers import BatchFeature, GenerationMixin
 
-from perceptio_hf.modeling.generation_perceptio import SpatialOutput
 from perceptio_hf.modeling.modeling_perceptio import CACHE
 from perceptio_hf.modeling.span_grammar import SpanGrammar
+from perceptio_hf.modeling.spatial_output import SpatialOutput
 
 if TYPE_CHECKING:
     from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
