@@ -18,45 +18,23 @@ Every task has this one form, whether it comes from a folder, from `datasets`, o
 
 import os
 import re
-from bisect import bisect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import numpy as np
 from PIL import Image
 
 from perceptio_hf.processing.pictures import load_picture
-from perceptio_hf.tokens import (
-    PICTURE_MARK,
-    SEG_TOKEN,
-    SpatialSequence,
-    SpatialVocabulary,
-    depth_span,
-    picture_mark,
-    read_sequence,
-)
+from perceptio_hf.tokens import depth_span, picture_mark
 
 from .depth_maps import DepthMap
 from .encoded import as_code_lists, as_list, load_depth, load_mask, open_encoded
-from .form import (
-    CONVERSATIONS,
-    PART_KEYS,
-    PICTURE_TOKEN,
-    as_sample,
-    check_message,
-    picture_of,
-    read_part,
-    split_at_pictures,
-)
+from .owners import SPAN, owners_of
 from .run_length import RunLengths
+from .sample_error import SampleError
 
-REASONS = ("conversation", "picture", "masks", "depth", "codes", "length")  # why a sample can be unusable
-
-_SPAN = re.compile(r"<DEPTH_START>((?:<DEPTH_\d+>)*)<DEPTH_END>")
 _DEPTH_TOKEN = re.compile(r"<DEPTH_(?:START|END|\d+)>")
-_SEG_OR_SPAN = re.compile(re.escape(SEG_TOKEN) + "|" + _SPAN.pattern)
-_SPATIAL = re.compile(rf"(?P<mark>{PICTURE_MARK.pattern})|{_SEG_OR_SPAN.pattern}")
 _TRANSPOSED = 0.05  # relative difference of side ratios up to which a depth map counts as lying on its side
 
 
@@ -97,6 +75,7 @@ class Sample(TypedDict, total=False):
     id: str
 
 
+<<<<<<< .merge_file_mVwfpW
 SAMPLE_KEYS = tuple(Sample.__annotations__)
 
 
@@ -108,6 +87,8 @@ class SampleError(ValueError):
         self.reason = reason
 
 
+=======
+>>>>>>> .merge_file_knqdeB
 @dataclass(frozen=True, eq=False)
 class LoadedSample:
     """A checked sample, everything in memory.
@@ -181,10 +162,7 @@ def _load(sample: Mapping[str, Any], num_depth_tokens: int, num_depth_codes: int
         raise SampleError("it has both `depth` and `depth_codes`; give one of them.", "depth")
     given: list[DepthMap | list[int]] = [*depths, *codes]
     filled = _fill_spans(messages, given, num_depth_tokens, num_depth_codes)
-    read = _read_pictures(messages, bool(sources))
-    owners = [seg.picture for seg in read.segs], [span.picture for span in read.spans]
-    _check_owners(sample, "mask_pictures", owners[0], "mask", SEG_TOKEN)
-    _check_owners(sample, "depth_pictures", owners[1], "depth", "<DEPTH_START><DEPTH_END>")
+    owners = owners_of(sample, messages, bool(sources))
     pictures = [_picture(source) for source in sources]
     masks = _masks_of(sample, owners[0], pictures)
     for depth, owner in zip(filled, owners[1], strict=True):
@@ -320,7 +298,7 @@ def _fill_spans(
             _check_codes(codes, num_depth_tokens, num_depth_codes)
             spans.append(source if is_map else None)
             texts.append(depth_span(codes))
-        part["text"] = _SPAN.sub(lambda _: texts.pop(0), part["text"])
+        part["text"] = SPAN.sub(lambda _: texts.pop(0), part["text"])
     if empty != len(given):
         raise SampleError(
             f"it has {empty} empty depth spans (<DEPTH_START><DEPTH_END>) in the assistant's words, but depth for "
@@ -332,8 +310,8 @@ def _fill_spans(
 
 def _spans_of(text: str) -> list[list[int]]:
     """The codes of the spans in one response; an empty list for an empty span."""
-    found = [[int(code) for code in re.findall(r"\d+", match[1])] for match in _SPAN.finditer(text)]
-    broken = _DEPTH_TOKEN.search(_SPAN.sub("", text))
+    found = [[int(code) for code in re.findall(r"\d+", match[1])] for match in SPAN.finditer(text)]
+    broken = _DEPTH_TOKEN.search(SPAN.sub("", text))
     if broken:
         raise SampleError(
             f"{broken[0]} stands outside of a depth span; a span is <DEPTH_START>, its codes without anything between "
@@ -380,94 +358,3 @@ def _mask(source: Any, index: int, picture: Image.Image, which: str) -> np.ndarr
             "masks",
         )
     return mask
-
-
-_SEG, _START, _CODE, _END, _IMAGE, _TURN_END, _WORDS, _MARKS = range(8)  # marks have ids from _MARKS on
-_SCAN_VOCABULARY = SpatialVocabulary(
-    seg=_SEG,
-    depth_start=_START,
-    depth_end=_END,
-    codes=(_CODE,),
-    num_depth_tokens=1,
-    image=_IMAGE,
-    turn_ends=frozenset([_TURN_END]),
-)
-
-
-def _read_pictures(messages: list[dict], has_pictures: bool) -> SpatialSequence:
-    """The [SEG] and spans with their pictures, by the rule of `perceptio_hf.tokens`, on a sketch of the token ids."""
-    ids: list[int] = []
-    ends: list[int] = []  # where each message ends
-    marks: dict[int, str] = {}
-    for message in messages:
-        shown = sum(token == _IMAGE for token in ids)
-        for part in message["content"]:
-            if part["type"] == "image":
-                ids += [_IMAGE, _WORDS]
-            elif message["role"] == "assistant":
-                _check_pictures_named(part["text"], shown, has_pictures)
-                for match in _SPATIAL.finditer(part["text"]):
-                    ids += _sketch(match, marks)
-        ids.append(_TURN_END)
-        ends.append(len(ids))
-    read = read_sequence(ids, replace(_SCAN_VOCABULARY, mark_pieces=marks))
-    _check_one_span_each(read, ends)
-    return read
-
-
-def _sketch(match: re.Match, marks: dict[int, str]) -> list[int]:
-    """Token ids that stand for one match of `_SPATIAL`; the id of a mark joins `marks`."""
-    if match["mark"]:
-        token = _MARKS + len(marks)
-        marks[token] = match["mark"]
-        return [_WORDS, token]
-    return [_SEG] if match[0] == SEG_TOKEN else [_START, _CODE, _END]
-
-
-def _check_pictures_named(text: str, shown: int, has_pictures: bool) -> None:
-    """Whether a response with spatial tokens speaks of pictures that were shown before it."""
-    spatial = _SEG_OR_SPAN.search(text)
-    if not spatial:
-        return
-    if not shown:
-        what = SEG_TOKEN if spatial[0] == SEG_TOKEN else "a depth span"
-        way = "show the picture in a turn before it" if has_pictures else "give the picture in `images`"
-        raise SampleError(f"it has {what} but no picture; {way}.", "picture")
-    for mark in PICTURE_MARK.finditer(text):
-        if int(mark[1]) > shown:
-            raise SampleError(
-                f"the assistant writes {mark[0]} where {shown} pictures have been shown; a mark before [SEG] or a "
-                "depth span counts the conversation's pictures from 1.",
-                "picture",
-            )
-
-
-def _check_one_span_each(read: SpatialSequence, ends: list[int]) -> None:
-    seen = set()
-    for span in read.spans:
-        place = bisect(ends, span.position), span.picture
-        if place in seen:
-            raise SampleError(
-                f"one response holds two depth spans for {picture_mark(span.picture + 1)[:-1]}; write at most one for "
-                "each picture, in the order they were shown or behind its mark (Image-2: <DEPTH_START><DEPTH_END>).",
-                "depth",
-            )
-        seen.add(place)
-
-
-def _check_owners(sample: Mapping[str, Any], key: str, owners: list[int], what: str, token: str) -> None:
-    """Whether the pictures that a sample names for its masks (or spans) are those its words speak of."""
-    given = as_list(sample.get(key))
-    if not given:
-        return
-    if not all(type(named) is int for named in given):
-        raise SampleError(f"its {key} are {given!r}; expected whole numbers, the indices of its `images`.", "picture")
-    if len(given) != len(owners):
-        raise SampleError(f"its {key} name {len(given)} pictures, but its words hold {len(owners)} {token}.", "picture")
-    for index, (named, owner) in enumerate(zip(given, owners, strict=True)):
-        if named != owner:
-            raise SampleError(
-                f"{what} {index} belongs to picture {named} of `images` ({key}), but its {token} speaks of picture "
-                f"{owner}: write `{picture_mark(named + 1)} {token}`. A mark counts pictures from 1.",
-                "picture",
-            )

@@ -5,6 +5,7 @@ from typing import Any
 
 from .pictures import load_picture
 
+_ROLES = ("user", "assistant", "system", "developer", "tool")  # the usual ones, which hold no token
 _PICTURE_KEYS = ("image", "url", "path", "base64")
 # Texts of one message, in order, and whether the assistant says them -> the same with their tokens marked.
 Marker = Callable[[Sequence[str], bool], list[str]]
@@ -50,7 +51,7 @@ def _prepare(message: Any, mark: Marker, where: str) -> dict:
         raise ValueError(f"{where} is {_kind(message)}; expected a mapping with role and content.")
     where = f"{where} ({role})"
     own = role == "assistant"
-    if mark([role], False) != [role]:
+    if role not in _ROLES and mark([role], False) != [role]:
         raise ValueError(f"{where}: a role is a word such as user, system or assistant.")
     rest = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
     prepared = {"role": role, **mark_strings(rest, lambda text: mark([_checked(text, where)], own)[0])}

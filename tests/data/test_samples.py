@@ -7,7 +7,8 @@ import pytest
 from helpers import picture
 
 from perceptio_hf.data.run_length import encode_mask
-from perceptio_hf.data.samples import SampleError, check_sample, load_sample
+from perceptio_hf.data.sample_error import SampleError
+from perceptio_hf.data.samples import check_sample, load_sample
 from perceptio_hf.tokens import depth_span
 
 SIZES = {"num_depth_tokens": 4, "num_depth_codes": 8}

@@ -242,7 +242,7 @@ def test_a_picture_need_not_be_copied(rgb):
     assert load_picture(mine.convert("L"), copy=False).mode == "RGB"
 
 
-@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "jpeg"])
+@pytest.mark.parametrize("compression", ["raw", "jpeg"])  # Pillow 11.0 writes others wrongly
 def test_ycbcr_tiff(tmp_path, compression):
     colours = np.repeat(np.repeat(np.array([[[250, 20, 10], [10, 200, 30]]], np.uint8), 16, 0), 8, 1)
     exif = Image.Exif()
