@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from PIL import Image
 from safetensors import SafetensorError
@@ -66,16 +68,23 @@ def new_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
     fresh.mkdir()
     try:
         yield fresh
-        if path.exists():
-            os.replace(path, old)
-        os.replace(fresh, path)
+        swap_in(fresh, path, old)
     except SafetensorError as error:  # its way to say that a disk is full; no OSError
         raise OSError(f"{path} could not be written: {error}") from error
     finally:
-        if old.exists() and not path.exists():  # interrupted between the two
-            os.replace(old, path)
         for folder in (fresh, old):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def swap_in(fresh: Path, path: Path, old: Path) -> None:
+    """Rename the folder `fresh` to `path`; a folder that stands there becomes `old`, and comes back if that fails."""
+    try:
+        if path.exists():
+            os.replace(path, old)
+        os.replace(fresh, path)
+    finally:
+        if old.exists() and not path.exists():  # interrupted between the two
+            os.replace(old, path)
 
 
 def check_new_folder(path: str | os.PathLike, overwrite: bool = False) -> None:
@@ -115,3 +124,69 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"{path} must hold keys and values, e.g. `seed: 0`.")
     return values
+
+
+_IN_USE = ".in-use"  # in a folder that somebody works in
+_held: dict[tuple[int, str], int] = {}  # (process, folder) -> how often it is held
+
+
+@contextmanager
+def in_use(folder: str | os.PathLike, doing: str) -> Iterator[None]:
+    """Hold a folder for this process; whoever else asks for it meanwhile is told who has it.
+
+    The operating system gives it back when the process ends, however it ends. Within the process, which may ask again,
+    and on file systems or systems without such locks, nothing is refused.
+
+    Args:
+        folder: Made where it is missing.
+        doing: What the others read, e.g. "training".
+
+    Raises:
+        ValueError: Another process has it; named are its id, its machine, and since when.
+        OSError: It may not be written there.
+    """
+    folder = os.path.realpath(folder)
+    key = (os.getpid(), folder)
+    if not _held.get(key):
+        os.makedirs(folder, exist_ok=True)
+        file = _locked(Path(folder, _IN_USE), doing)
+    else:
+        file = None
+    _held[key] = _held.get(key, 0) + 1
+    try:
+        yield
+    finally:
+        _held[key] -= 1
+        if file is not None:
+            Path(folder, _IN_USE).unlink(missing_ok=True)  # before it is given back: whoever waits looks again
+            file.close()
+
+
+def _locked(path: Path, doing: str) -> TextIO | None:
+    """The open file that holds the lock, None where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    while True:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closing it gives the lock back)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise ValueError(
+                f"{path.parent} is in use by {holder}. Wait for it, stop it, or name another folder."
+            ) from None
+        except OSError:  # a network's file system without locks
+            file.close()
+            return None
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            break
+        file.close()  # of one who has just left
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} ({doing}, since {since})")
+    file.flush()
+    return file

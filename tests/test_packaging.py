@@ -64,6 +64,20 @@ def test_constraints_allow_what_the_project_asks_for(wheel):
             assert pinned[canonicalize_name(wanted.name)] in wanted.specifier, f"constraints.txt contradicts {line}"
 
 
+def test_all_extras_resolve_without_a_build(wheel):
+    """sam2 is on PyPI as source only, and its build asks for a torch of its own: `[all]` would take hours or fail."""
+    metadata = wheel.read(f"perceptio_hf-{perceptio_hf.__version__}.dist-info/METADATA").decode()
+    needed, extras = set(), {"all"}
+    while extras:
+        extra = extras.pop()
+        for line in re.findall(r"(?m)^Requires-Dist: (.*)$", metadata):
+            wanted = Requirement(line)
+            if wanted.marker is not None and wanted.marker.evaluate({"extra": extra}):
+                extras |= wanted.extras if wanted.name == "perceptio-hf" else set()
+                needed.add(wanted.name)
+    assert {"trl", "evaluate", "gradio", "pytest"} <= needed and "sam2" not in needed
+
+
 def test_the_python_code_of_the_readme_runs(tmp_path):
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
     (tmp_path / "perceptio-demo").mkdir()

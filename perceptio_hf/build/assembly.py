@@ -65,7 +65,8 @@ def assemble(
     internvl, mask_model, codec = (share_weights(part) for part in (internvl, mask_model, codec))
     ids = _spatial_ids(internvl, codec, processor)
     _add_rows(internvl, codec, ids, processor, seed)
-    config = _configuration(internvl.config, mask_model.config, codec.config, ids)
+    marks = None if processor is None else processor.picture_mark_token_ids()
+    config = _configuration(internvl.config, mask_model.config, codec.config, ids, marks)
     with torch.device("meta"):  # takes no memory: every part of it gets replaced
         model = model_class(copy.deepcopy(config))  # a new model chooses an attention; the parts keep theirs
     model.model, model.lm_head = internvl.model, internvl.lm_head
@@ -133,23 +134,27 @@ def _with_rows(weight: nn.Parameter, rows: int) -> nn.Parameter:
 
 
 def _configuration(
-    internvl: InternVLConfig, mask_config: Sam2Config, depth_config: DepthVQVAEConfig, ids: list[int]
+    internvl: InternVLConfig,
+    mask_config: Sam2Config,
+    depth_config: DepthVQVAEConfig,
+    ids: list[int],
+    marks: dict[str, list[int]] | None,
 ) -> PerceptioConfig:
     """The configuration of the whole; the parts' own are part of it, not copies."""
     parts = {"vision_config": internvl.vision_config, "text_config": internvl.text_config}
     values = {name: value for name, value in internvl.to_dict().items() if name not in (*_OWN_FIELDS, *parts)}
     seg, start, *codes, end = ids
-    return PerceptioConfig(
-        **values,
-        **parts,
-        mask_config=mask_config,
-        depth_config=depth_config,
-        seg_token_id=seg,
-        depth_start_token_id=start,
-        depth_end_token_id=end,
-        depth_token_ids=codes,
-        attn_implementation={"": internvl._attn_implementation},  # a plain name, or none, would be forced on all parts
-    )
+    own = {
+        "mask_config": mask_config,
+        "depth_config": depth_config,
+        "seg_token_id": seg,
+        "depth_start_token_id": start,
+        "depth_end_token_id": end,
+        "depth_token_ids": codes,
+        "picture_mark_token_ids": marks,
+        "attn_implementation": {"": internvl._attn_implementation},  # a name, or none, would be forced on all parts
+    }
+    return PerceptioConfig.from_dict({**values, **parts, **own})  # which leaves out what others wrote into InternVL's
 
 
 def check_processor(

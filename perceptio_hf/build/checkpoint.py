@@ -16,7 +16,7 @@ from perceptio_hf.conversion.saved_models import load_depth_codec
 from .components import find_internvl, load_internvl, load_mask_model
 from perceptio_hf.files import check_new_folder, new_folder
 from .processors import load_tokenizer
-from .verification import Check, check_against, check_tokens, take_reference
+from .verification import Check, added_digests, check_against, check_tokens, take_reference
 
 Source = str | os.PathLike
 _SIZE = re.compile(r"\d+\s*[KMGT]B", re.IGNORECASE)
@@ -88,13 +88,14 @@ def build(
     """Build a Perceptio (see `PerceptioForConditionalGeneration.from_components`) and its processor into `out`.
 
     `out` appears when everything is written and verified; whatever goes wrong leaves it as it was. About one copy of
-    the weights is in memory at any time, also while verifying: what the InternVL answers is noted first, and compared
-    with what the folder answers once it is loaded again.
+    the weights is in memory at any time, also while verifying: digests of the weights and what the InternVL answers are
+    noted first, and compared with the folder once it is loaded again.
 
     Args:
         internvl, mask_decoder, depth_codec: folder, file or Hub name of each part.
         dtype: of the InternVL part; "auto" keeps it.
-        verify: check that logits of all old tokens are, bit for bit, those of the InternVL.
+        verify: check that every weight is the parts', bit for bit, and that the logits of all old tokens are, within
+            rounding, those of the InternVL.
         max_shard_size: of one file of weights, such as "5GB".
         overwrite: replace a saved model that is in `out`.
         seed: of the new tokens' rows and of the [SEG] projector.
@@ -126,9 +127,10 @@ def build(
     reference = None
     if verify:  # before anything could touch the weights
         on_step("Asking InternVL")
-        reference = take_reference(stock, processor)
+        reference = take_reference(stock, mask_model, codec, processor)
     on_step("Joining")
     model = assemble(stock, mask_model, codec, processor, seed=seed)
+    added = added_digests(reference, model) if reference else {}
     del stock, mask_model, codec
     report = _report(model, processor, out, rows_before)
     with new_folder(out, overwrite) as partial:
@@ -139,7 +141,7 @@ def build(
             return report
         on_step("Verifying")
         saved = PerceptioForConditionalGeneration.from_pretrained(partial, dtype="auto")
-        check = check_against(reference, saved, processor.added_token_ids)
+        check = check_against(reference, saved, added)
     return replace(report, check=check)
 
 

@@ -31,7 +31,10 @@ def build(
     out: Annotated[Path, typer.Option(help="Folder to make.", show_default=False)],
     dtype: Annotated[Dtype, typer.Option(help="Of the InternVL part; auto keeps it. The others are float32.")] = "auto",
     verify: Annotated[
-        bool, typer.Option(help="Check that without spatial tokens OUT computes bit for bit what the InternVL does.")
+        bool,
+        typer.Option(
+            help="Check that OUT has the parts' weights, bit for bit, and the InternVL's logits, within rounding."
+        ),
     ] = True,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, e.g. 500MB.")] = "5GB",
     seed: Annotated[int, typer.Option(min=0, help="Of the new tokens' rows and of the [SEG] projector.")] = 0,
@@ -99,8 +102,9 @@ def _described(report: "BuildReport") -> str:
         lines.append("    not verified")
     else:
         lines.append(
-            f"    verified{' by a sample' if check.sampled else ''}: {check.tokens:,} logits at {check.positions:,} "
-            f"positions of {check.prompts} prompts are the InternVL's, bit for bit; spatial tokens have at most "
+            f"    verified: {check.weights:,} tensors are the parts', bit for bit; {check.tokens:,} logits at "
+            f"{check.positions:,} positions of {check.prompts} prompts{', a sample,' if check.sampled else ''} are the "
+            "InternVL's within rounding; spatial tokens have at most "
             f"{check.spatial_probability:.2g} of the probability"
         )
     return "\n".join(lines)

@@ -108,7 +108,7 @@ def evaluate(
     from perceptio_hf.evaluation.report.hub_results import check_card, write_card
     from perceptio_hf.evaluation.run.runner import SUMMARY_FILE, RunSettings, run_benchmark
     from perceptio_hf.evaluation.run.summary import ModelFacts, build_summary
-    from perceptio_hf.files import write_json
+    from perceptio_hf.files import in_use, write_json
 
     from . import checkpoints
 
@@ -137,17 +137,18 @@ def evaluate(
         oracle_unit=oracle_unit,
         seed=seed,
     )
-    loaded = checkpoints.load(name)
-    facts = ModelFacts.of(loaded[0], shown_name)
-    with _progress() as watch:
-        run = run_benchmark(
-            *loaded, opened, folder, settings, weights=facts.weights_sha256, overwrite=overwrite, watch=watch
-        )
-    summary = build_summary(opened, facts, run, path=None if data is None else str(data), limit=limit)
-    _write_cases(folder / "cases.png", opened, run, loaded[0])
-    write_json(folder / SUMMARY_FILE, summary)
-    if card is not None:
-        write_card(card, summary, overwrite=overwrite)
+    with in_use(folder, f"perceptio eval {benchmark}"):
+        loaded = checkpoints.load(name)
+        facts = ModelFacts.of(loaded[0], shown_name)
+        with _progress() as watch:
+            run = run_benchmark(
+                *loaded, opened, folder, settings, weights=facts.weights_sha256, overwrite=overwrite, watch=watch
+            )
+        summary = build_summary(opened, facts, run, path=None if data is None else str(data), limit=limit)
+        _write_cases(folder / "cases.png", opened, run, loaded[0])
+        write_json(folder / SUMMARY_FILE, summary)
+        if card is not None:
+            write_card(card, summary, overwrite=overwrite)
     _report(summary, folder, card, checkpoints.TINY_NOTE if shown_name == "tiny" else None, as_json)
 
 

@@ -168,12 +168,13 @@ def answer_questions(
 
 
 def describe(answer: "SpatialAnswer") -> dict:
-    """What an answer says, for JSON: words, masks as COCO run lengths, depth as its codes."""
+    """What an answer says, for JSON: words, masks as COCO run lengths and what they are of, depth as its codes."""
     from perceptio_hf.data.run_length import encode_mask
 
     return {
         "text": answer.text,
         "masks": [encode_mask(mask) for mask in answer.masks],
+        "phrases": answer.phrases,
         "mask_scores": [round(float(score), 4) for score in answer.mask_scores],
         "depth_codes": answer.depth_codes,
         "well_formed": answer.well_formed,
@@ -215,7 +216,8 @@ def write_answer(folder: Path, picture: "Image.Image", answer: "SpatialAnswer", 
 
 
 def _print_answer(record: dict) -> None:
-    masks = len(record["masks"])
-    parts = [f"{masks} mask{'' if masks == 1 else 's'}", "depth" if record["depth_codes"] else "no depth"]
+    masks, named = len(record["masks"]), [phrase for phrase in record["phrases"] if phrase]
+    of_what = f" ({'; '.join(named)})" if named else ""
+    parts = [f"{masks} mask{'' if masks == 1 else 's'}{of_what}", "depth" if record["depth_codes"] else "no depth"]
     print(f"{record['picture']}: {record['text'] or '(no words)'}")
     print(f"    {', '.join(parts)}; written to {Path(record['files']['answer']).parent}")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,15 +66,17 @@ def train(
 
 
 def _from_scratch(config: Path, out: Path, processes: int, workers: int) -> None:
+    from perceptio_hf.files import in_use
     from perceptio_hf.lab.lessons.stages import TinyRecipe, train_tiny
 
     _silence()
     recipe = TinyRecipe.read(config)
-    print(f"The finished checkpoint is {train_tiny(recipe, out, processes=processes, workers=workers)}")
+    with in_use(out, "perceptio train"):
+        print(f"The finished checkpoint is {train_tiny(recipe, out, processes=processes, workers=workers)}")
 
 
 def _fine_tune(config: Path, out: Path | None, overrides: Sequence[str]) -> None:
-    from perceptio_hf.files import read_yaml, write_json
+    from perceptio_hf.files import in_use, read_yaml
 
     try:
         from perceptio_hf.training.recipe import read_recipe
@@ -87,6 +90,14 @@ def _fine_tune(config: Path, out: Path | None, overrides: Sequence[str]) -> None
     recipe = read_recipe(config, overrides)
     folder = Path(recipe.settings.output_dir)
     _silence()  # not before: the settings take it for a wish to see no progress bar
+    first = recipe.settings.process_index == 0  # of several that train together
+    with in_use(folder, "perceptio train") if first else nullcontext():
+        _train_into(folder, recipe)
+
+
+def _train_into(folder: Path, recipe: "Recipe") -> None:
+    from perceptio_hf.files import write_json
+
     resume = _where_to_resume(recipe, folder)
     if resume is None and (folder / "checkpoint").exists() and not recipe.settings.resume_from_checkpoint:
         print(f"{folder / 'checkpoint'} is finished; choose another --out to train again.")

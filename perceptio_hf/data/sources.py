@@ -7,11 +7,11 @@ masks and depth maps are files named relative to the folder. Large sets may be c
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perceptio_hf.files import new_folder
 from perceptio_hf.tokens import DEPTH_END_TOKEN, DEPTH_START_TOKEN
 from perceptio_hf.world.questions import DEPTH_QUESTIONS
 
@@ -184,15 +184,11 @@ def write_samples(folder: str | os.PathLike, samples: Iterable[Mapping[str, Any]
     folder = Path(folder).expanduser()
     if folder.exists():
         raise ValueError(f"{folder} exists already; choose a new folder, or remove it first.")
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        (partial / "files").mkdir(parents=True)
-        with open(partial / SAMPLES_FILE, "w", encoding="utf-8") as lines:
+    with new_folder(folder) as fresh:
+        (fresh / "files").mkdir()
+        with open(fresh / SAMPLES_FILE, "w", encoding="utf-8") as lines:
             for number, sample in enumerate(samples):
-                lines.write(json.dumps(_line(to_row(sample), number, partial)) + "\n")
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+                lines.write(json.dumps(_line(to_row(sample), number, fresh)) + "\n")
     return folder
 
 

@@ -168,7 +168,8 @@ class SpatialGenerationMixin:
             spatial=spatial,
             prompt_length=prompt.shape[1],
             max_length=prompt.shape[1] + new_tokens,
-            num_pictures=torch.tensor([row.num_pictures for row in state]),
+            # Forced spans go through the pictures shown last; a free response may speak of any of the conversation's.
+            num_pictures=torch.tensor([row.pictures_shown if spatial == "auto" else row.num_pictures for row in state]),
             open_codes=torch.tensor([-1 if row.open_codes is None else row.open_codes for row in state]),
         )
         processors = LogitsProcessorList([*(logits_processor or []), grammar])
@@ -384,7 +385,7 @@ def _new_token_limit(
         return config.max_new_tokens
     length = config.max_length if length is None else length
     if length is None or (length == 20 and kwargs.get("max_length") is None):  # 20: the default of older versions
-        return max(row.num_pictures for row in state) * (words.span_length + 1) + _DEFAULT_ANSWER_TOKENS
+        return max(row.pictures_shown for row in state) * (words.span_length + 1) + _DEFAULT_ANSWER_TOKENS
     return length - prompt.shape[1]
 
 

@@ -1,17 +1,20 @@
 """Perceptio: InternVL whose language model also writes masks ([SEG]) and depth (a span of codes)."""
 
+import inspect
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import Cache
 from transformers.models.internvl.modeling_internvl import (
     InternVLCausalLMOutputWithPast,
     InternVLForConditionalGeneration,
+    InternVLModel,
 )
 from transformers.models.sam2.modeling_sam2 import Sam2Model
 
@@ -21,11 +24,16 @@ from .attachments import attached, needed
 from .configuration_perceptio import PerceptioConfig
 from .generation_perceptio import SpatialGenerationMixin, SpatialRecorder, count_pictures
 from .modeling_depth_vqvae import DepthVQVAE
+from .precision import without_casts_down
+
+# What the installed transformers calls the keys and values of earlier tokens, as an argument and in outputs: `cache`
+# since 5.24, before that `past_key_values`.
+CACHE = "cache" if "cache" in inspect.signature(InternVLModel.forward).parameters else "past_key_values"
 
 
 @dataclass
 class PerceptioCausalLMOutputWithPast(InternVLCausalLMOutputWithPast):
-    """InternVL's output and:
+    """InternVL's output, with the fields it has in the installed transformers, and:
 
     Args:
         last_hidden_state: (batch, sequence, hidden) states after the final norm.
@@ -39,6 +47,8 @@ class PerceptioCausalLMOutputWithPast(InternVLCausalLMOutputWithPast):
     mask_scores: torch.FloatTensor | None = None
     loss_parts: dict[str, torch.Tensor] | None = None
 
+
+_OUTPUT_FIELDS = frozenset(field.name for field in fields(PerceptioCausalLMOutputWithPast))
 
 # (hidden_states (batch, sequence, hidden), lm_head, the output so far) -> (loss, its parts by name)
 Criterion = Callable[
@@ -69,7 +79,15 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
     config: PerceptioConfig
     config_class = PerceptioConfig
     _keep_in_fp32_modules_strict: ClassVar = ["mask_model", "depth_model", "seg_projector"]
-    _keep_in_fp32_modules: ClassVar = _keep_in_fp32_modules_strict  # what quantisation leaves alone is read from here
+    # What quantisation leaves alone is read from here. transformers wants no name in both lists: these are the parts' own.
+    _keep_in_fp32_modules: ClassVar = [
+        *(
+            f"mask_model.{name}"
+            for name in ("shared_image_embedding", "vision_encoder", "prompt_encoder", "mask_decoder")
+        ),
+        *(f"depth_model.{name}" for name in ("depth_encoder", "depth_codebook", "depth_decoder")),
+        *(f"seg_projector.{name}" for name in ("linear_in", "linear_out")),
+    ]
     _no_split_modules: ClassVar = [*(InternVLForConditionalGeneration._no_split_modules or []), "Sam2MultiScaleBlock"]
     # A full SAM2 checkpoint also holds its video memory, which still pictures do not use.
     _keys_to_ignore_on_load_unexpected: ClassVar = [
@@ -90,6 +108,13 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
         """Take the parts that never learn, SAM2's image encoder and the depth codec, away from optimizers."""
         self.mask_model.vision_encoder.requires_grad_(False)
         self.depth_model.requires_grad_(False)
+
+    def _apply(self, fn, recurse: bool = True):
+        """What `to`, `half` and `bfloat16` do to every tensor; the parts that stay float32 are moved, not cast."""
+        if recurse:
+            for name, part in self.named_children():
+                part._apply(without_casts_down(fn) if name in self._keep_in_fp32_modules_strict else fn)
+        return super()._apply(fn, recurse=False)
 
     def train(self, mode: bool = True):
         """As ever, but the frozen parts stay in evaluation mode."""
@@ -120,9 +145,9 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
     ) -> "PerceptioForConditionalGeneration":
         """A fresh Perceptio out of a stock InternVL, a stock SAM2 and a depth codec.
 
-        Without spatial tokens it computes bit for bit what the InternVL computes. The spatial tokens have ids of rows
-        that no token uses, or of rows that are added; the new rows resemble those that are there (how, and why, says
-        `perceptio_hf.build.token_rows`) and every other row keeps its bits. The [SEG] projector starts at random.
+        It has the InternVL's weights, bit for bit, and without spatial tokens computes what the InternVL computes. The
+        spatial tokens have ids of rows that no token uses, or of rows that are added; the new rows resemble those that
+        are there (how, and why, says `perceptio_hf.build.token_rows`). The [SEG] projector starts at random.
         All of this is to be trained before masks and depth mean anything.
 
         Models that are given share the memory of their weights with the result, embedding and head apart, and are
@@ -150,7 +175,10 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
         return from_components(cls, internvl, sam2, depth_codec, processor=processor, dtype=dtype, seed=seed)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
-        """The last step before an upload (transformers 5.17 to 5.23); a card that says nothing gives way to ours."""
+        """The last step before an upload; a card that says nothing gives way to ours.
+
+        transformers has no public place for this. Should it rename the method, uploads go on with its own card.
+        """
         replace_default_card = attached("replace_default_card")
         if replace_default_card is not None:
             replace_default_card(Path(working_dir, "README.md"), self, repo_id)
@@ -176,7 +204,7 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
         pixel_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
@@ -184,14 +212,20 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
         logits_to_keep: int | torch.Tensor = 0,
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
+        cache: Cache | None = None,
         mask_pixel_values: torch.FloatTensor | None = None,
         spatial_recorder: SpatialRecorder | None = None,
         criterion: Criterion | None = None,
         **kwargs,
     ) -> PerceptioCausalLMOutputWithPast:
-        """InternVL's forward (transformers 5.17 to 5.23, `InternVLForConditionalGeneration.forward`) and the masks.
+        """InternVL's forward and the masks.
+
+        The steps are those of `InternVLForConditionalGeneration.forward`. `generate` asks this signature which inputs
+        it may send, so they are named; which of them InternVL's body knows differs between versions of transformers,
+        so only those that came are handed on, and what the body returns is handed back under its names.
 
         Args:
+            past_key_values, cache: two names of one argument; either works with every version of transformers.
             mask_pixel_values: (pictures, 3, S, S) as the processor prepares them for SAM2. If given, every [SEG] in
                 `input_ids` becomes a mask, with gradients through projector and mask decoder.
             spatial_recorder: set by `generate`.
@@ -206,29 +240,29 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
             raise ValueError(
                 "Both `labels` and `criterion` came; a criterion brings its own labels, leave out `labels`."
             )
-        if mm_encoder_outputs is not None:  # transformers 5.17 does not know the name
-            kwargs["mm_encoder_outputs"] = mm_encoder_outputs
         return_dict = kwargs.pop("return_dict", None)
-        outputs = self.model(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            image_sizes=image_sizes,
-            return_dict=True,
-            **kwargs,
-        )
+        inputs = {
+            "input_ids": input_ids,
+            "pixel_values": pixel_values,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            CACHE: past_key_values if cache is None else cache,
+            "inputs_embeds": inputs_embeds,
+            "vision_feature_layer": vision_feature_layer,
+            "vision_feature_select_strategy": vision_feature_select_strategy,
+            "image_sizes": image_sizes,
+            "mm_encoder_outputs": mm_encoder_outputs,
+        }
+        given = {name: value for name, value in inputs.items() if value is not None}
+        outputs = self.model(**given, return_dict=True, **kwargs)
         hidden = outputs.last_hidden_state
         logits = None
         if criterion is None:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, keep])
         if spatial_recorder is not None and input_ids is not None:
-            end = input_ids.shape[1] if outputs.past_key_values is None else outputs.past_key_values.get_seq_length()
+            past = outputs.get(CACHE)
+            end = input_ids.shape[1] if past is None else past.get_seq_length()
             spatial_recorder.record_states(input_ids, end, hidden)
             spatial_recorder.record_odds(input_ids, end, logits)
         loss = None
@@ -241,13 +275,9 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
                 input_ids, hidden, mask_pixel_values, always=criterion is not None and _several_processes()
             )
         result = PerceptioCausalLMOutputWithPast(
+            **{name: value for name, value in outputs.items() if name in _OUTPUT_FIELDS},
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-            last_hidden_state=hidden,
             mask_logits=mask_logits,
             mask_scores=mask_scores,
         )
@@ -347,6 +377,17 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
         best = scores.argmax(-1)
         rows = torch.arange(count, device=best.device)
         return masks[rows, best].float(), scores[rows, best].float()
+
+
+def picture_features(outputs) -> torch.Tensor | None:
+    """(tiles, places, hidden) of the pictures as the language model reads them; None where there is none.
+
+    Args:
+        outputs: of `forward`, InternVL's or its body's, with whatever version of transformers.
+    """
+    if "image_outputs" in type(outputs).__dataclass_fields__:
+        return None if outputs.image_outputs is None else outputs.image_outputs.pooler_output  # transformers >= 5.24
+    return outputs.image_hidden_states
 
 
 def _several_processes() -> bool:

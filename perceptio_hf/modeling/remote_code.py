@@ -12,6 +12,7 @@ from typing import Any
 _CODEC_FILES = (
     "modeling/configuration_depth_vqvae.py",
     "modeling/modeling_depth_vqvae.py",
+    "modeling/precision.py",
     "modeling/remote_code.py",
 )
 _FILES = (
@@ -22,6 +23,7 @@ _FILES = (
     "modeling/generation_perceptio.py",
     "modeling/modeling_perceptio.py",
     "modeling/span_grammar.py",
+    "processing/phrases.py",
     "processing/pictures.py",
     "processing/processing_perceptio.py",
 )

@@ -17,15 +17,16 @@ from transformers.processing_utils import ProcessorMixin
 
 from perceptio_hf.modeling.attachments import needed
 from perceptio_hf.modeling.remote_code import write_code
-from perceptio_hf.tokens import SEG_TOKEN, escape_spatial_tokens, spatial_tokens
+from perceptio_hf.tokens import SEG_TOKEN, escape_spatial_tokens, picture_mark, spatial_tokens
 
+from .phrases import phrases_of, without_tags
 from .pictures import load_picture
 
 # SAM2 normalises with ImageNet's statistics whatever InternVL's image processor does.
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 _IGNORED_LABEL = -100
-# What InternVLProcessor asks of a tokenizer (transformers 5.17 to 5.23).
+# What InternVLProcessor asks of a tokenizer (transformers 5.17 to 5.24).
 _PICTURE_TOKENS = ("start_image_token", "end_image_token", "context_image_token", "video_token")
 # Options of `__call__` that `apply_chat_template` hands on.
 _CALL_OPTIONS = {"padding", "padding_side", "crop_to_patches", "max_length", "truncation", "min_patches", "max_patches"}
@@ -41,6 +42,7 @@ class PictureGeometry:
         depth: float32 (H, W) relative inverse depth in [0, 1], 1 = nearest; None without a (whole) span.
         depth_codes: the N codes of the span, 0..K-1, in raster order over the grid; None without a span.
         depth_confidence: float32 (H, W) probability of the code chosen at each place; NaN where it was given.
+        phrases: one per mask, the words its [SEG] was written for, None where there are none; see `phrases_of`.
     """
 
     masks: np.ndarray
@@ -48,15 +50,20 @@ class PictureGeometry:
     depth: np.ndarray | None = None
     depth_codes: list[int] | None = None
     depth_confidence: np.ndarray | None = None
+    phrases: list[str | None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.phrases is None:
+            object.__setattr__(self, "phrases", [None] * len(self.masks))
 
 
 @dataclass(frozen=True)
 class SpatialAnswer:
     """One response: its words, and the geometry it wrote down before them.
 
-    `masks`, `mask_scores`, `depth`, `depth_codes` and `depth_confidence` (see `PictureGeometry`) speak of the first
-    picture; `pictures` has the geometry of every picture the response was asked about. `well_formed` is False where a
-    depth span was broken, which happens only in sequences of other engines.
+    `masks`, `mask_scores`, `phrases`, `depth`, `depth_codes` and `depth_confidence` (see `PictureGeometry`) speak of
+    the first picture; `pictures` has the geometry of every picture of the conversation. `well_formed` is False where a
+    depth span was broken, or a [SEG] or span came without a picture: only in sequences of other engines.
     """
 
     text: str
@@ -70,6 +77,10 @@ class SpatialAnswer:
     @property
     def mask_scores(self) -> np.ndarray:
         return self.pictures[0].mask_scores
+
+    @property
+    def phrases(self) -> list[str | None]:
+        return self.pictures[0].phrases
 
     @property
     def depth(self) -> np.ndarray | None:
@@ -179,6 +190,9 @@ class PerceptioProcessor(InternVLProcessor):
             tokenizer.add_tokens(missing, special_tokens=False)
         self.added_token_ids = tuple(tokenizer.convert_tokens_to_ids(missing))
         self._spatial_ids = set(tokenizer.convert_tokens_to_ids(tokens))
+        # Pipelines pad by the tokenizer's own side, and generation goes on where a row ends. Training pads on the right
+        # by itself.
+        tokenizer.padding_side = "left"
 
     @property
     def seg_token_id(self) -> int:
@@ -197,6 +211,27 @@ class PerceptioProcessor(InternVLProcessor):
             "depth_end_token_id": end,
             "depth_token_ids": codes,
         }
+
+    def picture_mark_token_ids(self) -> dict[str, list[int]]:
+        """What `PerceptioConfig` asks for under this name: how the tokenizer spells ``Image-k:``.
+
+        Marks may stand at the beginning of a response or line, behind a word, a bracket or a spatial token, and before
+        words, line ends, ``**`` or a spatial token; pictures 1 to 99, and more where digits are tokens of their own.
+        """
+        marks = [picture_mark(number) for number in range(1, 100)]
+        texts = [
+            before + mark + after
+            for mark in marks
+            for before in ("", "\n", "x ", "(", SEG_TOKEN)
+            for after in ("", "\n", "\n\n", " x", "**", SEG_TOKEN)
+        ]
+        ids = {token for row in self.tokenizer(texts, add_special_tokens=False)["input_ids"] for token in row}
+        pieces: dict[str, list[int]] = {}
+        for token in sorted(ids):
+            piece = self.tokenizer.decode([token]).strip("\n (*")
+            if piece and any(piece in mark for mark in marks):
+                pieces.setdefault(piece, []).append(token)
+        return dict(sorted(pieces.items()))
 
     def __call__(self, images=None, text=None, videos=None, **kwargs) -> BatchFeature:
         """Pictures and rendered text -> tensors of the model.
@@ -279,17 +314,33 @@ class PerceptioProcessor(InternVLProcessor):
         return [
             SpatialAnswer(
                 text=self._words(outputs.sequences[row, outputs.prompt_length :].tolist()),
-                pictures=tuple(_geometries(outputs, row, threshold)),
+                pictures=tuple(_geometries(outputs, row, threshold, self._phrases(outputs, row))),
                 well_formed=outputs.well_formed[row],
             )
             for row in rows
         ]
 
     def _words(self, ids: list[int]) -> str:
-        text = self.tokenizer.decode(
-            [token for token in ids if token not in self._spatial_ids], skip_special_tokens=True
-        )
-        return " ".join(text.replace("\n", " \n ").split(" ")).replace(" \n ", "\n").strip()
+        kept = [token for token in ids if token not in self._spatial_ids]
+        text = without_tags(self.tokenizer.decode(kept, skip_special_tokens=True))
+        if len(kept) < len(ids):  # "the cat [SEG] and" leaves both of the spaces around the token
+            text = re.sub(r"(?<=\S) {2,}(?=\S)", " ", text)
+        return text.strip()
+
+    def _phrases(self, outputs, row: int) -> list[str | None]:
+        """One per [SEG] of a response, as far as it speaks of pictures."""
+        if not outputs.mask_pictures[row]:
+            return []
+        texts, words, line = [], [], ""
+        for token in outputs.sequences[row, outputs.prompt_length :].tolist():
+            if token == self.seg_token_id:
+                texts.append(line + self.tokenizer.decode(words))
+                words, line = [], ""
+            elif token in self._spatial_ids:
+                words, line = [], "\n"
+            else:
+                words.append(token)
+        return phrases_of(texts)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """Save the processor and, beside it, the code that `trust_remote_code=True` loads elsewhere."""
@@ -346,17 +397,24 @@ def _read_picture(part: dict) -> None:
         return
 
 
-def _geometries(outputs, row: int, threshold: float) -> list[PictureGeometry]:
+def _geometries(outputs, row: int, threshold: float, phrases: list[str | None]) -> list[PictureGeometry]:
     sizes = outputs.picture_sizes[row] if outputs.picture_sizes is not None else []
     named = [*outputs.mask_pictures[row], *outputs.depth_pictures[row], 0]
     count = max(len(sizes), max(named) + 1)
-    return [_geometry(outputs, row, picture, sizes[picture] if sizes else None, threshold) for picture in range(count)]
+    return [
+        _geometry(outputs, row, picture, sizes[picture] if sizes else None, threshold, phrases)
+        for picture in range(count)
+    ]
 
 
-def _geometry(outputs, row: int, picture: int, size: tuple[int, int] | None, threshold: float) -> PictureGeometry:
+def _geometry(
+    outputs, row: int, picture: int, size: tuple[int, int] | None, threshold: float, phrases: list[str | None]
+) -> PictureGeometry:
     masks, scores = _masks(outputs, row, picture, size, threshold)
+    of_masks = [phrase for phrase, of in zip(phrases, outputs.mask_pictures[row], strict=True) if of == picture]
+    of_masks = of_masks[: len(masks)]  # none where there was nothing to make masks from
     if picture not in outputs.depth_pictures[row]:
-        return PictureGeometry(masks, scores)
+        return PictureGeometry(masks, scores, phrases=of_masks)
     index = outputs.depth_pictures[row].index(picture)
     depth = outputs.depth_maps[row][index]
     size = size or tuple(depth.shape)
@@ -366,6 +424,7 @@ def _geometry(outputs, row: int, picture: int, size: tuple[int, int] | None, thr
         depth=_resize(depth, size).clip(0, 1),
         depth_codes=outputs.depth_codes[row][index].tolist(),
         depth_confidence=_resize(outputs.depth_confidence[row][index], size),
+        phrases=of_masks,
     )
 
 

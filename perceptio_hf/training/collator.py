@@ -132,6 +132,8 @@ class PerceptioDataCollator:
         try:
             ids, labels = self.conversations.encode(loaded.messages, tiles)
             self._check_length(len(ids))
+            if len(loaded.pictures) > 1:  # one picture is all there is to speak of
+                self.conversations.check_pictures(ids, loaded.mask_pictures, loaded.depth_pictures)
             depth_targets, depth_valid = self._depth(loaded.depths)
         except SampleError as error:
             raise SampleError(f"Sample {name_of(sample, position)}: {error}", error.reason) from None

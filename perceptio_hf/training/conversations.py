@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from perceptio_hf.data.samples import SampleError
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
+from perceptio_hf.tokens import SpatialVocabulary, read_sequence
 
 from .losses import IGNORED_LABEL
 
@@ -38,6 +39,38 @@ class ConversationEncoder:
             raise ValueError(
                 "This tokenizer reads words differently after a special token than inside a text (a prefix space?); "
                 "set its pre-tokenizer's prepend_scheme to 'first'."
+            )
+
+        self._vocabulary = self._spatial_vocabulary()
+
+    def _spatial_vocabulary(self) -> SpatialVocabulary:
+        """What the model reads, which the processor knows as well."""
+        ids, pieces = self.processor.spatial_token_ids(), self.processor.picture_mark_token_ids()
+        return SpatialVocabulary(
+            seg=ids["seg_token_id"],
+            depth_start=ids["depth_start_token_id"],
+            depth_end=ids["depth_end_token_id"],
+            codes=tuple(ids["depth_token_ids"]),
+            num_depth_tokens=self.processor.num_depth_tokens,
+            image=self.processor.image_token_id,
+            turn_ends=frozenset([self.turn_end_id]),
+            mark_pieces={token: piece for piece, tokens in pieces.items() for token in tokens},
+        )
+
+    def check_pictures(self, ids: Sequence[int], mask_pictures: Sequence[int], depth_pictures: Sequence[int]) -> None:
+        """Whether the token ids of a conversation speak of the pictures that its words speak of.
+
+        Raises:
+            SampleError: where the tokenizer spells a mark ``Image-k:`` so that a model would not find it.
+        """
+        read = read_sequence(ids, self._vocabulary)
+        found = [seg.picture for seg in read.segs], [span.picture for span in read.spans]
+        if found != (list(mask_pictures), list(depth_pictures)):
+            raise SampleError(
+                f"its [SEG] and depth spans speak of pictures {list(mask_pictures)} and {list(depth_pictures)}, as "
+                f"token ids of {found[0]} and {found[1]}: this tokenizer joins a mark with what stands beside it. "
+                "Write marks at the beginning of the response or of a line, or after a space, and a space behind them.",
+                "picture",
             )
 
     def _first_special(self, text: str) -> tuple[str, int]:

@@ -9,22 +9,15 @@ import numpy as np
 from transformers import ProgressCallback, Trainer
 
 from perceptio_hf.files import replacing
+from perceptio_hf.training.attention.targets import LOOKS
+
+from .losses import PARTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_TITLES = {
-    "loss": "loss: weighted sum of the parts",
-    "text": "text: cross-entropy",
-    "marker": "span markers: cross-entropy",
-    "token": "depth codes: cross-entropy",
-    "count": "number of depth codes: smooth L1",
-    "reconstruction": "soft-merged depth: L1 + gradients",
-    "mask_bce": "masks: cross-entropy",
-    "mask_dice": "masks: Dice",
-    "mask_score": "predicted IoU: squared error",
-    "look_write": "where codes look",
-    "look_segment": "where [SEG] looks",
+_TITLES = {"loss": "loss: weighted sum of the parts"} | {
+    part.name: part.title for part in (*PARTS.values(), *LOOKS.values())
 }
 _COLUMNS = 3
 _TRAIN, _EVALS = "#1f6fb4", ("#d1495b", "#2e8b57", "#8e5ea2", "#c17c00")

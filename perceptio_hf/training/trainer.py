@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from trl import SFTTrainer
 
 from perceptio_hf.data.rows import as_rows
 from perceptio_hf.data.samples import REASONS
+from perceptio_hf.files import in_use
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 from perceptio_hf.training.attention.targets import LOOKS, look_layer, looking_parts, places_to_look
@@ -28,7 +30,7 @@ from .checkpoints import WholeCheckpoints, last_checkpoint
 from .collator import PerceptioDataCollator
 from .config import PerceptioSFTConfig
 from .logging import draw_losses
-from .losses import composite_loss
+from .losses import PARTS, composite_loss
 
 _logger = logging.getLogger(__name__)
 _TARGETS = ("labels", "mask_targets", "depth_targets", "depth_valid", "depth_given_as_codes")
@@ -83,6 +85,8 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         source, model = _loaded(model, args)
         init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None  # used up; SFTTrainer would say ignored
         processing_class = processing_class or PerceptioProcessor.from_pretrained(source)
+        if model.config.picture_mark_token_ids is None and isinstance(processing_class, PerceptioProcessor):
+            model.config.picture_mark_token_ids = processing_class.picture_mark_token_ids()  # older checkpoints
         self._look_layer = look_layer(model.config.text_config, args.look_layer) if args.look_weight else None
         if not is_peft_model(model):
             choose_trainable(model, args)
@@ -114,7 +118,7 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         self._codec = self._perceptio.depth_model
         if self.is_fsdp_enabled:
             self._prepare_fsdp()
-        self._meters = {"train": PartMeter(), "eval": PartMeter()}
+        self._meters = {"train": _part_meter(), "eval": _part_meter()}
         self.skipped_samples: dict[str, int] = {}  # by reason, known when `train` ends
         self._has_learnt: bool | None = None  # from any sample, on any process; None before the first step
 
@@ -309,7 +313,7 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         return norm
 
     def _last_good(self) -> str:
-        last = last_checkpoint(self.args.output_dir)
+        last = last_checkpoint(self.args.output_dir, quiet=True)
         return f"; {last} is the last checkpoint before it." if last else "."
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -325,7 +329,7 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         Where processes times batch does not divide the samples, accelerate fills the last batches up with samples from
         the start, which then count twice.
         """
-        self._meters["eval"] = PartMeter()
+        self._meters["eval"] = _part_meter()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._meters["eval"].means(self._reduced)
         if not means:
@@ -339,21 +343,26 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         """Train; see `Trainer.train`. `True` resumes from the last complete checkpoint of `output_dir`.
 
         Raises:
-            ValueError: if there is nothing to resume from, the loss is not finite, or every sample was left out.
+            ValueError: if there is nothing to resume from, the checkpoint is damaged, another process trains into
+                `output_dir`, the loss is not finite, or every sample was left out.
             OSError: if a checkpoint cannot be saved.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no complete checkpoint in {self.args.output_dir} to resume from.")
-        if isinstance(resume_from_checkpoint, Path):
-            resume_from_checkpoint = str(resume_from_checkpoint)
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        self._report_skipped()
-        if self.skipped_samples and self._has_learnt is False:
-            parts = ", ".join(f"{count} because of their {reason}" for reason, count in self.skipped_samples.items())
-            raise ValueError(f"Every sample was left out ({parts}), so nothing was learnt. Mend the data set.")
-        self.draw_losses()
+        with in_use(self.args.output_dir, "training") if self.is_world_process_zero() else nullcontext():
+            if resume_from_checkpoint:
+                self.prepare_to_resume(Path(resume_from_checkpoint))
+                resume_from_checkpoint = str(resume_from_checkpoint)
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            self._report_skipped()
+            if self.skipped_samples and self._has_learnt is False:
+                parts = ", ".join(
+                    f"{count} because of their {reason}" for reason, count in self.skipped_samples.items()
+                )
+                raise ValueError(f"Every sample was left out ({parts}), so nothing was learnt. Mend the data set.")
+            self.draw_losses()
         return output
 
     def draw_losses(self) -> None:
@@ -371,6 +380,10 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         if self.skipped_samples:
             parts = ", ".join(f"{count} for {reason}" for reason, count in self.skipped_samples.items())
             _logger.warning("%d samples could not be used and were left out: %s.", sum(map(int, counts)), parts)
+
+
+def _part_meter() -> PartMeter:
+    return PartMeter((*PARTS.values(), *LOOKS.values()))
 
 
 def _checked_args(model, args: PerceptioSFTConfig | None) -> PerceptioSFTConfig:

@@ -3,18 +3,22 @@
 import json
 import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from component_helpers import TEMPLATE, codec, mask_model, save_internvl, stock_tokenizer
-from helpers import chat, encode, picture
+from helpers import assert_trained_alike, chat, encode, picture
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, InternVLForConditionalGeneration
 
 from perceptio_hf.build import checkpoint as building
 from perceptio_hf.build.checkpoint import STEPS, build
 from perceptio_hf.build.verification import check_against, take_reference
+from perceptio_hf.build import checkpoint as building
+from perceptio_hf.build.checkpoint import STEPS, build
+from perceptio_hf.build.verification import added_digests, check_against, rounding_bound, take_reference
 from perceptio_hf.tokens import spatial_tokens
 
 WORDS, NEW = len(stock_tokenizer()), 19
@@ -63,7 +67,10 @@ def test_every_kind_of_stock_internvl(sources, tmp_path, family, tie, padding, d
     model, processor = AutoModel.from_pretrained(tmp_path / "out"), AutoProcessor.from_pretrained(tmp_path / "out")
     inputs = plain_inputs(processor)
     with torch.no_grad():
-        assert torch.equal(model(**inputs).logits[..., :WORDS], stock(**inputs).logits[..., :WORDS])
+        found, expected = (asked(**inputs).logits[..., :WORDS].float() for asked in (model, stock))
+    bound = rounding_bound(stock.config, stock.dtype, float(expected.abs().max()))
+    torch.testing.assert_close(found, expected, atol=bound, rtol=0)
+    assert report.check.largest_difference <= report.check.largest_allowed < 0.2 * float(expected.abs().max())
     options = {"do_sample": False, "max_new_tokens": 9}
     unused = list(range(WORDS, WORDS + padding)) or None
     mine = model.generate(**inputs, spatial="none", suppress_tokens=unused, **options)
@@ -88,7 +95,10 @@ def test_what_is_carried_over(sources, tmp_path):
     assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
     assert processor.chat_template == TEMPLATE and processor.image_processor.max_patches == 5
     assert processor.spatial_token_ids()["seg_token_id"] == model.config.seg_token_id == WORDS
+    assert model.config.picture_mark_token_ids == processor.picture_mark_token_ids() != {}
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").padding_side == "left"  # the stock one says right
     before = AutoTokenizer.from_pretrained(sources / "internvl")
+    assert before.padding_side == "right"
     text = "Which is closer?\n <img> äß 漢字 <DEPTH <|im_end|>"
     assert before(text)["input_ids"] == processor.tokenizer(text)["input_ids"]
     for name, value in mask_model().state_dict().items():
@@ -105,8 +115,8 @@ def test_steps_come_in_order_and_unverified_ones_are_left_out(sources, tmp_path)
     seen.clear()
     report = run(sources, tmp_path / "b", on_step=seen.append, verify=False)
     assert seen == [step for step, to_verify in STEPS.items() if not to_verify] and report.check is None
-    same = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
-    assert same[0] == same[1]
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert_trained_alike(other, one)  # new rows are products
 
 
 def test_the_codec_of_a_perceptio(sources, tmp_path):
@@ -122,36 +132,120 @@ def test_large_models_are_checked_by_a_sample(sources, tmp_path, monkeypatch):
     assert check.sampled and (check.prompts, check.positions) == (2, 8)
 
 
+@pytest.fixture(scope="module")
+def joined(sources, tmp_path_factory):
+    """(the reference of the sources, what was added, the folder built from them)."""
+    out = tmp_path_factory.mktemp("joined") / "out"
+    run(sources, out, verify=False)
+    model, processor = AutoModel.from_pretrained(out), AutoProcessor.from_pretrained(out)
+    stock = InternVLForConditionalGeneration.from_pretrained(sources / "internvl")
+    reference = take_reference(stock, mask_model(), codec(), processor)
+    return reference, added_digests(reference, model), out
+
+
+def test_digests_know_every_tensor(joined):
+    reference, added, out = joined
+    names = set(AutoModel.from_pretrained(out).state_dict())
+    assert reference.digests.keys() | added.keys() == names
+    both = {"model.language_model.embed_tokens.weight", "lm_head.weight"}  # old rows, and then all
+    assert reference.digests.keys() & added.keys() == both
+    assert {name for name in added if name not in both} == {name for name in names if name.startswith("seg_projector.")}
+
+
 @pytest.mark.parametrize(
     "damaged",
     [
         "model.language_model.layers.1.self_attn.o_proj.weight",
-        "model.vision_tower.encoder.layer.0.mlp.fc1.bias",
+        "model.vision_tower.encoder.layer.0.mlp.fc1.weight",
+        "model.multi_modal_projector.linear_1.weight",
         "lm_head.weight",
+        "mask_model.mask_decoder.transformer.layers.0.self_attn.q_proj.weight",
+        "mask_model.shared_image_embedding.positional_embedding",
+        "depth_model.depth_codebook.vectors",
+        "depth_model.depth_decoder.out.weight",
+        "seg_projector.linear_in.weight",
     ],
 )
-def test_verification_sees_a_weight_that_changed(sources, tmp_path, damaged):
-    run(sources, tmp_path / "out")
-    processor = AutoProcessor.from_pretrained(tmp_path / "out")
-    stock = InternVLForConditionalGeneration.from_pretrained(sources / "internvl")
-    reference, model = take_reference(stock, processor), AutoModel.from_pretrained(tmp_path / "out")
-    check_against(reference, model, range(WORDS, WORDS + NEW))
+def test_verification_sees_a_weight_that_changed(joined, damaged):
+    """By a millionth, which no comparison of logits could tell from rounding."""
+    reference, added, out = joined
+    model = AutoModel.from_pretrained(out)
+    check_against(reference, model, added)
     with torch.no_grad():
-        model.get_parameter(damaged).flatten()[5] += 1e-3
+        model.state_dict()[damaged].mul_(1 + 1e-6)
+    with pytest.raises(ValueError, match=rf"does not have the weights of its parts: {damaged} differs \(1 of"):
+        check_against(reference, model, added)
+
+
+def test_verification_sees_new_rows_that_changed_and_swapped_layers(joined):
+    reference, added, out = joined
+    model = AutoModel.from_pretrained(out)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[WORDS + 3] *= 1 + 1e-6
+    with pytest.raises(ValueError, match=r"embed_tokens.weight differs \(1 of"):
+        check_against(reference, model, added)
+    model = AutoModel.from_pretrained(out)
+    layers = model.model.language_model.layers
+    layers[0], layers[1] = layers[1], layers[0]
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj.weight differs"):
+        check_against(reference, model, added)
+
+
+def test_verification_sees_another_computation_of_the_same_weights(joined):
+    reference, added, out = joined
+    model = AutoModel.from_pretrained(out)
+    with torch.no_grad():  # no weight, no setting: it is made of theta
+        model.model.language_model.rotary_emb.inv_freq *= 1.01
     with pytest.raises(ValueError, match="does not compute what its InternVL computes: logits differ by up to"):
-        check_against(reference, model, range(WORDS, WORDS + NEW))
+        check_against(reference, model, added)
+    model = AutoModel.from_pretrained(out)
+    model.config.text_config.rms_norm_eps = 2e-6
+    with pytest.raises(ValueError, match=r"text_config.rms_norm_eps = 2e-06 instead of 1e-06"):
+        check_against(reference, model, added)
 
 
-def test_nothing_is_written_where_verification_fails(sources, tmp_path, monkeypatch):
+def test_rounding_is_no_difference(joined):
+    """Against logits summed in float64, which no order of summing in float32 gives."""
+    reference, added, out = joined
+    exact = InternVLForConditionalGeneration.from_pretrained(out, dtype=torch.float64)
+    logits = []
+    for prompt in reference.inputs:
+        prompt = {name: value.double() if value.is_floating_point() else value for name, value in prompt.items()}
+        with torch.no_grad():
+            logits.append(exact(**prompt).logits[0, :, :WORDS].float())
+    check = check_against(replace(reference, logits=logits), AutoModel.from_pretrained(out), added)
+    assert 0 < check.largest_difference < check.largest_allowed < 1e-3
+
+
+def test_another_likeliest_token_is_a_difference(joined):
+    """Where the best two logits of a bfloat16 model are close, both moved by less than the bound."""
+    reference, _, out = joined
+    model = AutoModel.from_pretrained(out, dtype=torch.bfloat16)
+    with torch.no_grad():
+        logits = [model(**prompt).logits[0, :, :WORDS].float() for prompt in reference.inputs]
+    reference = replace(reference, digests={}, logits=logits)
+    assert check_against(reference, model).largest_difference < 0.1
+    best, where = logits[0].topk(2)
+    place = int((best[:, 0] - best[:, 1]).argmin())
+    bound = rounding_bound(model.config, model.dtype, float(logits[0].abs().max()))
+    logits[0][place, where[place]] += torch.tensor([-0.8, 0.8]) * bound
+    with pytest.raises(ValueError, match="another token is the likeliest one"):
+        check_against(reference, model)
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["small", "large"])
+@pytest.mark.parametrize("part", ["model.language_model", "mask_model.vision_encoder", "depth_model.depth_encoder"])
+def test_nothing_is_written_where_verification_fails(sources, tmp_path, monkeypatch, part, sampled):
     def damaging(*arguments, **options):
         model = assemble(*arguments, **options)
-        with torch.no_grad():
-            model.model.language_model.norm.weight[0] *= 1.01
+        weight = next(weight for weight in model.get_submodule(part).parameters() if weight.ndim > 1 and weight.any())
+        weight.data = weight.data * (1 + 1e-6)  # not in place: the sources share its memory
         return model
 
     assemble = building.assemble
     monkeypatch.setattr(building, "assemble", damaging)
-    with pytest.raises(ValueError, match="logits differ"):
+    monkeypatch.setattr("perceptio_hf.build.verification.SMALL", 1000 if sampled else 10**8)
+    with pytest.raises(ValueError, match=rf"weights of its parts: {part}\.\S+ differs"):
         run(sources, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

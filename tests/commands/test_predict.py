@@ -39,7 +39,7 @@ def test_writes_masks_depth_and_answer_at_the_size_the_user_sees(tiny_folder, tm
     answer = json.loads((folder / "answer.json").read_text())
     assert answer["question"] == QUESTION and answer["spatial"] == "seg+depth" and answer["picture"] == str(photo)
     assert (answer["width"], answer["height"], answer["well_formed"]) == (60, 40, True)
-    assert len(answer["masks"]) == len(answer["mask_scores"]) >= 1
+    assert len(answer["masks"]) == len(answer["mask_scores"]) == len(answer["phrases"]) >= 1
     assert decode_mask(answer["masks"][0]).shape == (40, 60)
     assert all(isinstance(code, int) for code in answer["depth_codes"])
     assert str(folder) in capsys.readouterr().out

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import sft_helpers as sft
 import yaml
-from helpers import random_model
+from helpers import assert_trained_alike, random_model
 from PIL import Image
+from safetensors.torch import load_file
 
 from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor, PerceptioSFTConfig
 from perceptio_hf.commands.main import run
@@ -73,7 +74,8 @@ def fails(capsys):
 
 def test_trains_draws_and_goes_on(tmp_path, recipe, samples, capsys, fails):
     out = tmp_path / "out"
-    arguments = ["train", "--config", str(recipe(eval_tasks=[{"samples": str(samples)}])), "--out", str(out)]
+    arguments = ["train", "--config", str(recipe(eval_tasks=[{"samples": str(samples)}], adam_epsilon="1e-3"))]
+    arguments += ["--out", str(out)]
     assert run(arguments) == 0
     assert str(out / "checkpoint") in capsys.readouterr().out
     PerceptioForConditionalGeneration.from_pretrained(out / "checkpoint")
@@ -81,7 +83,7 @@ def test_trains_draws_and_goes_on(tmp_path, recipe, samples, capsys, fails):
     with Image.open(out / "losses.png") as picture:
         picture.verify()
     assert json.loads((out / "recipe.json").read_text())["max_steps"] == 2
-    first = (out / "checkpoint" / "model.safetensors").read_bytes()
+    first = load_file(out / "checkpoint" / "model.safetensors")
 
     assert run(arguments) == 0
     assert "is finished" in capsys.readouterr().out
@@ -91,7 +93,7 @@ def test_trains_draws_and_goes_on(tmp_path, recipe, samples, capsys, fails):
     assert run(arguments) == 0
     state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2]
-    assert (out / "checkpoint" / "model.safetensors").read_bytes() == first
+    assert_trained_alike(load_file(out / "checkpoint" / "model.safetensors"), first)
 
     assert "another recipe" in fails(*arguments[1:], "--max_steps", "3")
     assert run([*arguments, "--max_steps", "3", "--resume_from_checkpoint", "true"]) == 0

@@ -1,5 +1,7 @@
 """The processor: what goes into the model and how answers come out."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,18 @@ def test_round_trip(processor, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert again.spatial_token_ids() == processor.spatial_token_ids()
     assert len(again.tokenizer) == len(processor.tokenizer)
+
+
+def test_tokenizers_that_pad_right_are_turned(processor, tmp_path):
+    """Checkpoints of others say "right" or nothing; generation goes on at the end of a row."""
+    other = copy.deepcopy(processor)
+    other.tokenizer.padding_side = "right"
+    other.save_pretrained(tmp_path)
+    assert '"padding_side": "right"' in (tmp_path / "tokenizer_config.json").read_text()
+    again = PerceptioProcessor.from_pretrained(tmp_path)
+    assert again.tokenizer.padding_side == "left"
+    again.save_pretrained(tmp_path)
+    assert '"padding_side": "left"' in (tmp_path / "tokenizer_config.json").read_text()
 
 
 def test_spatial_tokens_are_single_ids_and_survive_decoding(processor):

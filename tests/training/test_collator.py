@@ -16,8 +16,9 @@ from perceptio_hf.data.run_length import encode_mask
 from perceptio_hf.data.samples import REASONS, SampleError
 from perceptio_hf.data.world_samples import WORLD_TASKS, iter_world_samples, world_dataset
 from perceptio_hf.lab.lessons.model import tiny_processor
-from perceptio_hf.tokens import depth_span
+from perceptio_hf.tokens import depth_span, read_sequence
 from perceptio_hf.training.collator import PerceptioDataCollator
+from perceptio_hf.training.losses import loss_counts
 
 SPAN = "<DEPTH_START><DEPTH_END>"
 # As InternVL's checkpoints have it: no generation markers.
@@ -328,6 +329,45 @@ def llama_tokenizer(scheme: str) -> PreTrainedTokenizerFast:
         eos_token="<|im_end|>",
         extra_special_tokens={f"{name}_token": token for name, token in names.items()},
     )
+
+
+def several_pictures(said: str) -> dict:
+    asked = [{"type": "image"}, words("or Image-1:"), {"type": "image"}, words("?")]
+    return {
+        "images": [picture(), picture(seed=1)],
+        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}],
+        "masks": [encode_mask(box())] * said.count("[SEG]"),
+        "depth_codes": [[number] * 16 for number in range(said.count(SPAN))],
+    }
+
+
+def test_two_spans_and_marks_are_learnt(any_processor, model):
+    """What `generate` may write for two pictures, in either order, is what training reads."""
+    said = {
+        f"[SEG]{SPAN}[SEG]{SPAN}Both.": ([0, 1], [0, 1]),
+        f"Image-2: [SEG]{SPAN} Image-1: [SEG]{SPAN}Both.": ([1, 0], [1, 0]),
+        "Image-2:[SEG]\nImage-1:\n[SEG]": ([1, 0], []),
+    }
+    collator = PerceptioDataCollator(any_processor)
+    for text, (segs, spans) in said.items():
+        batch = collator([several_pictures(text)])
+        read = read_sequence(batch["input_ids"][0].tolist(), model.spatial_vocabulary())
+        assert ([seg.picture for seg in read.segs], [span.picture for span in read.spans]) == (segs, spans)
+        assert [span.codes for span in read.spans] == [(number,) * 16 for number in range(len(spans))]
+        parts = loss_counts(batch["labels"], model.spatial_vocabulary())
+        assert (parts.masks, parts.codes, parts.responses) == (2, 16 * len(spans), 1)
+
+
+def test_marks_that_a_tokenizer_hides_are_refused(processor):
+    collator = PerceptioDataCollator(processor)
+    other = copy.copy(processor)
+    other.picture_mark_token_ids = lambda: {"-": processor.picture_mark_token_ids()["-"]}
+    hidden = PerceptioDataCollator(other)
+    for text in ("Image-2: [SEG]", f"Image-2: {SPAN}"):
+        collator([several_pictures(text)])
+        with pytest.raises(SampleError, match="this tokenizer joins a mark"):
+            hidden([several_pictures(text)])
+    hidden([several_pictures("Image-1: [SEG]")])  # is what it speaks of without a mark, too
 
 
 def test_pictures_are_turned_upright_before_masks_are_checked(processor, tmp_path):

@@ -45,6 +45,14 @@ def logged_parts(trainer: PerceptioSFTTrainer, entry: int = 0) -> dict[str, floa
     return {name: value for name, value in trainer.state.log_history[entry].items() if name in (*PARTS, "loss")}
 
 
+def test_an_older_checkpoint_learns_which_tokens_marks_have(processor, tmp_path):
+    model = random_model(processor)
+    model.config.picture_mark_token_ids = None
+    trainer = sft.trainer(tmp_path / "out", processor=processor, model=model)
+    assert trainer.model.config.picture_mark_token_ids == processor.picture_mark_token_ids()
+    assert trainer._vocabulary.mark_pieces
+
+
 @pytest.mark.parametrize(("batch", "steps"), [(1, 8), (2, 4), (4, 2)])
 def test_micro_batches_give_the_step_of_the_whole_batch(train, batch, steps):
     whole = train(per_device_train_batch_size=8)

@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+from .answer_chinese import in_english
 from .answer_statements import LETTERS, sentences, statements
 
 MAX_CHOICES = len(LETTERS)
@@ -32,7 +33,7 @@ def answer_letter(text: str, num_choices: int = MAX_CHOICES) -> str | None:
         ValueError: for another number of choices.
     """
     _check_count(num_choices)
-    found = [item for sentence in sentences(text) for item in statements(sentence, num_choices)]
+    found = [item for sentence in sentences(in_english(text)) for item in statements(sentence, num_choices)]
     if not found:
         return None
     strongest = [item for item in found if item.strength == max(item.strength for item in found)]
@@ -44,14 +45,16 @@ def answer_letter(text: str, num_choices: int = MAX_CHOICES) -> str | None:
 
 
 def answer_choice(text: str, choices: Sequence[str]) -> str | None:
-    """The letter of the choice an answer takes: by `answer_letter`, else by the text of exactly one choice.
+    """The letter of the choice an answer takes: by exactly a choice's text, by `answer_letter`, or by the text of
+    exactly one choice within it.
 
     A choice's text counts where it stands as whole words, in any case, except within a longer choice that is there too
-    and behind "not".
+    and behind "not". Letters in such a text, as in "Figure B", name nothing by themselves. An answer that is nothing
+    but a letter names the choice of that letter, even where a choice's text is a letter: that is what is asked for.
 
     Args:
         text: What the model wrote.
-        choices: The texts of the choices A, B, ..., 2 to 8.
+        choices: The texts of the choices A, B, ..., 2 to 8; an empty one can only be taken by its letter.
 
     Returns:
         A letter, or None where neither rule finds exactly one.
@@ -59,11 +62,15 @@ def answer_choice(text: str, choices: Sequence[str]) -> str | None:
     Raises:
         ValueError: for another number of choices.
     """
-    letter = answer_letter(text, len(choices))
+    _check_count(len(choices))
+    exact = [index for index, choice in enumerate(choices) if _plain(choice) and _plain(choice) == _plain(text)]
+    if len(exact) == 1 and not _is_letter(text):
+        return LETTERS[exact[0]]
+    letter = answer_letter(_without_lettered(text, choices), len(choices))
     if letter is not None:
         return letter
-    said, wanted = _words(" ".join(sentences(text))), [_words(choice) for choice in choices]
-    found = [index for index, words in enumerate(wanted) if words == said] or _named(said, wanted)
+    said, wanted = _words(" ".join(sentences(_normal(text)))), [_words(choice) for choice in choices]
+    found = [index for index, words in enumerate(wanted) if words and words == said] or _named(said, wanted)
     return LETTERS[found[0]] if len(found) == 1 else None
 
 
@@ -92,10 +99,44 @@ def _check_count(num_choices: int) -> None:
         raise ValueError(f"answers are read among 2 to {MAX_CHOICES} choices, not {num_choices}.")
 
 
+def _plain(text: str) -> str:
+    """In small letters with single spaces, without full stops at the end."""
+    return " ".join(_normal(text).casefold().split()).rstrip(".!。 ")
+
+
+def _is_letter(text: str) -> bool:
+    return re.fullmatch(r"""[\s("'*\[]*[A-Za-z][\s)"'*.:\]]*""", text) is not None
+
+
+def _without_lettered(text: str, choices: Sequence[str]) -> str:
+    """`text` with "it" in the place of those choices that hold a letter beside other words: in "Figure B" the letter
+    belongs to the text and names no choice."""
+    lettered = [choice for choice in choices if re.search(r"\b[A-Ha-h]\b", choice) and not _is_letter(choice)]
+    for choice in sorted(lettered, key=len, reverse=True):
+        words = r"\s+".join(map(re.escape, choice.split()))
+        text = re.sub(rf"(?<!\w){words}(?!\w)", "it", text, flags=re.IGNORECASE)
+    return text
+
+
+# -3, 0.5, 1,000, 1/2, 10:30, 2-3 and 10^3 are one word each; "12cm" is two, "H2O" one.
+_WORD = re.compile(r"-?\d+(?:[.,:/^+-]\d+)*|[^\W\d_]+(?:'[^\W\d_]+|\d\w*)?")
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+
+
+def _normal(text: str) -> str:
+    """One form for each sign; 10³ becomes 10^3 (and not 103), ½ becomes 1/2, every minus a hyphen."""
+    text = re.sub("[⁰¹²³⁴-⁹⁻]+", lambda match: f"^{match[0].translate(_SUPERSCRIPTS)}", str(text))
+    return re.sub("[−–]", "-", unicodedata.normalize("NFKC", text).replace("⁄", "/"))
+
+
 def _words(text: str) -> str:
     """Lower case, single spaces, no punctuation except inside numbers; a space at both ends where there are words."""
-    text = unicodedata.normalize("NFKC", str(text)).casefold()
-    words = re.findall(r"\d+(?:[.,:/]\d+)*|[^\W\d_]+(?:'[^\W\d_]+)?", text)
+    text = re.sub(r"n[’']t\b", " not", _normal(text).casefold())
+    text = re.sub(r"(?<!\d )\b(?:minus|negative)\s+(?=\d)", "-", text)
+    text = re.sub(r"(?<![\w.])\.(?=\d)", "0.", text)  # .5
+    text = re.sub(r"(?<=\d)\s*([+-])\s*(?=\d)", r"\1", text)  # 5 - 3
+    text = re.sub(r"(?<=[\w)\]])\s*-(?!\d)|(?<=[^\W\d])-(?=\d)|(?<=[)\]])-", " ", text)  # no sign: "F-16"
+    words = _WORD.findall(text)
     return f" {' '.join(words)} " if words else ""
 
 

@@ -105,6 +105,7 @@ def _read_row(
     right = reference_letter(reference, count or MAX_CHOICES)
     letter = answer_choice(text, choices) if choices else answer_letter(text)
     question = None if index is None else index % INDEX_PERIOD
+    count = sum(1 for choice in choices if choice) if choices else None  # those that can be rotated
     return _Row(letter == right, letter is not None, question, count, category or "", l2_category or "")
 
 

@@ -15,6 +15,7 @@ import torch
 from transformers import BatchFeature, GenerationMixin
 
 from perceptio_hf.modeling.generation_perceptio import SpatialOutput
+from perceptio_hf.modeling.modeling_perceptio import CACHE
 from perceptio_hf.modeling.span_grammar import SpanGrammar
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def _prompt_cache(model: "PerceptioForConditionalGeneration", inputs: BatchFeatu
         max_new_tokens=1,
         return_dict_in_generate=True,
     )
-    return out.past_key_values
+    return out[CACHE]
 
 
 def _begun(
@@ -198,7 +199,7 @@ def _continued(
             model,
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=past,
+            **{CACHE: past},
             logits_processor=[grammar],
             do_sample=False,
             max_new_tokens=max_new_tokens - begun.shape[1],

@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from perceptio_hf.data.run_length import decode_mask
 from perceptio_hf.evaluation.benchmarks.sample import Sample, Task
-from perceptio_hf.evaluation.run.scoring import RUNNING, Record, referred_mask
+from perceptio_hf.evaluation.metrics.answer_statements import LETTERS
+from perceptio_hf.evaluation.run.scoring import SCORINGS, Record, referred_mask
 from perceptio_hf.visualization import colorize_depth, overlay, sheet
 
 if TYPE_CHECKING:
@@ -107,13 +108,13 @@ def _decoded(codec: "DepthVQVAE", record: Record, picture: Image.Image) -> np.nd
 
 def _caption(task: Task, record: Record) -> str:
     lines = [record["id"], f"Question: {record['question']}", f"Answer: {record['answer'] or '(no words)'}"]
-    if "read" in record:
+    if SCORINGS[task].choices:
         target = record["target"]
-        texts = dict(zip(target["choices"], target.get("texts", ()), strict=False))
+        texts = dict(zip(LETTERS, target.get("texts", ()), strict=False))
         said = record["read"] or "cannot be read"
         lines.append(f"Reads as {_named(said, texts)}; right is {_named(target['answer'], texts)}")
     else:
-        lines.append(f"{RUNNING[task].replace('mean ', '')} {record['score']:.2f}")
+        lines.append(f"{SCORINGS[task].running.replace('mean ', '')} {record['score']:.2f}")
     return "\n".join(line if len(line) <= 240 else f"{line[:237]}..." for line in lines)
 
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from perceptio_hf.evaluation.benchmarks import BENCHMARKS
 from perceptio_hf.evaluation.run.runner import SUMMARY_FILE
+from perceptio_hf.evaluation.run.scoring import SCORINGS
 from perceptio_hf.evaluation.run.summary import FORMAT
 
-from .hub_results import METRIC_NAMES
 from .published import PUBLISHED, PublishedModel
 
 Summary = dict[str, Any]
@@ -17,12 +18,6 @@ Column = tuple[str, str, str]  # benchmark, split, metric
 
 PUBLISHED_MARK = "(published)"
 NOT_SHARES = ("absrel", "rmse", "relative_mae")  # errors: smaller is better
-_SHOWN = {  # metrics of a comparison, by task; those that a run lacks are left out
-    "referring_segmentation": ("ciou", "giou", "no_target_accuracy"),
-    "relative_depth": ("accuracy", "accuracy_3", "accuracy_4", "accuracy_5"),
-    "multiple_choice": ("circular_accuracy", "accuracy"),
-    "depth": ("absrel", "delta1", "relative_mae"),
-}
 
 
 @dataclass(frozen=True)
@@ -86,7 +81,7 @@ def _read_summary(path: Path) -> Summary:
 
 
 def _columns(summary: Summary) -> list[Column]:
-    names = [name for name in _SHOWN[summary["task"]] if summary["scores"].get(name) is not None]
+    names = [name for name in SCORINGS[summary["task"]].shown if summary["scores"].get(name) is not None]
     return [(summary["benchmark"], summary["split"], name) for name in names]
 
 
@@ -129,4 +124,5 @@ def _lacks_sets(model: PublishedModel, column: Column, columns: Sequence[Column]
 def column_name(column: Column) -> str:
     """`refcoco val cIoU`."""
     benchmark, split, metric = column
-    return f"{benchmark}{'' if split == 'all' else f' {split}'} {METRIC_NAMES[metric]}"
+    name = SCORINGS[BENCHMARKS[benchmark].task].metrics[metric]
+    return f"{benchmark}{'' if split == 'all' else f' {split}'} {name}"

@@ -7,53 +7,18 @@ import yaml
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
+from perceptio_hf.evaluation.benchmarks import BENCHMARKS
+from perceptio_hf.evaluation.run.scoring import SCORINGS
 from perceptio_hf.files import write_text
-
-_TASK_TYPES = {  # names of the Hub's list of tasks
-    "referring_segmentation": "image-segmentation",
-    "relative_depth": "visual-question-answering",
-    "multiple_choice": "visual-question-answering",
-    "depth": "depth-estimation",
-}
-_DATASETS = {  # benchmark -> (the Hub's id or ours, name)
-    "refcoco": ("lmms-lab/RefCOCO", "RefCOCO"),
-    "refcoco+": ("lmms-lab/RefCOCOplus", "RefCOCO+"),
-    "refcocog": ("lmms-lab/RefCOCOg", "RefCOCOg"),
-    "grefcoco": ("grefcoco", "gRefCOCO"),
-    "hardblink": ("hardblink", "HardBLINK"),
-    "blink-depth": ("BLINK-Benchmark/BLINK", "BLINK, relative depth"),
-    "mmbench": ("mmbench", "MMBench"),
-    "scienceqa": ("scienceqa", "ScienceQA"),
-    "ai2d": ("ai2d", "AI2D"),
-    "depth": ("depth-pairs", "Pictures with depth maps"),
-    "world-refer": ("perceptio-world", "Rendered scenes, referring expressions"),
-    "world-closest": ("perceptio-world", "Rendered scenes, closest of marked points"),
-    "world-plain": ("perceptio-world", "Rendered scenes, counts and attributes"),
-    "world-depth": ("perceptio-world", "Rendered scenes, depth"),
-}
-METRIC_NAMES = {
-    "ciou": "cIoU",
-    "giou": "gIoU",
-    "no_target_accuracy": "accuracy without target",
-    "accuracy": "accuracy",
-    "accuracy_3": "accuracy, 3 points",
-    "accuracy_4": "accuracy, 4 points",
-    "accuracy_5": "accuracy, 5 points",
-    "circular_accuracy": "circular accuracy",
-    "absrel": "AbsRel",
-    "delta1": "delta < 1.25",
-    "rmse": "RMSE in metres",
-    "relative_mae": "mean error of relative depth",
-}
 
 
 def card_results(summary: dict[str, Any]) -> list[EvalResult]:
     """The scores of a run that belong on a card; shares are 0 to 1, as in the summary."""
-    kind, name = _DATASETS[summary["benchmark"]]
+    (kind, name), scoring = BENCHMARKS[summary["benchmark"]].hub, SCORINGS[summary["task"]]
     count = summary["samples"]
     return [
         EvalResult(
-            task_type=_TASK_TYPES[summary["task"]],
+            task_type=scoring.hub_task,
             dataset_type=kind,
             dataset_name=name,
             dataset_config=summary["benchmark"],
@@ -63,7 +28,7 @@ def card_results(summary: dict[str, Any]) -> list[EvalResult]:
             metric_name=label,
             metric_value=round(summary["scores"][metric], 4),
         )
-        for metric, label in METRIC_NAMES.items()
+        for metric, label in scoring.metrics.items()
         if summary["scores"].get(metric) is not None
     ]
 

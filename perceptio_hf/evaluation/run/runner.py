@@ -15,10 +15,11 @@ import numpy as np
 from perceptio_hf.evaluation.benchmarks.sample import Benchmark, Sample
 from perceptio_hf.evaluation.replacement.oracle import DepthOf, encode_oracle, open_oracle
 from perceptio_hf.evaluation.replacement.token_replacement import answers_with_codes, check_replacements, replaced_codes
+from perceptio_hf.files import in_use
 
 from .answering import answer_questions, encode_questions, token_budget
 from .journal import Journal, claim_path
-from .scoring import CHOICE_TASKS, RUNNING, Record, score_answer, score_text
+from .scoring import SCORINGS, Record, score_answer, score_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -113,29 +114,29 @@ def run_benchmark(
     Raises:
         ValueError: a folder with results of another model, data or setting; a sample that cannot be used (named).
     """
-    if settings.replacements and benchmark.task not in CHOICE_TASKS:
+    if settings.replacements and not SCORINGS[benchmark.task].choices:
         raise ValueError(f"Replaced spans are scored by answers in words; {benchmark.name} has masks or depth.")
     settings = replace(settings, max_new_tokens=token_budget(model, settings.max_new_tokens))
     claim = _claim(benchmark, settings, weights)
     ids = [sample.id for sample in benchmark.samples]
-    oracle = None
+    oracle = replaced = None
     if "oracle" in settings.replacements:  # what it lacks is said before the work
         oracle = open_oracle(settings.oracle, settings.oracle_unit, benchmark.samples, str(model.device))
-    journal = Journal(folder / SAMPLES_FILE, claim, ids, overwrite=overwrite)
-    if not journal.records:
-        _remove_results(folder)
-    runner = _Runner(model, processor, benchmark, settings, watch or _ignore)
-    seconds, answered = runner.answer(journal)
+    with in_use(folder, f"evaluation of {benchmark.name}"):
+        journal = Journal(folder / SAMPLES_FILE, claim, ids, overwrite=overwrite)
+        if not journal.records:
+            _remove_results(folder)
+        runner = _Runner(model, processor, benchmark, settings, watch or _ignore)
+        seconds, answered = runner.answer(journal)
+        if settings.replacements:
+            replaced = runner.replace(journal, folder / REPLACED_FILE, claim, overwrite, oracle)
     records = [
         record | {"target": sample.target}
         for record, sample in zip(journal.records, benchmark.samples, strict=True)
         if "left_out" not in record
     ]
     left_out = [f"left out {record['id']}: {record['left_out']}" for record in journal.records if "left_out" in record]
-    run = Run(settings, records, left_out, seconds=seconds, answered=answered)
-    if settings.replacements:
-        run.replaced = runner.replace(journal, folder / REPLACED_FILE, claim, overwrite, oracle)
-    return run
+    return Run(settings, records, left_out, replaced, seconds=seconds, answered=answered)
 
 
 def _claim(benchmark: Benchmark, settings: RunSettings, weights: str) -> dict[str, Any]:
@@ -177,7 +178,7 @@ class _Runner:
             for record in self._answer_chunk(chunk)[len(journal.records) - start :]:
                 journal.append(record)
             scores = [record["score"] for record in journal.records if "score" in record]
-            shown = f"{RUNNING[self.task]} {np.mean(scores):.3f}" if scores else ""
+            shown = f"{SCORINGS[self.task].running} {np.mean(scores):.3f}" if scores else ""
             self.watch("answering", len(journal.records), len(self.samples), shown)
         return time.perf_counter() - begin, len(journal.records) - known
 

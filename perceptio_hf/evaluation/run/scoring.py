@@ -5,12 +5,13 @@ from records alone, and what chance and the most frequent answer would score.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from perceptio_hf.data.run_length import RunLengths, decode_mask, encode_mask
+from perceptio_hf.evaluation.benchmarks.registration import SCORINGS, Scoring
 from perceptio_hf.evaluation.benchmarks.sample import Sample, Task
 from perceptio_hf.evaluation.metrics.answer_parsing import answer_choice, answer_letter
 from perceptio_hf.evaluation.metrics.depth import align_scale_shift, depth_metrics
@@ -24,14 +25,6 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 Scores = dict[str, Any]
-
-CHOICE_TASKS = ("relative_depth", "multiple_choice")
-RUNNING = {  # what the mean of `score` is
-    "referring_segmentation": "mean IoU",
-    "relative_depth": "accuracy",
-    "multiple_choice": "accuracy",
-    "depth": "delta1",
-}
 
 
 def score_answer(task: Task, sample: Sample, answer: "SpatialAnswer") -> Record:
@@ -51,7 +44,7 @@ def score_answer(task: Task, sample: Sample, answer: "SpatialAnswer") -> Record:
         "depth_codes": answer.depth_codes,
     }
     try:
-        return common | _SCORERS[task](sample, answer)
+        return common | SCORINGS[task].score(sample, answer)
     except ValueError as error:
         raise ValueError(f"{sample.id}: {error}") from None
 
@@ -82,18 +75,14 @@ def total_scores(task: Task, records: Sequence[Record]) -> Scores:
     """
     if not records:
         raise ValueError("there are no answers to score.")
-    return _TOTALS[task](records) | {"well_formed": float(np.mean([record["well_formed"] for record in records]))}
+    return SCORINGS[task].total(records) | {
+        "well_formed": float(np.mean([record["well_formed"] for record in records]))
+    }
 
 
 def headline(task: Task, scores: Scores) -> str:
     """The name of the one metric that stands for the benchmark."""
-    candidates = {
-        "referring_segmentation": ("ciou",),
-        "relative_depth": ("accuracy",),
-        "multiple_choice": ("circular_accuracy", "accuracy"),
-        "depth": ("delta1", "relative_mae"),
-    }[task]
-    return next(name for name in candidates if scores.get(name) is not None)
+    return next(name for name in SCORINGS[task].headline if scores.get(name) is not None)
 
 
 def baselines(task: Task, records: Sequence[Record]) -> dict[str, dict[str, float]]:
@@ -102,7 +91,7 @@ def baselines(task: Task, records: Sequence[Record]) -> dict[str, dict[str, floa
     chance picks any choice; majority always gives the letter that is right most often among questions with as many
     choices, which it could only know from the answers.
     """
-    if task not in CHOICE_TASKS:
+    if not SCORINGS[task].choices:
         return {}
     groups: dict[int, list[str]] = defaultdict(list)
     for record in records:
@@ -173,14 +162,6 @@ def _score_depth(sample: Sample, answer: "SpatialAnswer") -> Record:
     return {"metrics": figures, "score": figures.get("delta1", 1.0 - figures["relative_mae"])}
 
 
-_SCORERS: dict[str, Callable[[Sample, "SpatialAnswer"], Record]] = {
-    "referring_segmentation": _score_masks,
-    "relative_depth": lambda sample, answer: score_text("relative_depth", sample.target, answer.text),
-    "multiple_choice": lambda sample, answer: score_text("multiple_choice", sample.target, answer.text),
-    "depth": _score_depth,
-}
-
-
 def _total_masks(records: Sequence[Record]) -> Scores:
     return segmentation_scores(MaskAreas(*np.array([record["pixels"] for record in records], dtype=np.int64).T))
 
@@ -214,9 +195,52 @@ def _total_depth(records: Sequence[Record]) -> Scores:
     }
 
 
-_TOTALS: dict[str, Callable[[Sequence[Record]], Scores]] = {
-    "referring_segmentation": _total_masks,
-    "relative_depth": _total_points,
-    "multiple_choice": _total_choices,
-    "depth": _total_depth,
+_ACCURACIES = {
+    "accuracy": "accuracy",
+    "accuracy_3": "accuracy, 3 points",
+    "accuracy_4": "accuracy, 4 points",
+    "accuracy_5": "accuracy, 5 points",
+}
+SCORINGS |= {
+    "referring_segmentation": Scoring(
+        running="mean IoU",
+        score=_score_masks,
+        total=_total_masks,
+        headline=("ciou",),
+        hub_task="image-segmentation",
+        metrics={"ciou": "cIoU", "giou": "gIoU", "no_target_accuracy": "accuracy without target"},
+    ),
+    "relative_depth": Scoring(
+        running="accuracy",
+        score=lambda sample, answer: score_text("relative_depth", sample.target, answer.text),
+        total=_total_points,
+        headline=("accuracy",),
+        hub_task="visual-question-answering",
+        metrics=_ACCURACIES,
+        choices=True,
+    ),
+    "multiple_choice": Scoring(
+        running="accuracy",
+        score=lambda sample, answer: score_text("multiple_choice", sample.target, answer.text),
+        total=_total_choices,
+        headline=("circular_accuracy", "accuracy"),
+        hub_task="visual-question-answering",
+        metrics={"accuracy": "accuracy", "circular_accuracy": "circular accuracy"},
+        shown=("circular_accuracy", "accuracy"),
+        choices=True,
+    ),
+    "depth": Scoring(
+        running="delta1",
+        score=_score_depth,
+        total=_total_depth,
+        headline=("delta1", "relative_mae"),
+        hub_task="depth-estimation",
+        metrics={
+            "absrel": "AbsRel",
+            "delta1": "delta < 1.25",
+            "rmse": "RMSE in metres",
+            "relative_mae": "mean error of relative depth",
+        },
+        shown=("absrel", "delta1", "relative_mae"),
+    ),
 }

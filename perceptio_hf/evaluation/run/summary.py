@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from perceptio_hf.evaluation.benchmarks.prompts import PROMPTS
+from perceptio_hf.evaluation.benchmarks import BENCHMARKS
 from perceptio_hf.evaluation.benchmarks.sample import Benchmark
 from perceptio_hf.evaluation.metrics.intervals import wilson_interval
 from perceptio_hf.evaluation.replacement.token_replacement import REPLACEMENTS
@@ -90,7 +90,7 @@ def build_summary(
         "model": vars(model),
         "data": {"path": path, "sha256": benchmark.data_hash, "limit": limit},
         "left_out": [*benchmark.notes, *run.left_out],
-        "prompt": PROMPTS[benchmark.name]._asdict(),
+        "prompt": BENCHMARKS[benchmark.name].prompt._asdict(),
         "generation": {
             "spatial": run.settings.spatial,
             "max_new_tokens": run.settings.max_new_tokens,

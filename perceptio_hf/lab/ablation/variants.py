@@ -10,8 +10,6 @@ from another checkpoint, which has learnt to see for longer.
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
@@ -21,7 +19,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from perceptio_hf.files import read_yaml, replacing, write_json
+from perceptio_hf.files import new_folder, read_yaml, replacing, write_json
 from perceptio_hf.lab.lessons.answers import AnswerForm
 from perceptio_hf.lab.lessons.batches import SceneBatch, click_prompts, scene_batches
 from perceptio_hf.lab.lessons.conversation_lesson import LESSON_WEIGHTS, LanguageLesson, nearness_of_codes
@@ -157,13 +155,10 @@ def _made_once(
         if json.loads((folder / _CLAIM).read_text(encoding="utf-8")) != claim:
             raise ValueError(f"{folder} was trained by another recipe or from another start; choose another folder.")
         return folder
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for part in make():
-        part.save_pretrained(partial)
-    write_json(partial / _CLAIM, claim)
-    os.replace(partial, folder)
+    with new_folder(folder) as fresh:
+        for part in make():
+            part.save_pretrained(fresh)
+        write_json(fresh / _CLAIM, claim)
     return folder
 
 

@@ -51,6 +51,7 @@ def tiny_tokenizer(corpus: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
         tokenizer_object=tokenizer,
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
+        padding_side="left",
         additional_special_tokens=["<|im_start|>"],
         extra_special_tokens={
             "start_image_token": "<img>",
@@ -149,5 +150,6 @@ def tiny_config(processor: PerceptioProcessor, depth_config: DepthVQVAEConfig) -
         mask_config=tiny_mask_config(),
         depth_config=depth_config,
         mask_multimask_output=False,
+        picture_mark_token_ids=processor.picture_mark_token_ids(),
         **processor.spatial_token_ids(),
     )

@@ -14,8 +14,6 @@ stopped goes on where it was.
 """
 
 import json
-import os
-import shutil
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -29,7 +27,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from perceptio_hf.data.depth_maps import DepthMap
-from perceptio_hf.files import read_yaml, replacing, write_text
+from perceptio_hf.files import new_folder, read_yaml, replacing, write_text
 from perceptio_hf.modeling.configuration_depth_vqvae import DepthVQVAEConfig
 from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
@@ -183,13 +181,9 @@ def _claim(recipe: TinyRecipe, out: Path) -> None:
 
 
 def _save(model: PerceptioForConditionalGeneration, processor: PerceptioProcessor, folder: Path) -> Path:
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.eval().save_pretrained(partial)
-    processor.save_pretrained(partial)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+    with new_folder(folder, overwrite=True) as fresh:
+        model.eval().save_pretrained(fresh)
+        processor.save_pretrained(fresh)
     return folder
 
 
@@ -215,9 +209,8 @@ def _codec_stage(recipe: TinyRecipe, out: Path) -> DepthVQVAE:
             codec = train_codebook(
                 config, bank, steps=recipe.codec_steps, seed=recipe.seed, options=options, progress=show
             )
-        partial = folder.with_name("codec.partial")
-        codec.save_pretrained(partial)
-        os.replace(partial, folder)
+        with new_folder(folder) as fresh:
+            codec.save_pretrained(fresh)
     return DepthVQVAE.from_pretrained(folder)
 
 

@@ -9,10 +9,15 @@ from transformers import PreTrainedConfig
 
 from perceptio_hf.tokens import SpatialVocabulary, read_sequence
 from perceptio_hf.training.losses.labels import IGNORED_LABEL, LossCounts
+from perceptio_hf.training.losses.parts import LoggedPart
 
 from .loss import SEGMENT, WRITE, looking_costs
 
-LOOKS = ("look_write", "look_segment")  # the parts of the loss
+# The parts of the loss: what they are means over, and the titles of their curves.
+LOOKS = {
+    "look_write": LoggedPart("look_write", "codes", "where codes look"),
+    "look_segment": LoggedPart("look_segment", "masks", "where [SEG] looks"),
+}
 _MOSTLY = 0.5  # image tokens count as the object's that hold at least this share of what the fullest one holds
 
 

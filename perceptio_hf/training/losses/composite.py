@@ -1,12 +1,8 @@
-"""The objectives of Perceptio: pure functions, each a sum over its items divided by a count that can be given.
-
-Words are in `loss_tokens`, depth and masks in `loss_pictures`, counts in `loss_labels`; this file adds them up and is
-the place to import all of them from.
-"""
+"""The sum of all parts of the objective, and their weights."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,52 +11,45 @@ from torch import Tensor
 from perceptio_hf.tokens import SpatialVocabulary
 
 from .labels import LabelLayout, LossCounts
-from .pictures import mask_loss, reconstruction_loss, score_loss, soft_merge
-from .words import (
-    SupervisedTokens,
-    mean_of,
-    supervised_tokens,
-)
+from .parts import PARTS, LossBatch
+from .words import SupervisedTokens, check_over, supervised_tokens
 
 if TYPE_CHECKING:
     from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
 
-PARTS = ("text", "marker", "token", "count", "reconstruction", "mask_bce", "mask_dice", "mask_score")
+_PartWeights = make_dataclass(
+    "_PartWeights", [(part.name, float, field(default=part.weight)) for part in PARTS.values()], frozen=True
+)
 
 
 @dataclass(frozen=True)
-class LossWeights:
-    """Weights of the parts of `composite_loss`; those of the masks are Sa2VA's, the others ours.
+class LossWeights(_PartWeights):
+    """Weights of the parts of `composite_loss`, one field for each of `PARTS`, and what some parts depend on.
 
     A part of weight 0 is reported but not added. Only `reconstruction` costs something by itself: with weight 0 it is
     neither computed nor reported.
 
     Args:
+        token_over: what the token loss is taken over, see `token_loss`.
         count_beta: relative error up to which the count loss is a parabola, above 0, see `count_loss`.
         gradient: of the gradient-matching term inside the reconstruction.
         temperature: of soft-merge, above 0.
 
     Raises:
-        ValueError: if a weight is negative or not finite, all parts have weight 0, or `count_beta` or the temperature
-            is not above 0.
+        ValueError: if a weight is negative or not finite, all parts have weight 0, `token_over` is unknown, or
+            `count_beta` or the temperature is not above 0.
     """
 
-    text: float = 1.0
-    marker: float = 1.0
-    token: float = 1.0
-    count: float = 1.0
+    token_over: str = "codes"
     count_beta: float = 1.0
-    reconstruction: float = 1.0
     gradient: float = 0.5
-    mask_bce: float = 2.0
-    mask_dice: float = 0.5
-    mask_score: float = 0.1
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        check_over(self.token_over)
         for item in fields(self):
             value = getattr(self, item.name)
-            if not math.isfinite(value) or value < 0:
+            if item.name != "token_over" and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"The loss weight {item.name} is {value}; expected a finite number of 0 or more.")
         if self.count_beta == 0:
             raise ValueError("A count_beta of 0 leaves the count loss without a slope at 0; choose 0.001, say.")
@@ -114,18 +103,25 @@ def composite_loss(
     has_depth = _spans_with_depth(tokens.layout, depth, depth_valid)
     own = tokens.layout.counts(has_depth)
     counts = own if counts is None else _covering(counts, own)
-    parts = {
-        "text": mean_of(tokens.text_sum(), counts.text),
-        "marker": mean_of(tokens.marker_sum(), counts.markers),
-        "token": mean_of(tokens.token_sum(), counts.codes),
-        "count": mean_of(tokens.count_sum(weights.count_beta), counts.responses),
-    }
-    if codec is not None and depth is not None and weights.reconstruction:
-        code_logits = tokens.span_logits(vocabulary.num_depth_tokens)
-        parts["reconstruction"] = _reconstruction(
-            code_logits, codec, depth, depth_valid, has_depth, weights, counts.spans
-        )
-    parts |= _mask_parts(tokens, mask_logits, mask_targets, mask_scores, counts.masks)
+    _check_masks(tokens, mask_logits, mask_targets, mask_scores)
+    batch = LossBatch(
+        tokens=tokens,
+        counts=counts,
+        weights=weights,
+        num_depth_tokens=vocabulary.num_depth_tokens,
+        codec=codec,
+        depth=depth,
+        depth_valid=depth_valid,
+        has_depth=has_depth,
+        mask_logits=mask_logits,
+        mask_targets=None if mask_logits is None else mask_targets.to(mask_logits.device),
+        mask_scores=mask_scores,
+    )
+    parts = {}
+    for part in PARTS.values():
+        wanted = getattr(weights, part.name) or not part.optional
+        if wanted and (value := part.compute(batch)) is not None:
+            parts[part.name] = value
     total = hidden_states[:0].sum()  # a zero with a graph, should no part have a weight
     for name, part in parts.items():
         if weight := getattr(weights, name):
@@ -157,44 +153,16 @@ def _spans_with_depth(layout: LabelLayout, depth: Tensor | None, valid: Tensor |
     return valid.bool().flatten(1).any(1).to(layout.rows.device)
 
 
-def _reconstruction(
-    code_logits: Tensor,
-    codec: "DepthVQVAE",
-    depth: Tensor,
-    valid: Tensor | None,
-    has_depth: Tensor,
-    weights: LossWeights,
-    count: float,
-) -> Tensor:
-    """Soft-merge the spans whose depth is known, (s, N, K) logits, and compare."""
-    depth = depth.to(code_logits.device)
-    valid = torch.ones_like(depth, dtype=torch.bool) if valid is None else valid.to(depth.device)
-    code_logits, depth, valid = code_logits[has_depth], depth[has_depth], valid[has_depth]
-    if not len(depth):
-        return code_logits[:0].sum()
-    own_size, size = (codec.config.image_size,) * 2, tuple(depth.shape[1:])
-    merged = soft_merge(code_logits, codec, temperature=weights.temperature, size=None if size == own_size else size)
-    return reconstruction_loss(merged, depth, valid, gradient_weight=weights.gradient, count=count)
-
-
-def _mask_parts(
-    tokens: SupervisedTokens,
-    logits: Tensor | None,
-    targets: Tensor | None,
-    scores: Tensor | None,
-    count: float,
-) -> dict[str, Tensor]:
+def _check_masks(
+    tokens: SupervisedTokens, logits: Tensor | None, targets: Tensor | None, scores: Tensor | None
+) -> None:
     if targets is not None:
         tokens.layout.check_masks(len(targets), "mask_targets")
     if logits is None and (targets is None or not len(targets)):
-        return {}
+        return
     if logits is None or targets is None:
         missing = "mask_logits" if logits is None else "mask_targets"
         raise ValueError(f"`{missing}` is missing; give both logits and targets of the masks, or neither.")
     tokens.layout.check_masks(len(logits), "mask_logits")
-    targets = targets.to(logits.device)
-    _, parts = mask_loss(logits, targets, count=count)
     if scores is not None:
         tokens.layout.check_masks(len(scores), "mask_scores")
-        parts["mask_score"] = score_loss(scores, logits, targets, count=count)
-    return parts

@@ -5,7 +5,7 @@ With p_t the model's distribution for the token at t, V_D the K code ids and N t
 
 - text: cross-entropy of the tokens outside spans, [SEG] included;
 - marker: cross-entropy of the two markers;
-- token: cross-entropy of the codes over p_t renormalised to V_D;
+- token: cross-entropy of the codes over p_t renormalised to V_D, or over all of p_t;
 - count: smooth L1 of (n - N) / max(N, 1), n = sum of p_t(V_D) over all learnt tokens of a response, N its codes (0
   without a span). It is what punishes codes that leak into text and text that leaks into spans.
 
@@ -24,6 +24,7 @@ from perceptio_hf.tokens import SpatialVocabulary
 
 from .labels import LabelLayout, read_labels
 
+TOKEN_OVER = ("codes", "vocabulary")  # what probabilities of codes are renormalised to
 _CHUNK = 2**21  # logits that are worked on at once: what is temporary stays small
 
 
@@ -49,8 +50,10 @@ class SupervisedTokens:
     def marker_sum(self) -> Tensor:
         return self._cross_entropy_sum(self.layout.is_marker)
 
-    def token_sum(self) -> Tensor:
+    def token_sum(self, over: str = "codes") -> Tensor:
         is_code = self.layout.is_code
+        if over == "vocabulary":  # adds -log p_t(V_D) to what follows
+            return self._cross_entropy_sum(is_code)
         return F.cross_entropy(self.code_logits[is_code], self.layout.codes[is_code], reduction="sum")
 
     def count_sum(self, beta: float = 1.0) -> Tensor:
@@ -122,10 +125,32 @@ def marker_loss(logits: Tensor, labels: Tensor, vocabulary: SpatialVocabulary, *
     return mean_of(tokens.marker_sum(), tokens.layout.counts().markers if count is None else count)
 
 
-def token_loss(logits: Tensor, labels: Tensor, vocabulary: SpatialVocabulary, *, count: float | None = None) -> Tensor:
-    """Cross-entropy of the depth codes over the codes alone. Arguments as `text_loss`."""
+def token_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocabulary: SpatialVocabulary,
+    *,
+    over: str = "codes",
+    count: float | None = None,
+) -> Tensor:
+    """Cross-entropy of the depth codes over the codes alone. Other arguments as `text_loss`.
+
+    Args:
+        over: "codes", or "vocabulary" for the ordinary cross-entropy, which adds -log p_t(V_D): it too keeps
+            probability on codes, where otherwise the count loss alone does.
+
+    Raises:
+        ValueError: also if `over` is unknown.
+    """
+    check_over(over)
     tokens = _of_logits(logits, labels, vocabulary)
-    return mean_of(tokens.token_sum(), tokens.layout.counts().codes if count is None else count)
+    return mean_of(tokens.token_sum(over), tokens.layout.counts().codes if count is None else count)
+
+
+def check_over(over: str) -> None:
+    """ValueError unless the token loss may be taken over it."""
+    if over not in TOKEN_OVER:
+        raise ValueError(f"The token loss is taken over {over!r}; choose one of {', '.join(TOKEN_OVER)}.")
 
 
 def count_loss(

@@ -91,6 +91,23 @@ SAID = [
     ("A is closer than the lamp, which is circled in red and labeled C. The closest point is A.", "A"),
     ("Point B is closer to the camera.", "B"),
     ("A point near the door is far away. Point C is closest.", "C"),
+    # Chinese
+    ("选项B", "B"),
+    ("选项（Ｂ）", "B"),
+    ("B选项", "B"),
+    ("选B", "B"),
+    ("我选择B", "B"),
+    ("答案是B", "B"),
+    ("答案：B。", "B"),
+    ("正确答案是(B)。", "B"),
+    ("因此，答案是 C。", "C"),
+    ("根据图片，答案选D", "D"),
+    ("我认为是B", "B"),
+    ("B是正确的", "B"),
+    ("答案是A而不是B", "A"),
+    ("点B离相机最近", "B"),
+    ("离相机最近的点是B。", "B"),
+    ("图中有A点、B点和C点，其中C点离相机最近。", "C"),
 ]
 NOTHING = [
     # no answer
@@ -161,6 +178,13 @@ NOTHING = [
     "It is unclear whether B is closest.",
     "If point A is closest then point B is not.",
     "It is hard to tell if A is the nearest",
+    # Chinese
+    "答案不是B",
+    "A和B",
+    "A或B",
+    "无法确定",
+    "A点比B点更近",
+    "是B吗？",
     # beyond the four choices
     "E",
     "(F)",
@@ -246,6 +270,59 @@ def test_choices_in_numbers_and_other_scripts():
     assert answer_choice("это кошка", ["кошка", "собака"]) == "A"
     assert answer_choice("the same", ["same", "same"]) is None
     assert answer_choice("anything", ["", "!"]) is None
+
+
+FIGURES, VITAMINS = ["Figure B", "Figure A"], ["Vitamin C", "Vitamin A"]
+
+
+@pytest.mark.parametrize(
+    ("text", "choices", "letter"),
+    [
+        ("Figure B", FIGURES, "A"),
+        ("figure b.", FIGURES, "A"),
+        ("The answer is Figure B.", FIGURES, "A"),
+        ("B. Figure A", FIGURES, "B"),
+        ("(A) Figure B", FIGURES, "A"),
+        ("B", FIGURES, "B"),
+        ("The answer is A.", FIGURES, "A"),
+        ("It is point B", ["Point B", "Point A"], "A"),
+        ("Vitamin A", VITAMINS, "B"),
+        ("B", ["C", "D", "A", "B"], "B"),  # the letter was asked for
+        ("C++", ["C", "C++"], "B"),
+        ("5%", ["5", "5%"], "B"),
+        ("猫", ["狗", "猫"], "B"),
+        ("最近的点", ["最近的点", "最远的点"], "A"),
+    ],
+)
+def test_the_exact_text_of_a_choice_wins(text, choices, letter):
+    assert answer_choice(text, choices) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "choices", "letter"),
+    [
+        ("-3", ["3", "5"], None),
+        ("−3", ["3", "5"], None),
+        ("–3.", ["3", "5"], None),
+        ("minus 3", ["3", "5"], None),
+        ("The answer is -3", ["3", "5"], None),
+        ("-3", ["3", "-3"], "B"),
+        ("negative 3", ["3", "-3"], "B"),
+        ("3", ["-3", "3"], "B"),
+        (".5", ["5", "0.5"], "B"),
+        ("5 - 3", ["3", "7"], None),
+        ("10³", ["103", "1000"], None),
+        ("2^3", ["2", "5"], None),
+        ("½", ["1", "2"], None),
+        ("½", ["2", "1/2"], "B"),
+        ("H2O", ["2", "5"], None),
+        ("CO2", ["CO", "NO"], None),
+        ("12cm", ["5 cm", "12 cm"], "B"),
+        ("It isn't a cat.", ["cat", "dog"], None),
+    ],
+)
+def test_a_choice_within_another_number_or_formula_is_not_said(text, choices, letter):
+    assert answer_choice(text, choices) == letter
 
 
 def test_references():

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from perceptio_hf.training.losses import (
     token_loss,
 )
 from perceptio_hf.training.losses import words as loss_tokens
+from perceptio_hf.training.losses.parts import parts_table
 
 WORD_LOSSES = {"text": text_loss, "marker": marker_loss, "token": token_loss, "count": count_loss}
 
@@ -123,6 +125,24 @@ def test_count_loss_is_zero_exactly_where_the_expected_count_is_right(has_span, 
     loss = count_loss(logits, labels, WORDS).item()
     assert loss == pytest.approx(0.5 * error**2 if error < 1 else error - 0.5, abs=1e-9)
     assert (loss < 1e-9) == (error < 1e-4)
+
+
+def test_the_token_loss_over_the_vocabulary_is_the_ordinary_cross_entropy():
+    labels = padded([[-100, 0, *SPAN, 2], [-100, *SPAN, 1, 1]])
+    logits = torch.randn(*labels.shape, VOCABULARY, dtype=torch.float64)
+    ahead, is_code = labels[:, 1:], torch.isin(labels[:, 1:], torch.tensor(WORDS.codes))
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1][is_code], ahead[is_code])
+    torch.testing.assert_close(token_loss(logits, labels, WORDS, over="vocabulary"), expected)
+    on_codes = logits[:, :-1][is_code].log_softmax(-1)[:, list(WORDS.codes)].logsumexp(-1)
+    difference = token_loss(logits, labels, WORDS, over="vocabulary") - token_loss(logits, labels, WORDS)
+    torch.testing.assert_close(difference, -on_codes.mean())
+    with pytest.raises(ValueError, match="'words'; choose one of codes, vocabulary"):
+        token_loss(logits, labels, WORDS, over="words")
+
+
+def test_the_guide_shows_the_table_of_parts():
+    guide = Path(__file__).parents[3] / "docs" / "training.md"
+    assert parts_table() in guide.read_text(encoding="utf-8"), "print(parts_table()) gives it"
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.1, 1e-3])

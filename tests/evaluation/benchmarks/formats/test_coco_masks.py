@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perceptio_hf.data.run_length import decode_mask, encode_mask
-from perceptio_hf.evaluation.benchmarks.coco_masks import segmentation_mask
+from perceptio_hf.evaluation.benchmarks.formats.coco_masks import segmentation_mask
 
 coco = pytest.importorskip("pycocotools.mask")
 

@@ -13,7 +13,7 @@ from evaluation.published_formats import (
 
 from perceptio_hf.data.run_length import decode_mask
 from perceptio_hf.evaluation.benchmarks import open_benchmark
-from perceptio_hf.evaluation.benchmarks.hub_tables import open_table
+from perceptio_hf.evaluation.benchmarks.formats.hub_tables import open_table
 
 datasets = pytest.importorskip("datasets")
 coco = pytest.importorskip("pycocotools.mask")
