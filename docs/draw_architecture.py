@@ -17,6 +17,7 @@ FLOORS = {  # from the ground up, and what each is for
     "tokens": "the spatial tokens and how a sequence is read",
     "files": "files and folders, written whole or not at all",
     "visualization": "pictures of masks and depth",
+    "extras": "what to install for what is missing",
     "world": "rendered scenes with exact depth, masks, questions",
     "modeling": "model, depth codec, generation and its grammar",
     "processing": "pictures and conversations in, answers out",

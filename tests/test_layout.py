@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "perceptio_hf"
 # From the ground up. What stands on one floor knows nothing of its neighbours.
 FLOORS = (
-    ("tokens", "files", "visualization"),
+    ("tokens", "files", "visualization", "extras"),
     ("world",),
     ("modeling",),
     ("processing",),

@@ -37,6 +37,7 @@ def test_wheel_holds_every_file_of_the_package(wheel):
     package = ROOT / "perceptio_hf"
     files = {path.relative_to(ROOT).as_posix() for path in package.rglob("*") if path.is_file()}
     files = {name for name in files if "__pycache__" not in name}
+    files |= {f"perceptio_hf/recipes/{path.name}" for path in (ROOT / "recipes").iterdir()}
     assert files == {name for name in wheel.namelist() if name.startswith("perceptio_hf/")}
 
 

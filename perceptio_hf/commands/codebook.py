@@ -42,7 +42,10 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder to make for the codec.", show_default=False)],
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML file with these options, `codec` and `options`. What is given here wins."),
+        typer.Option(
+            help="YAML file with these options, `codec` and `options`, or the name of one that comes with the package, "
+            "codebook_tiny. What is given here wins."
+        ),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="world, world:SEED or a folder of depth maps. Default: world.")
@@ -152,10 +155,10 @@ def read_settings(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: The file is missing, not YAML, or holds something else than the options.
     """
-    from perceptio_hf.files import read_yaml
+    from perceptio_hf.files import find_recipe, read_yaml
 
     known = {**DEFAULTS, "codec": {}, "options": {}}
-    read = {} if config is None else read_yaml(config)
+    read = {} if config is None else read_yaml(find_recipe(config))
     unknown = sorted(set(read) - set(known))
     if unknown:
         raise ValueError(f"{config} holds {', '.join(unknown)}; known are {', '.join(known)}.")

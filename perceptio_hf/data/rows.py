@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from perceptio_hf.extras import missing
 from perceptio_hf.processing.pictures import load_picture
 
 from .depth_maps import grey_values
@@ -41,9 +42,7 @@ def import_datasets() -> ModuleType:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
-            "Reading training data needs the `datasets` library: pip install 'perceptio-hf[train]'."
-        ) from error
+        raise missing(error, "Reading training data") from error
     return datasets
 
 

@@ -25,6 +25,7 @@ from .configuration_perceptio import PerceptioConfig
 from .generation_perceptio import SpatialGenerationMixin, SpatialRecorder, count_pictures
 from .modeling_depth_vqvae import DepthVQVAE
 from .precision import without_casts_down
+from .shards import check_shards
 
 # What the installed transformers calls the keys and values of earlier tokens, as an argument and in outputs: `cache`
 # since 5.24, before that `past_key_values`.
@@ -79,7 +80,8 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
     config: PerceptioConfig
     config_class = PerceptioConfig
     _keep_in_fp32_modules_strict: ClassVar = ["mask_model", "depth_model", "seg_projector"]
-    # What quantisation leaves alone is read from here. transformers wants no name in both lists: these are the parts' own.
+    # What quantisation leaves alone is read from here. transformers wants no name in both lists: these are the parts'
+    # own.
     _keep_in_fp32_modules: ClassVar = [
         *(
             f"mask_model.{name}"
@@ -129,8 +131,10 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
 
         Raises:
             ValueError: where weights and configuration contradict one another (transformers would fill the gaps with
-                random numbers), unless `ignore_mismatched_sizes=True` asks for that.
+                random numbers), unless `ignore_mismatched_sizes=True` asks for that; where an index of weights names
+                files outside its folder.
         """
+        check_shards(pretrained_model_name_or_path or "", kwargs.get("subfolder"))
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs

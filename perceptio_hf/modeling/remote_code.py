@@ -22,9 +22,13 @@ _FILES = (
     "modeling/configuration_perceptio.py",
     "modeling/generation_perceptio.py",
     "modeling/modeling_perceptio.py",
+    "modeling/shards.py",
     "modeling/span_grammar.py",
+    "processing/messages.py",
+    "processing/picture_sources.py",
     "processing/phrases.py",
     "processing/pictures.py",
+    "processing/plain_text.py",
     "processing/processing_perceptio.py",
 )
 _MODEL = "modeling_perceptio.PerceptioForConditionalGeneration"

@@ -36,9 +36,10 @@ def fault_of(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint, None where nothing is. Every file of it is read."""
     if not checkpoint.is_dir():
         return "there is no such folder"
-    fault = _state_fault(checkpoint / TRAINER_STATE_NAME) or _missing_part(checkpoint)
-    if fault is not None:
-        return fault
+    return _state_fault(checkpoint / TRAINER_STATE_NAME) or _files_fault(checkpoint) or _missing_part(checkpoint)
+
+
+def _files_fault(checkpoint: Path) -> str | None:
     path = checkpoint / RECORD
     if not path.exists():
         return next(filter(None, map(_own_fault, sorted(checkpoint.rglob("*")))), None)

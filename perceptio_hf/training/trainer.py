@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -121,6 +122,12 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         self._meters = {"train": _part_meter(), "eval": _part_meter()}
         self.skipped_samples: dict[str, int] = {}  # by reason, known when `train` ends
         self._has_learnt: bool | None = None  # from any sample, on any process; None before the first step
+
+    def _send_telemetry(self) -> None:
+        """TRL tells its makers of every training. Here it does so only where the user has set the variable to 0 (or
+        false, or no): a training asks nothing of the network by itself."""
+        if os.environ.get("HF_HUB_DISABLE_TELEMETRY", "").strip().lower() in ("0", "false", "no", "off"):
+            super()._send_telemetry()
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -344,7 +351,7 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
 
         Raises:
             ValueError: if there is nothing to resume from, the checkpoint is damaged, another process trains into
-                `output_dir`, the loss is not finite, or every sample was left out.
+                `output_dir`, every sample was left out, or the loss is not finite.
             OSError: if a checkpoint cannot be saved.
         """
         if resume_from_checkpoint is True:
@@ -358,9 +365,7 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             self._report_skipped()
             if self.skipped_samples and self._has_learnt is False:
-                parts = ", ".join(
-                    f"{count} because of their {reason}" for reason, count in self.skipped_samples.items()
-                )
+                parts = ", ".join(f"{count} because of their {name}" for name, count in self.skipped_samples.items())
                 raise ValueError(f"Every sample was left out ({parts}), so nothing was learnt. Mend the data set.")
             self.draw_losses()
         return output

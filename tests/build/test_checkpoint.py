@@ -15,9 +15,6 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer, InternVLForCon
 
 from perceptio_hf.build import checkpoint as building
 from perceptio_hf.build.checkpoint import STEPS, build
-from perceptio_hf.build.verification import check_against, take_reference
-from perceptio_hf.build import checkpoint as building
-from perceptio_hf.build.checkpoint import STEPS, build
 from perceptio_hf.build.verification import added_digests, check_against, rounding_bound, take_reference
 from perceptio_hf.tokens import spatial_tokens
 

@@ -13,6 +13,7 @@ from perceptio_hf.evaluation.metrics.depth import mean_depth_metrics
 from perceptio_hf.evaluation.metrics.multiple_choice import multiple_choice_accuracy
 from perceptio_hf.evaluation.metrics.relative_depth import relative_depth_accuracy
 from perceptio_hf.evaluation.metrics.segmentation import referring_segmentation
+from perceptio_hf.extras import how_to_install
 
 evaluate = pytest.importorskip("evaluate", reason="evaluate comes with the extra eval")
 
@@ -185,7 +186,7 @@ def test_the_page_without_gradio_says_what_to_install(monkeypatch):
     from perceptio_hf.evaluation.metrics.widget import metric_interface
 
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ImportError, match=re.escape("pip install 'perceptio-hf[app,eval]'")):
+    with pytest.raises(ImportError, match=re.escape(how_to_install("app,eval"))):
         metric_interface(METRICS / "multiple_choice", {})
 
 

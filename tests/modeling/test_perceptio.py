@@ -139,7 +139,7 @@ def test_pipeline_batches_answer_as_single_rows_do():
     ask = pipeline("image-text-to-text", model=folder)
     texts = ["How many objects are there?", "Is the ball to the left of the box, or is it to the right of it?"]
     chats = [chat(picture(128, 128, seed=seed), text=text) for seed, text in enumerate(texts)]
-    options = {"max_new_tokens": 12, "return_full_text": False, "generate_kwargs": {"spatial": "none"}}
+    options = {"return_full_text": False, "generate_kwargs": {"spatial": "none", "max_new_tokens": 12}}
     alone = [ask(text=messages, **options)[0]["generated_text"] for messages in chats]
     assert all(alone)
     assert [row[0]["generated_text"] for row in ask(text=chats, batch_size=2, **options)] == alone
