@@ -19,10 +19,9 @@ from perceptio_hf.processing.pictures import load_picture
 
 from .depth_maps import grey_values
 from .encoded import as_code_lists, as_list, local
-from .form import CONVERSATIONS, as_sample, check_message, meant_by, picture_of, read_part
+from .form import CONVERSATIONS, SAMPLE_KEYS, as_sample, check_message, meant_by, name_of, picture_of, read_part
 from .masks import as_polygons, mask_of_picture, mask_of_values, plane_of
 from .run_length import compress_counts, encode_mask
-from .samples import SAMPLE_KEYS, name_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -78,7 +77,7 @@ def to_row(sample: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: naming a sample that has no such form.
     """
     try:
-        whole = as_sample(sample, SAMPLE_KEYS)
+        whole = as_sample(sample)
         messages = [_message(message) for message in whole["messages"]]
         return {
             "images": [_file(image) for image in _pictures_of(whole)],
@@ -88,8 +87,8 @@ def to_row(sample: Mapping[str, Any]) -> dict[str, Any]:
             "depth_unit": whole.get("depth_unit"),
             "depth_valid": [_mask(mask) for mask in as_list(whole.get("depth_valid"))],
             "depth_codes": [_whole(codes) for codes in as_code_lists(whole.get("depth_codes"))],
-            "mask_pictures": whole.get("mask_pictures"),
-            "depth_pictures": whole.get("depth_pictures"),
+            "mask_pictures": _whole(as_list(whole.get("mask_pictures"))) or None,
+            "depth_pictures": _whole(as_list(whole.get("depth_pictures"))) or None,
             "task": whole.get("task"),
             "id": None if whole.get("id") is None else str(whole["id"]),
         }
@@ -195,7 +194,7 @@ def _check_not_empty(dataset: "Dataset | IterableDataset", name: str) -> Mapping
 
 
 def _check_columns(columns: list[str], name: str) -> None:
-    unknown = {column: meant_by(column, SAMPLE_KEYS) for column in columns if column not in SAMPLE_KEYS}
+    unknown = {column: meant_by(column) for column in columns if column not in SAMPLE_KEYS}
     if CONVERSATIONS in columns and "messages" not in columns:  # LLaVA's form, looked at row by row
         return
     if "messages" in columns and not unknown:

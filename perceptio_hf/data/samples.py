@@ -16,79 +16,39 @@ Every task has this one form, whether it comes from a folder, from `datasets`, o
 `load_sample` reads one and checks that its parts fit one another.
 """
 
-import os
 import re
+from bisect import bisect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from perceptio_hf.processing.pictures import load_picture
-from perceptio_hf.tokens import depth_span, picture_mark
+from perceptio_hf.tokens import (
+    PICTURE_MARK,
+    SEG_TOKEN,
+    SpatialSequence,
+    SpatialVocabulary,
+    depth_span,
+    picture_mark,
+    read_sequence,
+)
 
 from .depth_maps import DepthMap
 from .encoded import as_code_lists, as_list, load_depth, load_mask, open_encoded
-from .owners import SPAN, owners_of
-from .run_length import RunLengths
-from .sample_error import SampleError
+from .form import REASONS as REASONS
+from .form import Sample as Sample
+from .form import SampleError, as_sample, name_of, picture_sources, read_messages
 
+_SPAN = re.compile(r"<DEPTH_START>((?:<DEPTH_\d+>)*)<DEPTH_END>")
 _DEPTH_TOKEN = re.compile(r"<DEPTH_(?:START|END|\d+)>")
+_SEG_OR_SPAN = re.compile(re.escape(SEG_TOKEN) + "|" + _SPAN.pattern)
+_SPATIAL = re.compile(rf"(?P<mark>{PICTURE_MARK.pattern})|{_SEG_OR_SPAN.pattern}")
 _TRANSPOSED = 0.05  # relative difference of side ratios up to which a depth map counts as lying on its side
 
 
-class Sample(TypedDict, total=False):
-    """What a sample may hold; only `messages` is needed. A value of None counts as absent; any other key is an error.
-
-    images: pictures in reading order: paths, data: URLs, PIL, uint8 arrays (H, W, 3), encoded bytes, or what
-        `datasets.Image` gives.
-    messages: the chat. `content` is a string, or parts {"type": "text", "text": ...} and {"type": "image"}; ``<image>``
-        in a text is the place of a picture too. Where there is no place, all pictures come before the first words of
-        the user. Every turn of the assistant is learnt; in it ``[SEG]`` and ``<DEPTH_START><DEPTH_END>`` (an empty
-        span, at most one per picture) are spatial tokens, and ``Image-2:`` says that those behind it speak of the
-        second picture (the rule: `perceptio_hf.tokens`).
-    masks: one per ``[SEG]`` in reading order, of its picture's size: COCO run lengths or polygons, or a path, an array
-        (H, W) or a grey picture, where 0 is outside. Floats up to 1 are probabilities. What could be meant in two ways
-        is an error.
-    depth: one depth map for each empty span (a list where there are several): a path (.png, .tif, .npy, .npz), an array
-        (H, W) or a grey picture.
-    depth_unit: what the numbers of `depth` are: "mm", "m", "disparity" or "relative".
-    depth_valid: like one of `masks`; outside where `depth` has no reading.
-    depth_codes: instead of `depth`: the N codes of the span (a list of lists where there are several).
-    mask_pictures: optional, to be checked: the picture each mask lies on, as an index (0, 1, ...) of `images`.
-    depth_pictures: the same for each depth span.
-    task: a name for counting.
-    id: a name for error messages.
-    """
-
-    images: list[Any]
-    messages: list[dict]
-    masks: list[RunLengths | Any]
-    depth: Any
-    depth_unit: str
-    depth_valid: RunLengths | Any
-    depth_codes: list[int]
-    mask_pictures: list[int]
-    depth_pictures: list[int]
-    task: str
-    id: str
-
-
-<<<<<<< .merge_file_mVwfpW
-SAMPLE_KEYS = tuple(Sample.__annotations__)
-
-
-class SampleError(ValueError):
-    """A sample that cannot be learnt from; `reason` is one of `REASONS`."""
-
-    def __init__(self, message: str, reason: str = "conversation"):
-        super().__init__(message)
-        self.reason = reason
-
-
-=======
->>>>>>> .merge_file_knqdeB
 @dataclass(frozen=True, eq=False)
 class LoadedSample:
     """A checked sample, everything in memory.
@@ -125,9 +85,8 @@ def load_sample(
     """
     try:
         return _load(sample, num_depth_tokens, num_depth_codes)
-    except ValueError as error:
-        reason = error.reason if isinstance(error, SampleError) else "conversation"
-        raise SampleError(f"Sample {name_of(sample, position)}: {error}", reason) from None
+    except SampleError as error:
+        raise SampleError(f"Sample {name_of(sample, position)}: {error}", error.reason) from None
 
 
 def check_sample(sample: Mapping[str, Any], *, num_depth_tokens: int = 100, num_depth_codes: int = 128) -> None:
@@ -135,91 +94,27 @@ def check_sample(sample: Mapping[str, Any], *, num_depth_tokens: int = 100, num_
     load_sample(sample, num_depth_tokens=num_depth_tokens, num_depth_codes=num_depth_codes)
 
 
-def name_of(sample: Mapping[str, Any], position: int | None = None) -> str:
-    """The sample's `id`, or else its place, its first picture's file and the beginning of its words."""
-    if not isinstance(sample, Mapping):
-        return f"number {position}"
-    if sample.get("id") is not None:
-        return repr(sample["id"])
-    place = [] if position is None else [f"number {position} of its batch"]
-    images = sample.get("images", sample.get("image"))
-    first = images[0] if isinstance(images, (list, tuple)) and images else images
-    path = first.get("path") if isinstance(first, Mapping) else first
-    file = [os.fspath(path)[:200]] if isinstance(path, (str, os.PathLike)) else []
-    said = str(sample.get("messages", sample.get(CONVERSATIONS, "")))[:2000]
-    words = re.search(r"'(?:content|text|value)': '([^']{1,40})", said)
-    return " ".join([*place, "(" + ", ".join([*file, *([repr(words[1])] if words else [])]) + ")"])
-
-
 def _load(sample: Mapping[str, Any], num_depth_tokens: int, num_depth_codes: int) -> LoadedSample:
     if not isinstance(sample, Mapping):
         raise SampleError(f"it is a {type(sample).__name__}; a sample is a dict with `messages` and `images`.")
-    sample = as_sample(sample, SAMPLE_KEYS)
-    messages = _messages(sample.get("messages"))
-    sources = _picture_sources(sample, messages)
+    sample = as_sample(sample)
+    messages = read_messages(sample.get("messages"))
+    sources = picture_sources(sample.get("images"), messages)
     depths, codes = _depth_of(sample), _codes_of(sample)
     if depths and codes:
         raise SampleError("it has both `depth` and `depth_codes`; give one of them.", "depth")
     given: list[DepthMap | list[int]] = [*depths, *codes]
     filled = _fill_spans(messages, given, num_depth_tokens, num_depth_codes)
-    owners = owners_of(sample, messages, bool(sources))
+    read = _read_pictures(messages, bool(sources))
+    owners = [seg.picture for seg in read.segs], [span.picture for span in read.spans]
+    _check_owners(sample, "mask_pictures", owners[0], "mask", SEG_TOKEN)
+    _check_owners(sample, "depth_pictures", owners[1], "depth", "<DEPTH_START><DEPTH_END>")
     pictures = [_picture(source) for source in sources]
     masks = _masks_of(sample, owners[0], pictures)
     for depth, owner in zip(filled, owners[1], strict=True):
         if depth is not None:
             _check_orientation(depth, pictures[owner])
     return LoadedSample(pictures, messages, masks, filled, *owners)
-
-
-def _messages(value: Any) -> list[dict]:
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence) or not value:
-        raise SampleError(f"its `messages` are {str(value)[:40]!r}; expected a list of turns.")
-    return [_message(message) for message in value]
-
-
-def _message(message: Mapping[str, Any]) -> dict:
-    """A copy whose content is a list of parts; what the assistant says is one part."""
-    role, content = check_message(message)
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else [read_part(part) for part in content]
-    if role == "assistant":
-        if any(part["type"] != "text" or PICTURE_TOKEN in part["text"] for part in parts):
-            raise SampleError("the assistant's turn holds a picture; pictures belong to the user's turns.")
-        parts = [{"type": "text", "text": "".join(part["text"] for part in parts)}]
-        if not parts[0]["text"].strip():
-            raise SampleError("a turn of the assistant has no words; there is nothing to learn.")
-    else:
-        parts = [
-            piece for part in parts for piece in (split_at_pictures(part["text"]) if "text" in part else [dict(part)])
-        ]
-    return {"role": role, "content": parts}
-
-
-def _picture_sources(sample: Mapping[str, Any], messages: list[dict]) -> list:
-    """The pictures, each with its place in `messages` (which is changed: places hold no sources any more)."""
-    if not any(message["role"] == "assistant" for message in messages):
-        raise SampleError("it has no turn of the assistant, which is what is learnt; add one to `messages`.")
-    sources = as_list(sample.get("images"))
-    places = [part for message in messages for part in message["content"] if part["type"] == "image"]
-    named = [picture for part in places if (picture := picture_of(part)) is not None]
-    for part in places:
-        for key in PART_KEYS:
-            part.pop(key, None)
-    if not sources:
-        sources = named
-    elif named:
-        raise SampleError("it names pictures both in `images` and in `messages`; keep them in `images`.", "picture")
-    if sources and not places:
-        user = next((message for message in messages if message["role"] == "user"), None)
-        if user is None:
-            raise SampleError("it has pictures, but no turn of the user to show them in.")
-        user["content"][:0] = places = [{"type": "image"} for _ in sources]
-    if len(places) != len(sources):
-        raise SampleError(
-            f"its messages show {len(places)} pictures (parts, or {PICTURE_TOKEN}), but {len(sources)} are given; "
-            "give one for each.",
-            "picture",
-        )
-    return sources
 
 
 def _picture(source: Any) -> Image.Image:
@@ -298,7 +193,7 @@ def _fill_spans(
             _check_codes(codes, num_depth_tokens, num_depth_codes)
             spans.append(source if is_map else None)
             texts.append(depth_span(codes))
-        part["text"] = SPAN.sub(lambda _: texts.pop(0), part["text"])
+        part["text"] = _SPAN.sub(lambda _: texts.pop(0), part["text"])
     if empty != len(given):
         raise SampleError(
             f"it has {empty} empty depth spans (<DEPTH_START><DEPTH_END>) in the assistant's words, but depth for "
@@ -310,8 +205,8 @@ def _fill_spans(
 
 def _spans_of(text: str) -> list[list[int]]:
     """The codes of the spans in one response; an empty list for an empty span."""
-    found = [[int(code) for code in re.findall(r"\d+", match[1])] for match in SPAN.finditer(text)]
-    broken = _DEPTH_TOKEN.search(SPAN.sub("", text))
+    found = [[int(code) for code in re.findall(r"\d+", match[1])] for match in _SPAN.finditer(text)]
+    broken = _DEPTH_TOKEN.search(_SPAN.sub("", text))
     if broken:
         raise SampleError(
             f"{broken[0]} stands outside of a depth span; a span is <DEPTH_START>, its codes without anything between "
@@ -358,3 +253,94 @@ def _mask(source: Any, index: int, picture: Image.Image, which: str) -> np.ndarr
             "masks",
         )
     return mask
+
+
+_SEG, _START, _CODE, _END, _IMAGE, _TURN_END, _WORDS, _MARKS = range(8)  # marks have ids from _MARKS on
+_SCAN_VOCABULARY = SpatialVocabulary(
+    seg=_SEG,
+    depth_start=_START,
+    depth_end=_END,
+    codes=(_CODE,),
+    num_depth_tokens=1,
+    image=_IMAGE,
+    turn_ends=frozenset([_TURN_END]),
+)
+
+
+def _read_pictures(messages: list[dict], has_pictures: bool) -> SpatialSequence:
+    """The [SEG] and spans with their pictures, by the rule of `perceptio_hf.tokens`, on a sketch of the token ids."""
+    ids: list[int] = []
+    ends: list[int] = []  # where each message ends
+    marks: dict[int, str] = {}
+    for message in messages:
+        shown = sum(token == _IMAGE for token in ids)
+        for part in message["content"]:
+            if part["type"] == "image":
+                ids += [_IMAGE, _WORDS]
+            elif message["role"] == "assistant":
+                _check_pictures_named(part["text"], shown, has_pictures)
+                for match in _SPATIAL.finditer(part["text"]):
+                    ids += _sketch(match, marks)
+        ids.append(_TURN_END)
+        ends.append(len(ids))
+    read = read_sequence(ids, replace(_SCAN_VOCABULARY, mark_pieces=marks))
+    _check_one_span_each(read, ends)
+    return read
+
+
+def _sketch(match: re.Match, marks: dict[int, str]) -> list[int]:
+    """Token ids that stand for one match of `_SPATIAL`; the id of a mark joins `marks`."""
+    if match["mark"]:
+        token = _MARKS + len(marks)
+        marks[token] = match["mark"]
+        return [_WORDS, token]
+    return [_SEG] if match[0] == SEG_TOKEN else [_START, _CODE, _END]
+
+
+def _check_pictures_named(text: str, shown: int, has_pictures: bool) -> None:
+    """Whether a response with spatial tokens speaks of pictures that were shown before it."""
+    spatial = _SEG_OR_SPAN.search(text)
+    if not spatial:
+        return
+    if not shown:
+        what = SEG_TOKEN if spatial[0] == SEG_TOKEN else "a depth span"
+        way = "show the picture in a turn before it" if has_pictures else "give the picture in `images`"
+        raise SampleError(f"it has {what} but no picture; {way}.", "picture")
+    for mark in PICTURE_MARK.finditer(text):
+        if int(mark[1]) > shown:
+            raise SampleError(
+                f"the assistant writes {mark[0]} where {shown} pictures have been shown; a mark before [SEG] or a "
+                "depth span counts the conversation's pictures from 1.",
+                "picture",
+            )
+
+
+def _check_one_span_each(read: SpatialSequence, ends: list[int]) -> None:
+    seen = set()
+    for span in read.spans:
+        place = bisect(ends, span.position), span.picture
+        if place in seen:
+            raise SampleError(
+                f"one response holds two depth spans for {picture_mark(span.picture + 1)[:-1]}; write at most one for "
+                "each picture, in the order they were shown or behind its mark (Image-2: <DEPTH_START><DEPTH_END>).",
+                "depth",
+            )
+        seen.add(place)
+
+
+def _check_owners(sample: Mapping[str, Any], key: str, owners: list[int], what: str, token: str) -> None:
+    """Whether the pictures that a sample names for its masks (or spans) are those its words speak of."""
+    given = as_list(sample.get(key))
+    if not given:
+        return
+    if not all(type(named) is int for named in given):
+        raise SampleError(f"its {key} are {given!r}; expected whole numbers, the indices of its `images`.", "picture")
+    if len(given) != len(owners):
+        raise SampleError(f"its {key} name {len(given)} pictures, but its words hold {len(owners)} {token}.", "picture")
+    for index, (named, owner) in enumerate(zip(given, owners, strict=True)):
+        if named != owner:
+            raise SampleError(
+                f"{what} {index} belongs to picture {named} of `images` ({key}), but its {token} speaks of picture "
+                f"{owner}: write `{picture_mark(named + 1)} {token}`. A mark counts pictures from 1.",
+                "picture",
+            )

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from perceptio_hf.data.sample_error import SampleError
+from perceptio_hf.data.form import SampleError
 from perceptio_hf.processing.messages import words_of
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 from perceptio_hf.tokens import SpatialVocabulary, read_sequence

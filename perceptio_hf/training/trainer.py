@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_s
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import SFTTrainer
 
+from perceptio_hf.data.form import REASONS
 from perceptio_hf.data.rows import as_rows
-from perceptio_hf.data.sample_error import REASONS
 from perceptio_hf.files import in_use
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from perceptio_hf.data.form import split_at_pictures
+from perceptio_hf.data.form import SAMPLE_KEYS, split_at_pictures
 from perceptio_hf.data.rows import as_rows, dataset_of, sample_features, to_row
-from perceptio_hf.data.samples import SAMPLE_KEYS, SampleError, load_sample
+from perceptio_hf.data.samples import SampleError, load_sample
 from perceptio_hf.data.sources import load_llava, load_samples, write_samples
 from perceptio_hf.data.tasks import load_tasks
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from helpers import picture
 
+from perceptio_hf.data.form import SampleError
 from perceptio_hf.data.run_length import encode_mask
-from perceptio_hf.data.sample_error import SampleError
 from perceptio_hf.data.samples import check_sample, load_sample
 from perceptio_hf.tokens import depth_span
 

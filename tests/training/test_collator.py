@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
+from perceptio_hf.data.form import REASONS, SampleError
 from perceptio_hf.data.run_length import encode_mask
-from perceptio_hf.data.sample_error import REASONS, SampleError
 from perceptio_hf.data.world_samples import WORLD_TASKS, iter_world_samples, world_dataset
 from perceptio_hf.lab.lessons.model import tiny_processor
 from perceptio_hf.tokens import depth_span, read_sequence
