@@ -62,6 +62,7 @@ ELSEWHERE = {
     "pip install": "make env",
     "lmms-eval": "make test-lmms-eval",
 }
+SLOW = ("README.md", "evaluation.md", "lora.md", "training.md")  # those that train
 # Further options that make long work short: the beginning of a command -> what is put behind it.
 SHORT = {
     "train": "--max_steps 2 --per_device_train_batch_size 2 --logging_steps 1 --eval_strategy no --use_cpu true",
@@ -245,7 +246,10 @@ def _small_sam2_in_sa2va() -> None:
         function.__kwdefaults__["mask_config"] = tiny_mask_config()
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document",
+    [pytest.param(path, id=path.name, marks=[pytest.mark.slow] * (path.name in SLOW)) for path in DOCUMENTS],
+)
 def test_the_document_runs_without_a_network(document, tmp_path):
     folder = tmp_path / "empty"
     folder.mkdir()
