@@ -75,20 +75,9 @@ class Sample(TypedDict, total=False):
     id: str
 
 
-<<<<<<< .merge_file_mVwfpW
 SAMPLE_KEYS = tuple(Sample.__annotations__)
 
 
-class SampleError(ValueError):
-    """A sample that cannot be learnt from; `reason` is one of `REASONS`."""
-
-    def __init__(self, message: str, reason: str = "conversation"):
-        super().__init__(message)
-        self.reason = reason
-
-
-=======
->>>>>>> .merge_file_knqdeB
 @dataclass(frozen=True, eq=False)
 class LoadedSample:
     """A checked sample, everything in memory.
