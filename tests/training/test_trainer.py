@@ -1,6 +1,7 @@
 """The trainer: what it adds up, what it trains, what it logs, and what it says when something is wrong."""
 
 import json
+import logging
 import math
 
 import numpy as np
@@ -388,3 +389,24 @@ def test_other_settings_are_refused(processor, tmp_path):
         PerceptioSFTTrainer(
             random_model(processor), SFTConfig(str(tmp_path), use_cpu=True), train_dataset=sft.samples(4)
         )
+
+
+@pytest.mark.parametrize(("variable", "sent"), [(None, 0), ("1", 0), ("0", 1), ("false", 1)])
+def test_a_training_tells_nobody_unless_the_user_says_so(tmp_path, monkeypatch, processor, variable, sent):
+    """TRL sends telemetry when a trainer is made, the Hub's client asks for a list of agents on the way."""
+    told = []
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda **what: told.append(what))
+    monkeypatch.delenv("CI", raising=False)
+    if variable is None:
+        monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
+    else:
+        monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", variable)
+    sft.trainer(tmp_path, processor=processor)
+    assert len(told) == sent
+
+
+def test_bitsandbytes_is_silent_about_a_kernel_that_nobody_asked_for(caplog):
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "no kernels")
+    logger.warning("Something else: %s.", "x")
+    assert [record.message for record in caplog.records] == ["Something else: x."]
