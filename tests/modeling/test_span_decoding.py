@@ -1,16 +1,28 @@
 """Spans that are guessed whole and corrected: the same results as code by code, in fewer passes."""
 
 import collections
+import copy
 import itertools
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import chat, encode, picture
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CompileConfig, DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    StoppingCriteria,
+)
 from transformers.generation import GenerateDecoderOnlyOutput
 
+import perceptio_hf
 from perceptio_hf.modeling import span_decoding, spatial_loop
 from perceptio_hf.modeling.grammar_state import GrammarState
 from perceptio_hf.modeling.span_grammar import SPATIAL_MODES, SpanGrammar
@@ -394,3 +406,60 @@ def test_the_host_waits_about_once_a_token(model, one, decoding, returns_dict, m
         )
     spent = sum(waits.count.values()) - 2 * first
     assert spent <= 1.5 * 60, waits.count
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """The embedded checkpoint, and prompts whose spans begin at different steps or never."""
+    folder = perceptio_hf.tiny_checkpoint()
+    model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    sheet = Image.open(Path(__file__).parents[2] / "docs" / "images" / "demo.png").convert("RGB")
+    pictures = [sheet.crop((x, x // 3, x + 180, x // 3 + 180)).resize((128, 128)) for x in (0, 30, 60)]
+    questions = (
+        "How many objects are there?",
+        "Give me the mask of the ball.",
+        "Which object is closest to the camera?",
+    )
+    prompts = [chat(shown, text=text) for shown, text in zip(pictures, questions, strict=True)]
+    return model, encode(processor, *prompts, HELLO), [encode(processor, prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"do_sample": True}, {"do_sample": True, "top_p": 0.9, "num_return_sequences": 2}]
+)
+@pytest.mark.parametrize("spatial", ["auto", "seg+depth"])
+def test_the_shipped_weights(shipped, spatial, options, monkeypatch):
+    model, batch, _ = shipped
+    monkeypatch.setitem(spatial_loop._PLACES, "cpu", 1000)
+    options = {"spatial": spatial, "max_new_tokens": 140, **options}
+    parallel = generate(model, batch, **options)
+    assert_same(parallel, generate(model, batch, spatial_decoding="sequential", **options))
+    words, start = model.spatial_vocabulary(), parallel.prompt_length
+    begun = [(row == words.depth_start).nonzero()[:1].flatten().tolist() for row in parallel.sequences[:, start:]]
+    assert len({tuple(steps) for steps in begun}) > 1, "some spans begin at other steps than others, or never"
+
+
+def test_a_trained_models_spans_take_few_passes(shipped, passes, monkeypatch):
+    model, _, singles = shipped
+    monkeypatch.setitem(spatial_loop._PLACES, "cpu", 1000)
+    for prompt in singles:
+        generate(model, prompt, spatial="depth", max_new_tokens=model.spatial_vocabulary().span_length)
+    assert sum(passes) / len(passes) < 0.45 * model.config.num_depth_tokens, passes
+
+
+@pytest.mark.parametrize("places", [24, 1000])
+def test_in_half_precision_the_width_decides_as_rounding_does(shipped, places, monkeypatch):
+    """Every code is the most probable one after those before it, as far as bfloat16 can tell."""
+    model, _, singles = shipped
+    monkeypatch.setitem(spatial_loop._PLACES, "cpu", places)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    words = model.spatial_vocabulary()
+    for prompt in singles:
+        ids = half.generate(**prompt, spatial="depth", max_new_tokens=words.span_length)
+        start = prompt.input_ids.shape[1]
+        with torch.no_grad():
+            whole = {"pixel_values": prompt.pixel_values.bfloat16(), "attention_mask": torch.ones_like(ids)}
+            logits = half(input_ids=ids, **whole).logits[0, start:-2, list(words.codes)].float()
+        chosen = ids[0, start + 1 : -1] - words.codes[0]
+        lost = logits.amax(-1) - logits.gather(1, chosen[:, None])[:, 0]
+        assert (lost <= 4 * torch.finfo(torch.bfloat16).eps * logits.abs().amax(-1)).all(), lost.max()
