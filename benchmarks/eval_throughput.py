@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from perceptio_hf.commands import checkpoints
 from perceptio_hf.evaluation.benchmarks import Benchmark, open_benchmark
-from perceptio_hf.evaluation.runner import Run, RunSettings, run_benchmark
+from perceptio_hf.evaluation.run.runner import Run, RunSettings, run_benchmark
 
 
 def measure(loaded, benchmark: Benchmark, batch_size: int, repeats: int) -> tuple[float, Run]:

@@ -10,7 +10,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 import numpy as np  # noqa: E402 - it reads the number of threads when imported
 
-from perceptio_hf.data.world import ask, render_scene  # noqa: E402
+from perceptio_hf.world import ask, render_scene  # noqa: E402
 
 
 def per_second(work: Callable[[int], object], scenes: int, repeats: int) -> tuple[float, float]:

@@ -7,7 +7,7 @@ FOLDER holds frames NAME.color.jpg and NAME.depth.png of a depth sensor (millime
 order of their names. Options that are not listed here go to it, e.g. --max_steps 50.
 
 Depth is asked for with a depth span forced and greedy decoding, aligned to the sensor's readings by scale and shift in
-inverse depth (`perceptio_hf.evaluation.depth_metrics`), and compared where the sensor has one. Beside it stand
+inverse depth (`perceptio_hf.evaluation.metrics.depth`), and compared where the sensor has one. Beside it stand
 
     constant        the same distance everywhere: what alignment alone gives
     mean_of_room    the mean depth of the training frames, for every picture alike: what can be said without looking
@@ -33,11 +33,12 @@ from transformers import AutoModel, AutoProcessor
 
 import perceptio_hf
 from perceptio_hf.data.depth_maps import DepthMap, read_depth
-from perceptio_hf.evaluation.depth_metrics import align_scale_shift, depth_metrics
+from perceptio_hf.data.tasks import load_tasks
+from perceptio_hf.evaluation.metrics.depth import align_scale_shift, depth_metrics
 from perceptio_hf.files import write_json, write_picture
 from perceptio_hf.modeling.modeling_depth_vqvae import prepare_depth
 from perceptio_hf.processing.pictures import load_picture
-from perceptio_hf.training.recipe import RecipeArguments, load_tasks, read_recipe
+from perceptio_hf.training.recipe import RecipeArguments, read_recipe
 from perceptio_hf.visualization import colorize_depth
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "rgbd_lora.yaml"

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
 import perceptio_hf
-from perceptio_hf.evaluation.ablation import closest_scores, spans_without_grammar
-from perceptio_hf.evaluation.scenes import answer_items, held_out_items, score_items
 from perceptio_hf.files import write_json
+from perceptio_hf.lab.ablation.figures import closest_scores, spans_without_grammar
+from perceptio_hf.lab.held_out import answer_items, held_out_items, score_items
 
 
 def main() -> None:

@@ -1,13 +1,17 @@
-"""Writing files so that a reader sees the old one or the complete new one, never half of it."""
+"""Writing files and folders so that a reader sees the old one or the complete new one, never half of it."""
 
 import json
 import os
+import shutil
+import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from PIL import Image
+from safetensors import SafetensorError
 
 
 @contextmanager
@@ -41,6 +45,86 @@ def write_picture(path: str | os.PathLike, picture: Image.Image) -> None:
         picture.save(temporary, format="PNG")
 
 
+@contextmanager
+def new_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; when the block ends well it takes the place of `path`, else it is removed.
+
+    A block that fails, for want of disk space or by Ctrl-C, leaves `path` as it was: absent, or the old folder.
+    Old and new lie on the disk together for a while.
+
+    Args:
+        path: The folder to make; missing parents are made. A link to a folder is followed.
+        overwrite: Replace a folder that is there. It must be one a model was saved in: anything without a config.json
+            is refused, so that a slip of the hand does not cost somebody's own files.
+
+    Raises:
+        ValueError: `path` is a file, or a folder that is not empty and may not be replaced.
+        OSError: It may not be written there.
+    """
+    path = Path(os.path.realpath(Path(path).expanduser()))
+    check_new_folder(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    fresh.mkdir()
+    try:
+        yield fresh
+        swap_in(fresh, path, old)
+    except SafetensorError as error:  # its way to say that a disk is full; no OSError
+        raise OSError(f"{path} could not be written: {error}") from error
+    finally:
+        for folder in (fresh, old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def swap_in(fresh: Path, path: Path, old: Path) -> None:
+    """Rename the folder `fresh` to `path`; a folder that stands there becomes `old`, and comes back if that fails."""
+    try:
+        if path.exists():
+            os.replace(path, old)
+        os.replace(fresh, path)
+    finally:
+        if old.exists() and not path.exists():  # interrupted between the two
+            os.replace(old, path)
+
+
+def check_new_folder(path: str | os.PathLike, overwrite: bool = False) -> None:
+    """Raise now what `new_folder` would raise later, before long work. Makes nothing.
+
+    Raises:
+        ValueError: as `new_folder`.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file; name a folder to make.")
+    if not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"{path} exists and is not empty; name another folder, or give --overwrite to replace it.")
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} is not replaced: it holds no config.json, so it is no saved model. Name another one.")
+
+
+def find_recipe(name: str | os.PathLike) -> Path:
+    """The recipe at a path; else the one of that name which comes with the package: `sft_world`, `sft_world.yaml` and
+    `recipes/sft_world.yaml` are the same.
+
+    Raises:
+        ValueError: there is neither; those that come with the package are named.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    package = Path(__file__).resolve().parent
+    # In an installed package they lie inside of it; in a checkout, for readers, at its top.
+    places = [folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir()]
+    shipped = {recipe.stem: recipe for folder in places[:1] for recipe in sorted(folder.glob("*.yaml"))}
+    if path.parent in (Path(), Path("recipes")) and path.suffix in ("", ".yaml") and path.stem in shipped:
+        return shipped[path.stem]
+    raise ValueError(f"There is no recipe {path}; of those that come with the package: {', '.join(shipped) or 'none'}.")
+
+
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     """The keys and values of a recipe.
 
@@ -59,3 +143,79 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"{path} must hold keys and values, e.g. `seed: 0`.")
     return values
+
+
+_IN_USE = ".in-use"  # in a folder that somebody works in
+_held: dict[tuple[int, str], int] = {}  # (process, folder) -> how often it is held
+
+
+@contextmanager
+def in_use(folder: str | os.PathLike, doing: str, *, patience: float = 0.0) -> Iterator[None]:
+    """Hold a folder for this process; whoever else asks for it meanwhile is told who has it.
+
+    The operating system gives it back when the process ends, however it ends. Within the process, which may ask again,
+    and on file systems or systems without such locks, nothing is refused.
+
+    Args:
+        folder: Made where it is missing, and removed again where nothing came into it.
+        doing: What the others read, e.g. "training".
+        patience: Seconds to wait for another process.
+
+    Raises:
+        ValueError: Another process has it; named are its id, its machine, and since when.
+        OSError: It may not be written there.
+    """
+    folder = os.path.realpath(folder)
+    key = (os.getpid(), folder)
+    made = not os.path.exists(folder)
+    deadline = time.monotonic() + patience
+    file = None if _held.get(key) else _locked(Path(folder, _IN_USE), doing, deadline)
+    _held[key] = _held.get(key, 0) + 1
+    try:
+        yield
+    finally:
+        _held[key] -= 1
+        if file is not None:
+            Path(folder, _IN_USE).unlink(missing_ok=True)  # before it is given back: whoever waits looks again
+            file.close()
+        if made:
+            with suppress(OSError):  # it holds something
+                os.rmdir(folder)
+
+
+def _locked(path: Path, doing: str, deadline: float) -> TextIO | None:
+    """The open file that holds the lock, None where there are no locks. The deadline is one of `time.monotonic`."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return None
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closing it gives the lock back)
+        except FileNotFoundError:  # somebody who has made the folder has just removed it again
+            continue
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            if time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
+            raise ValueError(
+                f"{path.parent} is in use by {holder}. Wait for it, stop it, or name another folder."
+            ) from None
+        except OSError:  # a network's file system without locks
+            file.close()
+            return None
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            break
+        file.close()  # of one who has just left
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} ({doing}, since {since})")
+    file.flush()
+    return file

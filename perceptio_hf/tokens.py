@@ -4,11 +4,17 @@ One response may hold, in this order, ``[SEG]`` tokens (one mask each), depth sp
 
     [SEG] <DEPTH_START> <DEPTH_17> <DEPTH_3> ... (N codes) <DEPTH_END> the answer in words
 
-This is the only home of these strings and of the rule which picture a token speaks about.
+Which picture they speak of: the pictures of a conversation are numbered 1, 2, ... in the order they are shown. A
+response begins with the first picture of the turn that last showed any; each depth span that ends moves on to the next
+picture; and the mark ``Image-k:`` in the response goes to picture k, wherever in the conversation it was shown::
+
+    Image-2: [SEG] is behind, and seen first in Image-1: [SEG]
+
+This is the only home of these strings and of this rule; generation, training and parsing all call `read_sequence`.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 SEG_TOKEN = "[SEG]"
@@ -16,6 +22,8 @@ DEPTH_START_TOKEN = "<DEPTH_START>"
 DEPTH_END_TOKEN = "<DEPTH_END>"
 
 _SPATIAL_PATTERN = re.compile(r"\[SEG\]|<DEPTH_(?:START|END|\d+)>")
+PICTURE_MARK = re.compile(r"Image-([1-9]\d{0,3}):")  # group 1: the picture's number in the conversation, from 1
+_LONGEST_MARK = len("Image-9999:")
 # U+2060 is invisible and breaks the token string, so that a tokenizer reads what a user typed as plain text.
 _WORD_JOINER = "\u2060"
 
@@ -41,11 +49,17 @@ def escape_spatial_tokens(text: str) -> str:
     return _SPATIAL_PATTERN.sub(lambda match: match[0][0] + _WORD_JOINER + match[0][1:], text)
 
 
+def picture_mark(number: int) -> str:
+    """What a response writes to speak of picture `number` (1, 2, ...) from there on."""
+    return f"Image-{number}:"
+
+
 @dataclass(frozen=True)
 class SpatialVocabulary:
     """Token ids of the spatial tokens, of the picture placeholder and of the end of a turn.
 
-    `codes[k]` is the id of ``<DEPTH_k>``; `num_depth_tokens` is N, the number of codes in one span.
+    `codes[k]` is the id of ``<DEPTH_k>``; `num_depth_tokens` is N, the number of codes in one span. `mark_pieces` are
+    the tokens that marks ``Image-k:`` are spelt with and their text without spaces; without them no mark is read.
     """
 
     seg: int
@@ -55,6 +69,7 @@ class SpatialVocabulary:
     num_depth_tokens: int
     image: int
     turn_ends: frozenset[int] = frozenset()
+    mark_pieces: Mapping[int, str] = field(default_factory=dict, repr=False, hash=False)
     code_index: dict[int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -87,14 +102,16 @@ class DepthSpan:
 class SpatialSequence:
     """What one row of token ids says about space, from a given position on.
 
-    `num_pictures` counts the pictures the next response speaks about, `open_codes` is the number of codes in a span
-    that has begun and not ended (None when there is none), `well_formed` is False if any span is broken.
+    `num_pictures` counts the pictures of the turn that last showed any, `pictures_shown` those of the whole row.
+    `open_codes` is the number of codes in a span that has begun and not ended (None when there is none). `well_formed`
+    is False if any span is broken, or a [SEG] or span stands where no picture was shown.
     """
 
     segs: tuple[SegToken, ...]
     spans: tuple[DepthSpan, ...]
     well_formed: bool
     num_pictures: int
+    pictures_shown: int
     open_codes: int | None
 
 
@@ -106,17 +123,16 @@ class _Scanner:
         self.segs: list[SegToken] = []
         self.spans: list[DepthSpan] = []
         self.well_formed = True
-        self.picture_turns: list[int] = []  # the turn in which each picture was shown
-        self.turn = self.closed = 0  # closed: spans that ended in this turn
+        self.pictures = self.first = 0  # how many were shown, and the first of those last shown together
+        self.shows = False  # whether this turn has shown one
+        self.current = 0  # the picture spoken of; the last one stays so when its span has ended
+        self.written = ""  # the end of the words just written, as far as they may spell a mark
         self.open_at: int | None = None
         self.codes: list[int] = []
 
-    def picture(self) -> int:
-        """The k-th span of a response, and the [SEG] before it, speak of the k-th picture last shown together."""
-        if not self.picture_turns:
-            return 0
-        first = self.picture_turns.index(self.picture_turns[-1])
-        return min(first + self.closed, len(self.picture_turns) - 1)
+    def picture(self) -> int | None:
+        """Index of the picture spoken of; None where none was shown."""
+        return min(self.current, self.pictures - 1) if self.pictures else None
 
     def broken(self, position: int) -> None:
         self.open_at = None
@@ -134,29 +150,56 @@ class _Scanner:
         else:
             if self.open_at is not None:
                 self.broken(position)
+            if self.written or token in words.mark_pieces:
+                self._read_mark(position, token)
             if token == words.depth_start:
                 self.open_at, self.codes = position, []
             elif token == words.seg and position >= self.start:
-                self.segs.append(SegToken(position, self.picture()))
+                self._read_seg(position)
             elif token == words.image and previous != words.image:
-                self.picture_turns.append(self.turn)
+                self._show()
             elif token in words.turn_ends:
-                self.turn, self.closed = self.turn + 1, 0
+                self.shows, self.current = False, self.first
+
+    def _show(self) -> None:
+        if not self.shows:
+            self.shows, self.first, self.current = True, self.pictures, self.pictures
+        self.pictures += 1
+
+    def _read_seg(self, position: int) -> None:
+        picture = self.picture()
+        if picture is None:
+            self.broken(position)
+        else:
+            self.segs.append(SegToken(position, picture))
+
+    def _read_mark(self, position: int, token: int) -> None:
+        """A mark counts in responses only: what a user types before `start`, in the turn that shows pictures or in any
+        other turn of the user, ends with that turn."""
+        piece = self.vocabulary.mark_pieces.get(token, "")
+        self.written = (self.written + piece)[-_LONGEST_MARK:] if piece else ""
+        if not piece.endswith(":") or (self.shows and position < self.start):
+            return
+        marks = list(PICTURE_MARK.finditer(self.written))
+        if marks and marks[-1].end() == len(self.written) and int(marks[-1][1]) <= self.pictures:
+            self.current = int(marks[-1][1]) - 1
 
     def _close(self, position: int) -> None:
-        if self.open_at is None or len(self.codes) != self.vocabulary.num_depth_tokens:
+        picture = self.picture()
+        if self.open_at is None or picture is None or len(self.codes) != self.vocabulary.num_depth_tokens:
             self.broken(position)
             return
         if position >= self.start:
-            self.spans.append(DepthSpan(self.open_at, self.picture(), tuple(self.codes)))
-        self.open_at, self.closed = None, self.closed + 1
+            self.spans.append(DepthSpan(self.open_at, picture, tuple(self.codes)))
+        self.open_at, self.current = None, self.current + 1
 
 
 def read_sequence(ids: Sequence[int], vocabulary: SpatialVocabulary, start: int = 0) -> SpatialSequence:
     """Find masks and depth spans in one row of token ids.
 
-    Tokens before `start` (the prompt) give context only: the pictures shown, and a span left open for the response to
-    go on with. A span is reported if it ends at or after `start`. Broken spans are left out and flagged, never raised.
+    Tokens before `start` (the prompt) give context only: the pictures shown, and what a response already begun there
+    has said: a span left open, the picture it speaks of. A span is reported if it ends at or after `start`. Broken
+    spans, and [SEG] and spans without a picture, are left out and flagged, never raised.
     """
     scanner = _Scanner(vocabulary, start)
     previous = None
@@ -168,6 +211,7 @@ def read_sequence(ids: Sequence[int], vocabulary: SpatialVocabulary, start: int 
         segs=tuple(scanner.segs),
         spans=tuple(scanner.spans),
         well_formed=scanner.well_formed and not (is_open and len(ids) > start),
-        num_pictures=scanner.picture_turns.count(scanner.picture_turns[-1]) if scanner.picture_turns else 0,
+        num_pictures=scanner.pictures - scanner.first,
+        pictures_shown=scanner.pictures,
         open_codes=len(scanner.codes) if is_open else None,
     )

@@ -4,8 +4,8 @@ import numpy as np
 from helpers import picture
 
 from perceptio_hf.data.depth_maps import DepthMap
+from perceptio_hf.data.run_length import encode_mask
 from perceptio_hf.evaluation.benchmarks import Benchmark, DepthSource, PictureSource, Sample
-from perceptio_hf.run_length import encode_mask
 
 LETTERS = ["A", "B", "C"]
 

@@ -35,10 +35,12 @@ _TEXT_MODEL = {
 
 
 def stock_tokenizer() -> PreTrainedTokenizerFast:
-    """With InternVL's picture tokens and no spatial ones."""
-    from perceptio_hf.training.tiny_model import tiny_tokenizer
+    """With InternVL's picture tokens and no spatial ones; like many, it pads on the right."""
+    from perceptio_hf.lab.lessons.model import tiny_tokenizer
 
-    return tiny_tokenizer(TEXTS, vocab_size=300)
+    tokenizer = tiny_tokenizer(TEXTS, vocab_size=300)
+    tokenizer.padding_side = "right"
+    return tokenizer
 
 
 def stock_internvl(
@@ -94,7 +96,7 @@ def save_internvl(folder: Path, *, padding: int = 0, max_shard_size: str = "5GB"
 
 def mask_model(seed: int = 0) -> Sam2Model:
     """A random SAM2 for pictures of 128 x 128."""
-    from perceptio_hf.training.tiny_model import tiny_mask_config
+    from perceptio_hf.lab.lessons.model import tiny_mask_config
 
     torch.manual_seed(seed)
     return Sam2Model(tiny_mask_config()).eval()

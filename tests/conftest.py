@@ -25,7 +25,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def processor() -> PerceptioProcessor:
-    from perceptio_hf.training.tiny_model import tiny_processor, tiny_tokenizer
+    from perceptio_hf.lab.lessons.model import tiny_processor, tiny_tokenizer
 
     return tiny_processor(tiny_tokenizer(TEXTS, vocab_size=320), depth_config())
 

@@ -121,7 +121,7 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor], shards: int = 1) 
 
 def write_tokenizer(folder: Path, extra: tuple[str, ...] = ()) -> None:
     """Qwen2's kind: vocab.json, merges.txt and the added tokens in tokenizer_config.json."""
-    from perceptio_hf.training.tiny_model import tiny_tokenizer
+    from perceptio_hf.lab.lessons.model import tiny_tokenizer
 
     model = json.loads(tiny_tokenizer(CORPUS, 300).backend_tokenizer.to_str())["model"]
     merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]

@@ -16,14 +16,14 @@ from datasets import Dataset
 from helpers import depth_config, picture, random_model
 
 from perceptio_hf import PerceptioProcessor, PerceptioSFTConfig, PerceptioSFTTrainer
-from perceptio_hf.run_length import encode_mask
+from perceptio_hf.data.run_length import encode_mask
 
 TEXTS = ["Which is closer, the red ball or the blue box?", "Segment the red ball.", "Here is the depth map."]
 GRID = 16  # depth codes of one span, and codes in the codebook
 
 
 def processor() -> PerceptioProcessor:
-    from perceptio_hf.training.tiny_model import tiny_processor, tiny_tokenizer
+    from perceptio_hf.lab.lessons.model import tiny_processor, tiny_tokenizer
 
     return tiny_processor(tiny_tokenizer(TEXTS, vocab_size=320), depth_config())
 

@@ -37,6 +37,7 @@ def test_wheel_holds_every_file_of_the_package(wheel):
     package = ROOT / "perceptio_hf"
     files = {path.relative_to(ROOT).as_posix() for path in package.rglob("*") if path.is_file()}
     files = {name for name in files if "__pycache__" not in name}
+    files |= {f"perceptio_hf/recipes/{path.name}" for path in (ROOT / "recipes").iterdir()}
     assert files == {name for name in wheel.namelist() if name.startswith("perceptio_hf/")}
 
 
@@ -62,6 +63,20 @@ def test_constraints_allow_what_the_project_asks_for(wheel):
         wanted = Requirement(line)
         if wanted.name != "perceptio-hf":  # the extra `all` names the others
             assert pinned[canonicalize_name(wanted.name)] in wanted.specifier, f"constraints.txt contradicts {line}"
+
+
+def test_all_extras_resolve_without_a_build(wheel):
+    """sam2 is on PyPI as source only, and its build asks for a torch of its own: `[all]` would take hours or fail."""
+    metadata = wheel.read(f"perceptio_hf-{perceptio_hf.__version__}.dist-info/METADATA").decode()
+    needed, extras = set(), {"all"}
+    while extras:
+        extra = extras.pop()
+        for line in re.findall(r"(?m)^Requires-Dist: (.*)$", metadata):
+            wanted = Requirement(line)
+            if wanted.marker is not None and wanted.marker.evaluate({"extra": extra}):
+                extras |= wanted.extras if wanted.name == "perceptio-hf" else set()
+                needed.add(wanted.name)
+    assert {"trl", "evaluate", "gradio", "pytest"} <= needed and "sam2" not in needed
 
 
 def test_the_python_code_of_the_readme_runs(tmp_path):

@@ -1,28 +1,54 @@
 """The embedded checkpoint: it is current, it is small, and it has learnt what its card says."""
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModel, AutoProcessor
 
 import perceptio_hf
-from perceptio_hf.evaluation.scenes import answer_items, held_out_items, score_items
-from perceptio_hf.modeling.remote_code import flatten_imports
+from perceptio_hf.lab.embedded import embed
+from perceptio_hf.lab.held_out import answer_items, held_out_items, score_items
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "perceptio_hf"
+TINY = Path(perceptio_hf.tiny_checkpoint())
 
 
-def test_its_code_is_the_package_s():
-    copies = [path for path in (PACKAGE / "tiny").glob("*.py")]
-    assert len(copies) >= 9
-    for copy in copies:
-        source = next(path for path in PACKAGE.rglob(copy.name) if path.parent.name != "tiny")
-        assert copy.read_text() == flatten_imports(source.read_text()), f"save the tiny checkpoint again: {copy.name}"
+def test_it_holds_weights_and_configurations_only():
+    names = {path.name for path in TINY.iterdir() if path.name != "__pycache__"}
+    assert not [name for name in names if name.endswith(".py")]
+    assert {"model.safetensors", "config.json", "processor_config.json", "tokenizer.json"} <= names
+    assert not [path.name for path in TINY.glob("*.json") if "auto_map" in path.read_text(encoding="utf-8")]
+
+
+def test_a_copy_that_is_saved_carries_its_code_and_is_embedded_without_it(tmp_path):
+    """Saving brings code and auto_map, `embed` takes them away; what was embedded computes the same."""
+    model, processor = AutoModel.from_pretrained(TINY), AutoProcessor.from_pretrained(TINY)
+    saved = tmp_path / "saved"
+    model.save_pretrained(saved)
+    processor.save_pretrained(saved)
+    assert (saved / "modeling_perceptio.py").is_file()
+    assert "auto_map" in json.loads((saved / "config.json").read_text())
+    embedded = embed(saved, tmp_path / "embedded")
+    assert not list(embedded.glob("*.py"))
+    for name in ("config.json", "processor_config.json", "tokenizer.json"):
+        assert json.loads((embedded / name).read_text()) == json.loads((TINY / name).read_text()), name
+    again = AutoModel.from_pretrained(embedded).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+
+
+def test_embedding_refuses_what_is_no_checkpoint(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="no saved model"):
+        embed(TINY, tmp_path / "notes")
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        embed(tmp_path, tmp_path / "embedded")
 
 
 def test_its_card_is_the_project_s():
-    assert (PACKAGE / "tiny" / "README.md").read_text() == (ROOT / "model_card.md").read_text()
+    assert (TINY / "README.md").read_text() == (ROOT / "model_card.md").read_text()
 
 
 @pytest.mark.slow

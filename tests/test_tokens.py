@@ -1,5 +1,7 @@
 """Reading spatial tokens out of a row of ids."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -86,8 +88,76 @@ def test_a_later_turn_speaks_of_the_pictures_shown_last():
     assert [seg.picture for seg in same_picture.segs] == [0] and same_picture.spans[0].picture == 0
 
 
-@given(st.lists(st.sampled_from([SEG, START, END, IMAGE, EOS, WORD, *CODES]), max_size=40), st.integers(0, 40))
+# A tokenizer that spells marks with these pieces, two of them by two ids each.
+PIECES = {20: "Im", 21: "age-", 22: "1", 23: "2", 24: "12", 25: ":", 26: ":", 27: "Image", 28: "-"}
+MARKED = replace(WORDS, mark_pieces=PIECES)
+FIRST, SECOND, TWELFTH = [20, 21, 22, 25], [27, 28, 23, 26], [20, 21, 24, 25]
+
+
+def pictures_of(ids, start=0, words=MARKED):
+    read = read_sequence(ids, words, start)
+    return [seg.picture for seg in read.segs], [span.picture for span in read.spans]
+
+
+def test_a_mark_names_any_picture_of_the_conversation():
+    shown = [IMAGE, WORD, IMAGE, EOS, SEG, *SPAN, EOS, IMAGE, WORD, EOS]
+    responses = {
+        "nothing": ([SEG, *SPAN], [2], [2]),
+        "one": ([*FIRST, SEG, *SPAN, SEG], [0, 1], [0]),
+        "words between": ([*SECOND, WORD, WORD, SEG, SEG], [1, 1], []),
+        "each in another order": ([*SECOND, *SPAN, *FIRST, *SPAN, SEG, EOS], [1], [1, 0]),
+        "all in order": ([*FIRST, *SPAN, *SPAN, *SPAN], [], [0, 1, 2]),
+        "back and forth": ([SEG, *FIRST, SEG, *SECOND, SEG], [2, 0, 1], []),
+        "until the turn ends": ([*FIRST, SEG, EOS, WORD, EOS, SEG], [0, 2], []),
+        "one that was never shown": ([*TWELFTH, SEG], [2], []),
+        "digits in two tokens": ([20, 21, 22, 23, 25, SEG], [2], []),
+        "no colon": ([20, 21, 22, WORD, SEG], [2], []),
+        "interrupted": ([20, 21, WORD, 22, 25, SEG], [2], []),
+        "interrupted by a span": ([20, 21, *SPAN, 22, 25, SEG], [2], [2]),
+    }
+    for name, (ids, segs, spans) in responses.items():
+        assert pictures_of([*shown, *ids], start=len(shown)) == (segs, spans), name
+        assert read_sequence([*shown, *ids], MARKED, len(shown)).well_formed, name
+    many = [*[IMAGE, WORD] * 12, EOS]
+    assert pictures_of([*many, *TWELFTH, SEG, *FIRST, SEG], start=len(many)) == ([11, 0], [])
+    assert pictures_of([*shown, *FIRST, SEG], len(shown), words=WORDS) == ([2], [])  # older checkpoints know no marks
+    read = read_sequence(shown, MARKED, len(shown))
+    assert (read.num_pictures, read.pictures_shown) == (1, 3)
+
+
+def test_marks_that_a_user_types_say_nothing():
+    turns = {
+        "before the pictures": [*SECOND, IMAGE, WORD, IMAGE, EOS],
+        "behind them": [IMAGE, WORD, IMAGE, *SECOND, EOS],
+        "in a later turn": [IMAGE, WORD, IMAGE, EOS, WORD, EOS, *SECOND, EOS],
+        "in a prompt without turns": [IMAGE, WORD, IMAGE, *SECOND],
+    }
+    for name, prompt in turns.items():
+        assert pictures_of([*prompt, SEG, *SPAN], start=len(prompt)) == ([0], [0]), name
+        if prompt[-1] == EOS:
+            assert pictures_of([*prompt, SEG, *SPAN]) == ([0], [0]), name  # read as a whole, as training does
+
+
+def test_a_response_begun_in_the_prompt_keeps_its_mark():
+    prompt = [IMAGE, WORD, IMAGE, EOS, *SECOND]
+    assert pictures_of([*prompt, SEG], start=len(prompt)) == ([1], [])
+    assert pictures_of([*prompt[:-1], SECOND[-1], SEG], start=len(prompt) - 1) == ([1], [])
+
+
+def test_without_a_picture_there_is_nothing_to_speak_of():
+    prompt = [WORD, EOS]
+    for ids in ([SEG], SPAN, [*FIRST, SEG], [SEG, *SPAN, WORD]):
+        read = read_sequence([*prompt, *ids], MARKED, len(prompt))
+        assert not read.segs and not read.spans and not read.well_formed
+        assert read.num_pictures == read.pictures_shown == 0
+    later = [SEG, *SPAN, EOS, IMAGE, EOS]
+    assert pictures_of([*later, SEG, *SPAN]) == ([0], [0])  # what came before the picture does not speak of it
+
+
+@given(st.lists(st.sampled_from([SEG, START, END, IMAGE, EOS, WORD, *CODES, *PIECES]), max_size=40), st.integers(0, 40))
 def test_no_sequence_is_too_foreign(ids, start):
-    read = read_sequence(ids, WORDS, start)
+    read = read_sequence(ids, MARKED, start)
     assert all(len(span.codes) == N for span in read.spans)
     assert all(seg.position >= start for seg in read.segs)
+    assert all(0 <= item.picture < read.pictures_shown for item in (*read.segs, *read.spans))
+    assert read.num_pictures <= read.pictures_shown

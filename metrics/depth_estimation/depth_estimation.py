@@ -7,8 +7,8 @@ import datasets
 import evaluate
 import numpy as np
 
-from perceptio_hf.evaluation.depth_metrics import mean_depth_metrics  # From: perceptio-hf[eval]
-from perceptio_hf.evaluation.metric_scripts import FlexibleInputs  # From: perceptio-hf[eval]
+from perceptio_hf.evaluation.metrics.depth import mean_depth_metrics  # From: perceptio-hf[eval]
+from perceptio_hf.evaluation.metrics.scripts import FlexibleInputs  # From: perceptio-hf[eval]
 
 _DESCRIPTION = """
 Errors of relative depth against measured distances: AbsRel, RMSE in metres and delta accuracies, after scale and shift

@@ -5,8 +5,8 @@ from typing import ClassVar
 import datasets
 import evaluate
 
-from perceptio_hf.evaluation.metric_scripts import LetteredReferences  # From: perceptio-hf[eval]
-from perceptio_hf.evaluation.multiple_choice import multiple_choice_accuracy  # From: perceptio-hf[eval]
+from perceptio_hf.evaluation.metrics.multiple_choice import multiple_choice_accuracy  # From: perceptio-hf[eval]
+from perceptio_hf.evaluation.metrics.scripts import LetteredReferences  # From: perceptio-hf[eval]
 
 _DESCRIPTION = """
 Accuracy on multiple-choice questions: plain (every row for itself) and circular (a question counts if the answers to

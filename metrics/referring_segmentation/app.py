@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from perceptio_hf.evaluation.metric_widget import metric_interface
+from perceptio_hf.evaluation.metrics.widget import metric_interface
 
 EXAMPLE = {
     "predictions": [{"size": [4, 4], "counts": [4, 8, 4]}, {"size": [4, 4], "counts": "`0"}],

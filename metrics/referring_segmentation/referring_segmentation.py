@@ -3,9 +3,9 @@
 import datasets
 import evaluate
 
-from perceptio_hf.evaluation.metric_scripts import FlexibleInputs  # From: perceptio-hf[eval]
-from perceptio_hf.evaluation.segmentation_metrics import referring_segmentation  # From: perceptio-hf[eval]
-from perceptio_hf.run_length import compress_counts  # From: perceptio-hf[eval]
+from perceptio_hf.data.run_length import compress_counts  # From: perceptio-hf[eval]
+from perceptio_hf.evaluation.metrics.scripts import FlexibleInputs  # From: perceptio-hf[eval]
+from perceptio_hf.evaluation.metrics.segmentation import referring_segmentation  # From: perceptio-hf[eval]
 
 _DESCRIPTION = """
 How well masks fit what expressions refer to: cIoU (all common pixels over all pixels of the unions), gIoU (mean IoU),

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from perceptio_hf.evaluation.metric_widget import metric_interface
+from perceptio_hf.evaluation.metrics.widget import metric_interface
 
 EXAMPLE = {
     "predictions": ["(B)", "Point A is closest.", "I cannot tell."],

@@ -5,8 +5,8 @@ from typing import ClassVar
 import datasets
 import evaluate
 
-from perceptio_hf.evaluation.metric_scripts import LetteredReferences  # From: perceptio-hf[eval]
-from perceptio_hf.evaluation.relative_depth import relative_depth_accuracy  # From: perceptio-hf[eval]
+from perceptio_hf.evaluation.metrics.relative_depth import relative_depth_accuracy  # From: perceptio-hf[eval]
+from perceptio_hf.evaluation.metrics.scripts import LetteredReferences  # From: perceptio-hf[eval]
 
 _DESCRIPTION = """
 How often a model names the nearest of several marked points, overall and by number of points, with Wilson intervals.

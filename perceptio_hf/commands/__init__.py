@@ -1,1 +1,1 @@
-"""The command `perceptio`: one file per sub-command, all of them light to import."""
+"""The command `perceptio`: one thin file for each sub-command, light to import. Nothing below imports it."""

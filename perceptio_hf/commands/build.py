@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from perceptio_hf.conversion.build import BuildReport
+    from perceptio_hf.build.checkpoint import BuildReport
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -31,7 +31,10 @@ def build(
     out: Annotated[Path, typer.Option(help="Folder to make.", show_default=False)],
     dtype: Annotated[Dtype, typer.Option(help="Of the InternVL part; auto keeps it. The others are float32.")] = "auto",
     verify: Annotated[
-        bool, typer.Option(help="Check that without spatial tokens OUT computes bit for bit what the InternVL does.")
+        bool,
+        typer.Option(
+            help="Check that OUT has the parts' weights, bit for bit, and the InternVL's logits, within rounding."
+        ),
     ] = True,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, e.g. 500MB.")] = "5GB",
     seed: Annotated[int, typer.Option(min=0, help="Of the new tokens' rows and of the [SEG] projector.")] = 0,
@@ -44,8 +47,9 @@ def build(
     it is complete and verified. Memory for about one copy of the weights is enough.
     """
     from perceptio_hf import tiny_checkpoint
-    from perceptio_hf.commands.checkpoints import quieten
-    from perceptio_hf.conversion.build import build as build_folder
+    from perceptio_hf.build.checkpoint import build as build_folder
+
+    from .checkpoints import quieten
 
     quieten()
     codec = tiny_checkpoint() if depth_codec == "tiny" else depth_codec
@@ -71,7 +75,7 @@ def _progress(verify: bool) -> Iterator[Callable[[str], None]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    from perceptio_hf.conversion.build import STEPS
+    from perceptio_hf.build.checkpoint import STEPS
 
     steps = [step for step, needed in STEPS.items() if verify or not needed]
     console = Console(stderr=True)
@@ -98,8 +102,9 @@ def _described(report: "BuildReport") -> str:
         lines.append("    not verified")
     else:
         lines.append(
-            f"    verified{' by a sample' if check.sampled else ''}: {check.tokens:,} logits at {check.positions:,} "
-            f"positions of {check.prompts} prompts are the InternVL's, bit for bit; spatial tokens have at most "
+            f"    verified: {check.weights:,} tensors are the parts', bit for bit; {check.tokens:,} logits at "
+            f"{check.positions:,} positions of {check.prompts} prompts{', a sample,' if check.sampled else ''} are the "
+            "InternVL's within rounding; spatial tokens have at most "
             f"{check.spatial_probability:.2g} of the probability"
         )
     return "\n".join(lines)

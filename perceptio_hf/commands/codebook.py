@@ -3,16 +3,20 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from perceptio_hf import DepthVQVAE
     from perceptio_hf.data.depth_maps import DepthMap
 
 Unit = Literal["mm", "m", "disparity", "relative"]
+SHOWN_MAPS = 256  # of the training maps, whose figures are shown at the end
 DEFAULTS = {"data": "world", "maps": 4000, "seed": 0, "unit": None, "pattern": None, "steps": None, "minutes": None}
 
 Codec = Annotated[
@@ -38,7 +42,10 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder to make for the codec.", show_default=False)],
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML file with these options, `codec` and `options`. What is given here wins."),
+        typer.Option(
+            help="YAML file with these options, `codec` and `options`, or the name of one that comes with the package, "
+            "codebook_tiny. What is given here wins."
+        ),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="world, world:SEED or a folder of depth maps. Default: world.")
@@ -53,26 +60,29 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a depth codec from scratch and save it in OUT."""
-    from perceptio_hf.conversion.folders import check_new_folder, new_folder
-    from perceptio_hf.files import write_json
+    from perceptio_hf.files import check_new_folder, new_folder, write_json
 
     given = {"data": data, "unit": unit, "pattern": pattern, "maps": maps, "steps": steps, "minutes": minutes}
     settings = read_settings(config, given | {"seed": seed})
     check_new_folder(out, overwrite)
 
     from perceptio_hf import DepthVQVAEConfig
-    from perceptio_hf.commands.checkpoints import quieten
-    from perceptio_hf.evaluation.depth_metrics import codec_metrics
-    from perceptio_hf.training.codebook import CodebookOptions, DepthBank, train_codebook
+    from perceptio_hf.evaluation.metrics.depth import codec_metrics
+    from perceptio_hf.training.codec import CodebookOptions, DepthBank, train_codebook
+
+    from .checkpoints import quieten
 
     codec_config = _build(DepthVQVAEConfig, settings["codec"], "codec")
     options = _build(CodebookOptions, settings["options"], "options")
     source = [settings[key] for key in ("data", "unit", "pattern", "maps")]
-    bank = DepthBank.gather(depth_source(*source, codec_config.image_size, first_seed=0), codec_config)
+    distances: list[np.ndarray | None] = []
+    maps = depth_source(*source, codec_config.image_size, first_seed=0)
+    bank = DepthBank.gather(_noting_distances(maps, codec_config.image_size, distances), codec_config)
     limits = {key: settings[key] for key in ("steps", "minutes", "seed")}
     with _bar("training", 1.0) as move:
         codec = train_codebook(codec_config, bank, options=options, progress=move, **limits)
-    trained_on = codec_metrics(codec, bank.head(256))
+    shown = zip(bank.head(len(distances)), distances, strict=True)
+    trained_on = _known(codec_metrics(codec, (replace(item, metric=metric) for item, metric in shown)))
     record = {"settings": settings, "parameters": codec.num_parameters(), "on_training_maps": trained_on}
     quieten()
     with new_folder(out, overwrite) as folder:
@@ -95,18 +105,18 @@ def evaluate(
     """Measure how well depth maps survive being written as codes."""
     model = load_codec(codec)
 
-    from perceptio_hf.data.world import HELD_OUT_SEED
-    from perceptio_hf.evaluation.depth_metrics import codec_metrics
+    from perceptio_hf.evaluation.metrics.depth import codec_metrics
+    from perceptio_hf.world import HELD_OUT_SEED
 
     source = depth_source(data, unit, pattern, maps, model.config.image_size, first_seed=HELD_OUT_SEED)
-    figures = codec_metrics(model, source)
+    figures = _known(codec_metrics(model, source))
     print(json.dumps(figures, indent=2) if as_json else _figures(figures))
 
 
 @app.command()
 def encode(
     codec: Codec,
-    files: Annotated[list[Path], typer.Argument(help="Depth maps: .png, .npy, .npz.", show_default=False)],
+    files: Annotated[list[Path], typer.Argument(help="Depth maps: .png, .tif, .npy, .npz.", show_default=False)],
     unit: UnitOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for codes.json and what the codes decode to, as 16-bit PNG.")
@@ -145,10 +155,10 @@ def read_settings(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: The file is missing, not YAML, or holds something else than the options.
     """
-    from perceptio_hf.files import read_yaml
+    from perceptio_hf.files import find_recipe, read_yaml
 
     known = {**DEFAULTS, "codec": {}, "options": {}}
-    read = {} if config is None else read_yaml(config)
+    read = {} if config is None else read_yaml(find_recipe(config))
     unknown = sorted(set(read) - set(known))
     if unknown:
         raise ValueError(f"{config} holds {', '.join(unknown)}; known are {', '.join(known)}.")
@@ -192,8 +202,9 @@ def depth_source(
 
 def load_codec(folder: Path) -> "DepthVQVAE":
     """A saved depth codec in evaluation mode, alone or as part of a saved Perceptio; errors as `load_depth_codec`."""
-    from perceptio_hf.commands.checkpoints import quieten
-    from perceptio_hf.conversion.components import load_depth_codec
+    from perceptio_hf.conversion.saved_models import load_depth_codec
+
+    from .checkpoints import quieten
 
     quieten()
     return load_depth_codec(folder)
@@ -201,7 +212,7 @@ def load_codec(folder: Path) -> "DepthVQVAE":
 
 def _rendered(first_seed: int, maps: int, size: int) -> "Iterator[DepthMap]":
     from perceptio_hf.data.depth_maps import DepthMap
-    from perceptio_hf.data.world import render_scene
+    from perceptio_hf.world import render_scene
 
     for seed in _counted(range(first_seed, first_seed + maps), "rendering"):
         yield DepthMap.from_metric(render_scene(seed, size=size).depth)
@@ -238,9 +249,33 @@ def _distinct_names(files: list[Path]) -> list[str]:
     return names
 
 
+def _noting_distances(
+    maps: "Iterator[DepthMap]", size: int, distances: "list[np.ndarray | None]"
+) -> "Iterator[DepthMap]":
+    """Give `maps` on; of the first ones, whose figures are shown, the distances are kept, (size, size) metres: the bank
+    keeps none."""
+    for item in maps:
+        if len(distances) < SHOWN_MAPS:
+            distances.append(None if item.metric is None else _nearest(item.metric, size))
+        yield item
+
+
+def _nearest(array: "np.ndarray", size: int) -> "np.ndarray":
+    """(H, W) -> (size, size) by the nearest pixels: between an object and what is behind it lies no distance."""
+    import numpy as np
+
+    rows, columns = (((2 * np.arange(size) + 1) * length) // (2 * size) for length in array.shape)
+    return array[rows[:, None], columns]
+
+
+def _known(figures: dict[str, Any]) -> dict[str, Any]:
+    """Without those that cannot be had: maps without distances have no AbsRel."""
+    return {name: value for name, value in figures.items() if value is not None}
+
+
 def _figures(figures: dict[str, Any]) -> str:
     lines = [f"{figures['maps']} depth maps"]
-    if figures["absrel"] is not None:
+    if "absrel" in figures:
         lines.append(f"distance: AbsRel {figures['absrel']:.4f}, delta<1.25 {figures['delta1']:.4f}")
     lines.append(f"relative depth: mean absolute error {figures['relative_mae']:.4f}")
     lines.append(f"codes in use: {figures['codes_used']}, perplexity {figures['perplexity']:.1f}")

@@ -42,9 +42,9 @@ def sam2(
     as_json: AsJson = False,
 ) -> None:
     """Meta's SAM2 or SAM2.1, any of the four sizes, to transformers' Sam2Model."""
-    from perceptio_hf.conversion.folders import check_new_folder
     from perceptio_hf.conversion.keys import ConversionReport
     from perceptio_hf.conversion.sam2 import load_sam2
+    from perceptio_hf.files import check_new_folder
 
     check_new_folder(out, overwrite)
     report = ConversionReport(source)
@@ -68,8 +68,8 @@ def aurora_vqvae(
 ) -> None:
     """The depth VQ-VAE of AiT, AURORA or MolmoAct to a depth codec of this package."""
     from perceptio_hf.conversion.aurora import load_aurora
-    from perceptio_hf.conversion.folders import check_new_folder
     from perceptio_hf.conversion.keys import ConversionReport
+    from perceptio_hf.files import check_new_folder
 
     check_new_folder(out, overwrite)
     report = ConversionReport(str(source))
@@ -105,7 +105,7 @@ def sa2va(
 
 
 def _save(model: "PreTrainedModel", out: Path, overwrite: bool) -> None:
-    from perceptio_hf.conversion.folders import new_folder
+    from perceptio_hf.files import new_folder
 
     with new_folder(out, overwrite) as folder:
         model.save_pretrained(folder)
@@ -116,7 +116,7 @@ def _busy() -> Iterator[None]:
     """A sign of life on standard error where somebody watches; transformers' own bars and reports are kept away."""
     from rich.console import Console
 
-    from perceptio_hf.commands.checkpoints import quieten
+    from .checkpoints import quieten
 
     quieten()
     with Console(stderr=True).status("Reading, mapping and writing ..."):

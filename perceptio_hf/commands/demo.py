@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from perceptio_hf import SpatialAnswer
-    from perceptio_hf.data.world import Question, Scene
+    from perceptio_hf.world import Question, Scene
 
-_STEP = re.compile(r"\bp\d\d d\d\d\b")  # of an answer that looks nearness up, see perceptio_hf.data.cells
+_STEP = re.compile(r"\bp\d\d d\d\d\b")  # of an answer that looks nearness up, see perceptio_hf.world.cells
 _SEEDS_PER_DEMO = 1000  # not every scene supports both questions; that many are tried
 
 
@@ -30,8 +30,8 @@ def demo(
     Look at OUT/sheet.png first. Beside it: picture.png, overlay.png (the mask), depth.png (16 bit, 65535 = nearest),
     depth_color.png, marked.png (the points of the second question) and answer.json.
     """
-    from perceptio_hf.commands import checkpoints
-    from perceptio_hf.commands.predict import check_out
+    from . import checkpoints
+    from .predict import check_out
 
     check_out(out)
     loaded = checkpoints.load(checkpoints.resolve(model))
@@ -49,7 +49,7 @@ def choose_scene(seed: int) -> "tuple[Scene, Question, Question]":
     """Demo number `seed`: a held-out scene, a question for a mask, and one which of the marked points is closest."""
     import numpy as np
 
-    from perceptio_hf.data.world import DEMO_SEED, ask, render_scene
+    from perceptio_hf.world import DEMO_SEED, ask, render_scene
 
     first = DEMO_SEED + seed * _SEEDS_PER_DEMO
     for number in range(first, first + _SEEDS_PER_DEMO):
@@ -65,8 +65,9 @@ def _ask(loaded: tuple, scene: "Scene", refer: "Question", closest: "Question"):
     """The picture, plain and with the marked points, and the answers: with masks and depth first, and with depth."""
     from PIL import Image
 
-    from perceptio_hf.commands.predict import answer_questions
-    from perceptio_hf.data.world import draw_points
+    from perceptio_hf.world import draw_points
+
+    from .predict import answer_questions
 
     plain = Image.fromarray(scene.image)
     marked = Image.fromarray(draw_points(scene.image, closest.points, closest.letters))
@@ -93,10 +94,11 @@ def compare(scene: "Scene", question: "Question", answer: "SpatialAnswer") -> di
 def _write(
     out: Path, scene: "Scene", pictures: "tuple[Image.Image, Image.Image]", answer: "SpatialAnswer", about: dict
 ) -> dict:
-    from perceptio_hf.commands.predict import write_answer
     from perceptio_hf.data.depth_maps import relative_from_metric
     from perceptio_hf.files import write_picture
     from perceptio_hf.visualization import colorize_depth, overlay, sheet
+
+    from .predict import write_answer
 
     picture, marked = pictures
     out.mkdir(parents=True, exist_ok=True)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from perceptio_hf.commands.predict import Spatial, check_out
+from .predict import Spatial, check_out
 
 if TYPE_CHECKING:
     from perceptio_hf.evaluation.benchmarks import Benchmark
-    from perceptio_hf.evaluation.runner import Run, Watch
+    from perceptio_hf.evaluation.run.runner import Run, Watch
 
 CARD_SUFFIXES = (".yaml", ".yml")
 CASES = 4  # of each group on the sheet
@@ -61,7 +61,7 @@ def evaluate(
         typer.Option(
             metavar="LIST",
             help="Answer again with other codes in the depth span: identity, oracle, random, random-matched, "
-            "other-image, first-repeat, constant, with commas between, or all.",
+            "other-image, first-repeat, constant, with commas between, or all that can be had.",
             show_default=False,
         ),
     ] = None,
@@ -104,12 +104,13 @@ def evaluate(
     folder, card = _places(out, benchmark)
     check_out(folder)
 
-    from perceptio_hf.commands import checkpoints
     from perceptio_hf.evaluation.benchmarks import open_benchmark
-    from perceptio_hf.evaluation.card import check_card, write_card
-    from perceptio_hf.evaluation.runner import SUMMARY_FILE, RunSettings, run_benchmark
-    from perceptio_hf.evaluation.summary import ModelFacts, build_summary
-    from perceptio_hf.files import write_json
+    from perceptio_hf.evaluation.report.hub_results import check_card, write_card
+    from perceptio_hf.evaluation.run.runner import SUMMARY_FILE, RunSettings, run_benchmark
+    from perceptio_hf.evaluation.run.summary import ModelFacts, build_summary
+    from perceptio_hf.files import in_use, write_json
+
+    from . import checkpoints
 
     name = checkpoints.resolve(model)
     shown_name = "tiny" if checkpoints.is_tiny(name) else name
@@ -132,21 +133,23 @@ def evaluate(
         batch_size=batch_size,
         skip_broken=on_error == "skip",
         replacements=replacements,
+        as_possible=replace_depth == "all",
         oracle=oracle,
         oracle_unit=oracle_unit,
         seed=seed,
     )
-    loaded = checkpoints.load(name)
-    facts = ModelFacts.of(loaded[0], shown_name)
-    with _progress() as watch:
-        run = run_benchmark(
-            *loaded, opened, folder, settings, weights=facts.weights_sha256, overwrite=overwrite, watch=watch
-        )
-    summary = build_summary(opened, facts, run, path=None if data is None else str(data), limit=limit)
-    _write_cases(folder / "cases.png", opened, run, loaded[0])
-    write_json(folder / SUMMARY_FILE, summary)
-    if card is not None:
-        write_card(card, summary, overwrite=overwrite)
+    with in_use(folder, f"perceptio eval {benchmark}"):
+        loaded = checkpoints.load(name)
+        facts = ModelFacts.of(loaded[0], shown_name)
+        with _progress() as watch:
+            run = run_benchmark(
+                *loaded, opened, folder, settings, weights=facts.weights_sha256, overwrite=overwrite, watch=watch
+            )
+        summary = build_summary(opened, facts, run, path=None if data is None else str(data), limit=limit)
+        _write_cases(folder / "cases.png", opened, run, loaded[0])
+        write_json(folder / SUMMARY_FILE, summary)
+        if card is not None:
+            write_card(card, summary, overwrite=overwrite)
     _report(summary, folder, card, checkpoints.TINY_NOTE if shown_name == "tiny" else None, as_json)
 
 
@@ -160,7 +163,7 @@ def _places(out: Path | None, benchmark: str) -> tuple[Path, Path | None]:
 
 
 def _replacements(words: str | None) -> tuple[str, ...]:
-    from perceptio_hf.evaluation.replacement import REPLACEMENTS, check_replacements
+    from perceptio_hf.evaluation.replacement.token_replacement import REPLACEMENTS, check_replacements
 
     if words is None:
         return ()
@@ -194,7 +197,7 @@ def _progress() -> "Iterator[Watch]":
 
 
 def _write_cases(path: Path, benchmark: "Benchmark", run: "Run", model) -> None:
-    from perceptio_hf.evaluation.case_sheet import choose_cases, draw_cases
+    from perceptio_hf.evaluation.report.case_sheet import choose_cases, draw_cases
     from perceptio_hf.files import write_picture
 
     cases = choose_cases(run.records, CASES)
@@ -206,7 +209,7 @@ def _report(summary: dict[str, Any], folder: Path, card: Path | None, note: str 
     if as_json:
         print(json.dumps(summary, indent=2, ensure_ascii=False))
         return
-    from perceptio_hf.evaluation.report import run_text
+    from perceptio_hf.evaluation.report.text import run_text
 
     print(run_text(summary))
     print(f"\nWritten to {folder}: summary.json, samples.jsonl, cases.png" + (f"; card: {card}" if card else ""))

@@ -23,8 +23,9 @@ def export(
     transformers' own classes and serving engines that know InternVL load it. It writes masks and depth as tokens; the
     Perceptio it came from reads them (`decode_spatial`, see docs/export.md).
     """
-    from perceptio_hf.commands import checkpoints
-    from perceptio_hf.conversion.folders import new_folder
+    from perceptio_hf.files import new_folder
+
+    from . import checkpoints
 
     name = checkpoints.resolve(model)
     with new_folder(out, overwrite=overwrite) as partial:

@@ -55,8 +55,9 @@ def push(
     A README.md in FOLDER is kept as the card; what the options say is set in its metadata. Without one, the card is
     written from what the folder tells. Other files of the folder stay on your disk.
     """
-    from perceptio_hf.commands.checkpoints import quieten
-    from perceptio_hf.conversion.folders import check_new_folder, new_folder
+    from perceptio_hf.files import check_new_folder, new_folder
+
+    from .checkpoints import quieten
 
     if dry_run is not None:
         check_new_folder(dry_run, overwrite)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from perceptio_hf.commands.predict import check_out
+from .predict import check_out
 
 
 def report(
@@ -22,8 +22,8 @@ def report(
     Writes OUT/report.md and OUT/report.png.
     """
     check_out(out)
-    from perceptio_hf.evaluation.comparison import compare, read_summaries
-    from perceptio_hf.evaluation.report import markdown, write_report
+    from perceptio_hf.evaluation.report.comparison import compare, read_summaries
+    from perceptio_hf.evaluation.report.text import markdown, write_report
 
     summaries = read_summaries(runs)
     write_report(summaries, out)

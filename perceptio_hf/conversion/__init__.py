@@ -1,1 +1,1 @@
-"""Foreign checkpoints in, stock checkpoints out: readers, maps of their keys, and folders that appear complete."""
+"""Formats of others, read and written: InternVL, SAM2, Sa2VA, AURORA. Imports the model and what is below it."""

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from perceptio_hf.conversion.keys import ConversionReport, KeyMap, fill_model, require
-from perceptio_hf.conversion.tensors import WRAPPERS, read_tensors
+from .keys import ConversionReport, KeyMap, fill_model, require
+from .tensors import WRAPPERS, read_tensors
 
 if TYPE_CHECKING:
     from perceptio_hf import DepthVQVAE, DepthVQVAEConfig

@@ -9,13 +9,12 @@ import torch
 from transformers.models.internvl.configuration_internvl import InternVLConfig
 from transformers.models.internvl.modeling_internvl import InternVLForConditionalGeneration
 
-from ..files import write_json, write_text
-from .folders import new_folder
+from perceptio_hf.files import new_folder, write_json, write_text
 
 if TYPE_CHECKING:
-    from ..modeling.configuration_perceptio import PerceptioConfig
-    from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
-    from ..processing.processing_perceptio import PerceptioProcessor
+    from perceptio_hf.modeling.configuration_perceptio import PerceptioConfig
+    from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
+    from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 
 _PROCESSOR_CLASS = "InternVLProcessor"
 # What stock InternVL does to the frames of a video; the rest of its settings is that of the pictures.

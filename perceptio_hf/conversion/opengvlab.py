@@ -12,20 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perceptio_hf.conversion.keys import ConversionReport, KeyMap, fill_model, refusal
-from perceptio_hf.conversion.opengvlab_config import (
+from .keys import ConversionReport, KeyMap, fill_model, refusal
+from .local_copy import local_copy
+from .opengvlab_config import (
     convert_config,
     read_original_config,
     text_architecture,
 )
-from perceptio_hf.conversion.opengvlab_processor import (
+from .opengvlab_processor import (
     IMAGE_TOKEN,
     TURN_END,
     ProcessorParts,
     processor_parts,
 )
-from perceptio_hf.conversion.sources import local_copy
-from perceptio_hf.conversion.tensors import read_json, read_tensors
+from .tensors import read_json, read_tensors
 
 if TYPE_CHECKING:
     from transformers import (

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perceptio_hf.conversion.tensors import read_json
+from .tensors import read_json
 
 if TYPE_CHECKING:
     from transformers import InternVLConfig, PreTrainedConfig

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perceptio_hf.conversion.opengvlab_config import picture_side, tokens_per_tile
-from perceptio_hf.conversion.tensors import read_json
+from .opengvlab_config import picture_side, tokens_per_tile
+from .tensors import read_json
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -167,7 +167,7 @@ def _load_sentencepiece(
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
-    from perceptio_hf.conversion.sentencepiece_model import bpe_tokenizer, read_sentencepiece_model
+    from .sentencepiece_model import bpe_tokenizer, read_sentencepiece_model
 
     backend = bpe_tokenizer(read_sentencepiece_model(folder / "tokenizer.model"), added)
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from perceptio_hf.conversion.folders import check_new_folder, new_folder
-from perceptio_hf.conversion.keys import ConversionReport, KeyMap, fill_model
-from perceptio_hf.conversion.opengvlab import FILES, internvl_from_tensors, set_generation
-from perceptio_hf.conversion.opengvlab_config import read_original_config, text_architecture
-from perceptio_hf.conversion.opengvlab_processor import ProcessorParts, chatml, processor_parts
-from perceptio_hf.conversion.sam2 import sam2_from_tensors
-from perceptio_hf.conversion.sources import local_copy
-from perceptio_hf.conversion.tensors import read_tensors
+from perceptio_hf.files import check_new_folder, new_folder
 from perceptio_hf.tokens import SEG_TOKEN
+
+from .keys import ConversionReport, KeyMap, fill_model
+from .local_copy import local_copy
+from .opengvlab import FILES, internvl_from_tensors, set_generation
+from .opengvlab_config import read_original_config, text_architecture
+from .opengvlab_processor import ProcessorParts, chatml, processor_parts
+from .sam2 import sam2_from_tensors
+from .tensors import read_tensors
 
 if TYPE_CHECKING:
     from transformers import Sam2Config
@@ -131,7 +132,8 @@ def _processor_parts(folder: Path, config: Mapping[str, Any]) -> ProcessorParts:
 
 def _depth_codec(source: "str | os.PathLike | DepthVQVAE | None", seed: int, report: ConversionReport) -> "DepthVQVAE":
     from perceptio_hf import DepthVQVAE, DepthVQVAEConfig
-    from perceptio_hf.conversion.components import load_depth_codec
+
+    from .saved_models import load_depth_codec
 
     if source is not None:
         report.added["depth_model"] = "the depth codec that was given"

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from perceptio_hf.conversion.keys import ConversionReport, KeyMap, fill_model, require
-from perceptio_hf.conversion.sources import local_copy
-from perceptio_hf.conversion.tensors import WRAPPERS, read_json, read_tensors
+from .keys import ConversionReport, KeyMap, fill_model, require
+from .local_copy import local_copy
+from .tensors import WRAPPERS, read_json, read_tensors
 
 if TYPE_CHECKING:
     from transformers import Sam2Config, Sam2Model

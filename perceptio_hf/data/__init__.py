@@ -1,1 +1,4 @@
-"""Data that models learn from: the rendered world, and readers for depth files and pictures."""
+"""What models learn from: samples and their sources, depth maps, masks, mixtures.
+
+Imports the world and the processor, knows no trainer.
+"""

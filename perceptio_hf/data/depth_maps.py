@@ -6,14 +6,15 @@ Inside the package depth is relative inverse depth in [0, 1], 1 = nearest, float
     unit          values                                        not valid
     "mm", "m"     distance along the optical axis               0, negative, NaN, infinite, and the largest value of
                                                                 an integer type (sensors write it for "no reading")
-    "disparity"   any affine function of 1/z, larger = nearer   NaN, infinite
+    "disparity"   any affine function of 1/z, larger = nearer   NaN, infinite; of integers also 0 and below (what
+                                                                matchers write for "no match") and the largest value
     "relative"    0..1 (8/16-bit integers: 0..255 / 0..65535)   NaN, infinite
+
+What lies outside of the range of float32, 1.2e-38 to 3.4e38, counts as 0 or infinite.
 """
 
 import os
 import warnings
-import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +23,14 @@ from PIL import Image
 
 from perceptio_hf.files import write_picture
 
+from .arrays import read_array
+
 UNITS = ("mm", "m", "disparity", "relative")
-SUFFIXES = (".png", ".npy", ".npz")
+SUFFIXES = (".png", ".tif", ".tiff", ".npy", ".npz")
 MAX_PIXELS = 80_000_000
+_FORMATS = ("PNG", "TIFF")
+_FLOAT32 = np.finfo(np.float32)
+_DEEP_COLOUR = ("RGB;16", "RGBA;16", "LA;16")  # how Pillow names what it shortens to 8 bits when it reads
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +79,12 @@ def relative_from_disparity(disparity: np.ndarray, valid: np.ndarray | None = No
     Args, result and errors as `relative_from_metric`, but only non-finite values count as holes.
     """
     disparity = _as_plane(disparity, "disparity")
-    return _stretch(disparity, _joined_valid(np.isfinite(disparity), valid))
+    return _stretch(disparity, _joined_valid(_is_finite(disparity), valid))
 
 
 def read_depth(path: str | os.PathLike, unit: str, valid: np.ndarray | None = None) -> DepthMap:
-    """Read a depth map from a grey 8/16-bit .png, a .npy, or a .npz with one array or one named "depth".
+    """Read a depth map from a grey .png (8 or 16 bits) or .tif (floats too), a .npy, or a .npz with one array or one
+    named "depth". Three equal colour channels count as grey.
 
     Args:
         path: The file.
@@ -98,22 +105,23 @@ def read_depth(path: str | os.PathLike, unit: str, valid: np.ndarray | None = No
 
 
 def depth_from_values(values: np.ndarray | Image.Image, unit: str, valid: np.ndarray | None = None) -> DepthMap:
-    """The depth map of numbers in memory: an array (H, W), or a grey picture of 8 or 16 bits.
+    """The depth map of numbers in memory: an array (H, W), or a grey picture of integers or floats.
 
     Args and errors as `read_depth`.
     """
     _check_unit(unit)
-    values = _grey_values(values) if isinstance(values, Image.Image) else np.asarray(values)
+    values = grey_values(values) if isinstance(values, Image.Image) else _one_channel(np.asarray(values))
     if values.ndim != 2 or values.size == 0 or values.dtype.kind not in "iuf":
         raise ValueError(f"depth is {values.dtype} of shape {values.shape}; expected (height, width) numbers.")
+    is_whole = values.dtype.kind in "iu"
+    full = np.iinfo(values.dtype).max if is_whole else np.inf
     if unit in ("mm", "m"):
-        full = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else np.inf
-        metres = values.astype(np.float64) * (0.001 if unit == "mm" else 1.0)
+        metres = _wide(values) * (0.001 if unit == "mm" else 1.0)
         return DepthMap.from_metric(metres, _joined_valid(values != full, valid))
-    finite = _joined_valid(np.isfinite(values), valid)
     if unit == "disparity":
+        finite = _joined_valid((values > 0) & (values != full) if is_whole else _is_finite(_wide(values)), valid)
         return DepthMap(relative_from_disparity(values, finite), finite)
-    return _from_relative(values, finite)
+    return _from_relative(values, _joined_valid(np.isfinite(values), valid))
 
 
 def write_depth_png(path: str | os.PathLike, relative: np.ndarray, valid: np.ndarray | None = None) -> None:
@@ -136,7 +144,7 @@ def list_depth_folder(folder: str | os.PathLike, pattern: str | None = None) -> 
 
     Args:
         folder: The folder; sub-folders are searched only where the pattern says so.
-        pattern: Which files, such as "*.depth.png"; None takes every .png, .npy and .npz.
+        pattern: Which files, such as "*.depth.png"; None takes every .png, .tif, .npy and .npz.
 
     Raises:
         ValueError: The folder is missing, or nothing in it matches.
@@ -148,14 +156,6 @@ def list_depth_folder(folder: str | os.PathLike, pattern: str | None = None) -> 
     if not paths:
         raise ValueError(f"{folder} holds no depth map matching {pattern or ', '.join(SUFFIXES)!r}.")
     return paths
-
-
-def iter_depth_folder(
-    folder: str | os.PathLike, unit: str, pattern: str | None = None
-) -> Iterator[tuple[Path, DepthMap]]:
-    """Read the depth maps of a folder one by one, in order of their names. Arguments and errors as above."""
-    for path in list_depth_folder(folder, pattern):
-        yield path, read_depth(path, unit)
 
 
 def _check_unit(unit: str) -> None:
@@ -175,8 +175,13 @@ def _from_relative(values: np.ndarray, valid: np.ndarray) -> DepthMap:
 
 def _checked_metric(depth_m: np.ndarray, valid: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     depth_m = _as_plane(depth_m, "depth")
-    with np.errstate(invalid="ignore"):
-        return depth_m, _joined_valid(np.isfinite(depth_m) & (depth_m > 0.0), valid)
+    # Neither the distance in float32 nor its inverse is infinite or 0 then.
+    return depth_m, _joined_valid((depth_m >= _FLOAT32.tiny) & (depth_m <= _FLOAT32.max), valid)
+
+
+def _is_finite(values: np.ndarray) -> np.ndarray:
+    """Where float64 numbers are finite in float32 too, so that differences of them are finite."""
+    return np.abs(values) <= _FLOAT32.max
 
 
 def _stretch(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
@@ -216,31 +221,34 @@ def _as_plane(values: np.ndarray, name: str) -> np.ndarray:
     values = np.asarray(values)
     if values.ndim != 2 or values.size == 0 or values.dtype.kind not in "iuf":
         raise ValueError(f"{name} is {values.dtype} of shape {values.shape}; expected (height, width) numbers.")
-    return values.astype(np.float64)
+    return _wide(values)
+
+
+def _wide(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # longer floats become infinite
+        return values.astype(np.float64)
 
 
 def _read_array(path: Path) -> np.ndarray:
     """The numbers of a file as they stand, (H, W), or a ValueError that names the file."""
-    readers = {".png": _read_png, ".npy": _read_npy, ".npz": _read_npz}
-    if path.suffix.lower() not in readers:
+    if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path} is not a depth map this package reads; expected {', '.join(SUFFIXES)}.")
     if not path.is_file():
         raise ValueError(f"There is no depth map {path}.")
+    is_array = path.suffix.lower() in (".npy", ".npz")
     try:
-        values = readers[path.suffix.lower()](path)
-    except (OSError, EOFError, SyntaxError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read as {path.suffix}: {error}") from None
+        values = read_array(path) if is_array else _read_picture(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise ValueError(f"{path} cannot be read as {path.suffix}: {error or type(error).__name__}") from None
     return _checked_array(values, path)
 
 
 def _checked_array(values: np.ndarray, path: Path) -> np.ndarray:
     if values.dtype.kind not in "iuf":
         raise ValueError(f"{path} holds {values.dtype} values; expected integers or floating point numbers.")
-    shape = values.shape
-    if values.ndim == 3 and 1 in (shape[0], shape[2]):  # one channel, first or last
-        values = values[0] if shape[0] == 1 else values[..., 0]
+    shape, values = values.shape, _one_channel(values)
     if values.ndim != 2 or values.size == 0:
         raise ValueError(f"{path} holds an array of shape {shape}; expected (height, width).")
     if values.size > MAX_PIXELS:
@@ -248,42 +256,51 @@ def _checked_array(values: np.ndarray, path: Path) -> np.ndarray:
     return values
 
 
-def _read_png(path: Path) -> np.ndarray:
+def _one_channel(values: np.ndarray) -> np.ndarray:
+    """(1, H, W), (H, W, 1) and three equal channels (H, W, 3) -> (H, W); others as they are."""
+    if values.ndim != 3:
+        return values
+    if values.shape[0] == 1:
+        return values[0]
+    is_grey = values.shape[2] == 1 or (values.shape[2] == 3 and bool((values == values[..., :1]).all()))
+    return values[..., 0] if is_grey else values
+
+
+def _read_picture(path: Path) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
         try:
-            picture = Image.open(path, formats=["PNG"])
+            picture = Image.open(path, formats=_FORMATS)
         except Image.DecompressionBombError as error:
             raise ValueError(str(error)) from None
     with picture:
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"{picture.width} x {picture.height} pixels; more than {MAX_PIXELS} are not read.")
-        return _grey_values(picture)
+        return grey_values(picture)
 
 
-def _grey_values(picture: Image.Image) -> np.ndarray:
-    """(H, W) uint8 or uint16."""
-    if picture.mode == "L":
+def grey_values(picture: Image.Image) -> np.ndarray:
+    """The numbers of a grey picture, or of one of three equal channels.
+
+    Returns:
+        (H, W) uint8, uint16, int32 or float32.
+
+    Raises:
+        ValueError: for colour, transparency, and pictures of one bit.
+    """
+    if picture.mode == "L" and "transparency" not in picture.info:
+        return np.array(picture)
+    if picture.mode == "F":
         return np.array(picture)
     if picture.mode == "I" or picture.mode.startswith("I;16"):
-        return np.array(picture).astype(np.uint16)
-    raise ValueError(f"a picture of mode {picture.mode}; depth is one grey channel of 8 or 16 bits, not colour.")
-
-
-def _read_npy(path: Path) -> np.ndarray:
-    _check_bytes(path.stat().st_size)
-    return np.load(path, allow_pickle=False)
-
-
-def _read_npz(path: Path) -> np.ndarray:
-    with np.load(path, allow_pickle=False) as archive:
-        key = archive.files[0] if len(archive.files) == 1 else "depth"
-        if key not in archive.files:
-            raise ValueError(f"holds {archive.files}; expected one array, or one of them named 'depth'.")
-        _check_bytes(archive.zip.getinfo(f"{key}.npy").file_size)
-        return archive[key]
-
-
-def _check_bytes(size: int) -> None:
-    if size > MAX_PIXELS * 8 + 4096:
-        raise ValueError(f"{size} bytes; more than {MAX_PIXELS} pixels are not read.")
+        values = np.array(picture)
+        return values.astype(np.uint16) if values.min() >= 0 and values.max() <= 65535 else values
+    kind = next((str(tile[3]) for tile in getattr(picture, "tile", ())), "")
+    if picture.mode in ("L", "LA", "P", "RGB", "RGBA") and not any(deep in kind for deep in _DEEP_COLOUR):
+        colour = np.array(picture.convert("RGBA"))
+        if (colour[..., 3] == 255).all() and (colour[..., :3] == colour[..., :1]).all():
+            return colour[..., 0]
+    raise ValueError(
+        f"a picture of mode {picture.mode}{' with 16 bits' if ';16' in kind else ''}; depth is one grey channel of 8 "
+        "or 16 bits or floats (or three equal ones of 8 bits), not colour."
+    )

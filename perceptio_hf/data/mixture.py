@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from perceptio_hf.data.rows import as_rows, import_datasets
+from .rows import as_rows, import_datasets
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

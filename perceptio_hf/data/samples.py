@@ -16,65 +16,37 @@ Every task has this one form, whether it comes from a folder, from `datasets`, o
 `load_sample` reads one and checks that its parts fit one another.
 """
 
-import os
 import re
+from bisect import bisect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from perceptio_hf.data.depth_maps import DepthMap
-from perceptio_hf.data.encoded import as_code_lists, as_list, load_depth, load_mask, open_encoded
 from perceptio_hf.processing.pictures import load_picture
-from perceptio_hf.run_length import RunLengths
-from perceptio_hf.tokens import SEG_TOKEN, SpatialVocabulary, depth_span, read_sequence
+from perceptio_hf.tokens import (
+    PICTURE_MARK,
+    SEG_TOKEN,
+    SpatialSequence,
+    SpatialVocabulary,
+    depth_span,
+    picture_mark,
+    read_sequence,
+)
 
-REASONS = ("conversation", "picture", "masks", "depth", "codes", "length")  # why a sample can be unusable
+from .depth_maps import DepthMap
+from .encoded import as_code_lists, as_list, load_depth, load_mask, open_encoded
+from .form import REASONS as REASONS
+from .form import Sample as Sample
+from .form import SampleError, as_sample, name_of, picture_sources, read_messages
 
 _SPAN = re.compile(r"<DEPTH_START>((?:<DEPTH_\d+>)*)<DEPTH_END>")
 _DEPTH_TOKEN = re.compile(r"<DEPTH_(?:START|END|\d+)>")
 _SEG_OR_SPAN = re.compile(re.escape(SEG_TOKEN) + "|" + _SPAN.pattern)
+_SPATIAL = re.compile(rf"(?P<mark>{PICTURE_MARK.pattern})|{_SEG_OR_SPAN.pattern}")
 _TRANSPOSED = 0.05  # relative difference of side ratios up to which a depth map counts as lying on its side
-
-
-class Sample(TypedDict, total=False):
-    """What a sample may hold; only `messages` is needed. A value of None counts as absent.
-
-    images: pictures in reading order: paths, PIL, uint8 arrays (H, W, 3), encoded bytes, or what `datasets.Image`
-        gives.
-    messages: the chat. `content` is a string, or parts {"type": "text", "text": ...} and {"type": "image"}; where no
-        part is a picture, all pictures come before the first words of the user. Every turn of the assistant is learnt;
-        in it ``[SEG]`` and ``<DEPTH_START><DEPTH_END>`` (an empty span, at most one per turn) are spatial tokens.
-    masks: one per ``[SEG]`` in reading order, of its picture's size: COCO run lengths, or a path, an array (H, W) or a
-        grey picture, where 0 is outside.
-    depth: one depth map for each empty span (a list where there are several): a path (.png, .npy, .npz), an array
-        (H, W) or a grey picture.
-    depth_unit: what the numbers of `depth` are: "mm", "m", "disparity" or "relative".
-    depth_valid: like one of `masks`; outside where `depth` has no reading.
-    depth_codes: instead of `depth`: the N codes of the span (a list of lists where there are several).
-    task: a name for counting.
-    id: a name for error messages.
-    """
-
-    images: list[Any]
-    messages: list[dict]
-    masks: list[RunLengths | Any]
-    depth: Any
-    depth_unit: str
-    depth_valid: RunLengths | Any
-    depth_codes: list[int]
-    task: str
-    id: str
-
-
-class SampleError(ValueError):
-    """A sample that cannot be learnt from; `reason` is one of `REASONS`."""
-
-    def __init__(self, message: str, reason: str = "conversation"):
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,12 +59,15 @@ class LoadedSample:
             they come as a depth map.
         masks: bool (H, W), one per [SEG] in reading order.
         depths: one per span in reading order; None where the span was given as codes.
+        mask_pictures, depth_pictures: index of the picture that each [SEG] and each span speaks of.
     """
 
     pictures: list[Image.Image]
     messages: list[dict]
     masks: list[np.ndarray]
     depths: list[DepthMap | None]
+    mask_pictures: list[int]
+    depth_pictures: list[int]
 
 
 def load_sample(
@@ -119,95 +94,34 @@ def check_sample(sample: Mapping[str, Any], *, num_depth_tokens: int = 100, num_
     load_sample(sample, num_depth_tokens=num_depth_tokens, num_depth_codes=num_depth_codes)
 
 
-def name_of(sample: Mapping[str, Any], position: int | None = None) -> str:
-    """The sample's `id`, or else its place, its first picture's file and the beginning of its words."""
-    if not isinstance(sample, Mapping):
-        return f"number {position}"
-    if sample.get("id") is not None:
-        return repr(sample["id"])
-    place = [] if position is None else [f"number {position} of its batch"]
-    images = sample.get("images")
-    first = images[0] if isinstance(images, (list, tuple)) and images else None
-    path = first.get("path") if isinstance(first, Mapping) else first
-    file = [os.fspath(path)] if isinstance(path, (str, os.PathLike)) else []
-    words = re.search(r"'(?:content|text)': '([^']{1,40})", str(sample.get("messages", ""))[:2000])
-    return " ".join([*place, "(" + ", ".join([*file, *([repr(words[1])] if words else [])]) + ")"])
-
-
 def _load(sample: Mapping[str, Any], num_depth_tokens: int, num_depth_codes: int) -> LoadedSample:
     if not isinstance(sample, Mapping):
         raise SampleError(f"it is a {type(sample).__name__}; a sample is a dict with `messages` and `images`.")
-    messages = _messages(sample.get("messages"))
-    sources = _picture_sources(sample, messages)
-    depths, codes = _depth_of(sample), as_code_lists(sample.get("depth_codes"))
+    sample = as_sample(sample)
+    messages = read_messages(sample.get("messages"))
+    sources = picture_sources(sample.get("images"), messages)
+    depths, codes = _depth_of(sample), _codes_of(sample)
     if depths and codes:
         raise SampleError("it has both `depth` and `depth_codes`; give one of them.", "depth")
     given: list[DepthMap | list[int]] = [*depths, *codes]
     filled = _fill_spans(messages, given, num_depth_tokens, num_depth_codes)
+    read = _read_pictures(messages, bool(sources))
+    owners = [seg.picture for seg in read.segs], [span.picture for span in read.spans]
+    _check_owners(sample, "mask_pictures", owners[0], "mask", SEG_TOKEN)
+    _check_owners(sample, "depth_pictures", owners[1], "depth", "<DEPTH_START><DEPTH_END>")
     pictures = [_picture(source) for source in sources]
-    masks = _masks_of(sample, messages, pictures)
-    if len(pictures) == 1:
-        for depth in depths:
-            _check_orientation(depth, pictures[0])
-    return LoadedSample(pictures, messages, masks, filled)
-
-
-def _messages(value: Any) -> list[dict]:
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence) or not value:
-        raise SampleError(f"its `messages` are {str(value)[:40]!r}; expected a list of turns.")
-    return [_message(message) for message in value]
-
-
-def _message(message: Mapping[str, Any]) -> dict:
-    """A copy whose content is a list of parts; what the assistant says is one part."""
-    if not isinstance(message, Mapping) or not message.get("role") or message.get("content") is None:
-        raise SampleError(f"a message is {{'role': ..., 'content': ...}}, not {str(message)[:80]}.")
-    content = message["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else [_part(part) for part in content]
-    if message["role"] == "assistant":
-        if any(part["type"] != "text" for part in parts):
-            raise SampleError("the assistant's turn holds a picture; pictures belong to the user's turns.")
-        parts = [{"type": "text", "text": "".join(part["text"] for part in parts)}]
-        if not parts[0]["text"].strip():
-            raise SampleError("a turn of the assistant has no words; there is nothing to learn.")
-    return {"role": message["role"], "content": parts}
-
-
-def _part(part: Mapping[str, Any]) -> dict:
-    part = {key: value for key, value in part.items() if value is not None}  # columns fill gaps with None
-    if part.get("type") not in ("text", "image") or (part["type"] == "text" and not isinstance(part.get("text"), str)):
-        raise SampleError(f"a part of a message is a text or an image, not {str(part)[:80]}.")
-    return part
-
-
-def _picture_sources(sample: Mapping[str, Any], messages: list[dict]) -> list:
-    """The pictures, each with its place in `messages` (which is changed: places hold no sources any more)."""
-    if not any(message["role"] == "assistant" for message in messages):
-        raise SampleError("it has no turn of the assistant, which is what is learnt; add one to `messages`.")
-    sources = as_list(sample.get("images"))
-    places = [part for message in messages for part in message["content"] if part["type"] == "image"]
-    named = [part.pop(key) for part in places for key in ("image", "path", "url") if key in part]
-    if not sources:
-        sources = named
-    elif named:
-        raise SampleError("it names pictures both in `images` and in `messages`; keep them in `images`.", "picture")
-    if sources and not places:
-        user = next((message for message in messages if message["role"] == "user"), None)
-        if user is None:
-            raise SampleError("it has pictures, but no turn of the user to show them in.")
-        user["content"][:0] = places = [{"type": "image"} for _ in sources]
-    if len(places) != len(sources):
-        raise SampleError(
-            f"its messages show {len(places)} pictures, but {len(sources)} are given; give one for each.", "picture"
-        )
-    return sources
+    masks = _masks_of(sample, owners[0], pictures)
+    for depth, owner in zip(filled, owners[1], strict=True):
+        if depth is not None:
+            _check_orientation(depth, pictures[owner])
+    return LoadedSample(pictures, messages, masks, filled, *owners)
 
 
 def _picture(source: Any) -> Image.Image:
     try:
         return load_picture(open_encoded(source))
-    except ValueError as error:
-        raise SampleError(str(error), "picture") from None
+    except Exception as error:  # whatever a file or a value makes Pillow or numpy raise is an error of this sample
+        raise SampleError(str(error) or type(error).__name__, "picture") from None
 
 
 def _depth_of(sample: Mapping[str, Any]) -> list[DepthMap]:
@@ -221,11 +135,18 @@ def _depth_of(sample: Mapping[str, Any]) -> list[DepthMap]:
     return [_depth(source, unit, valid) for source, valid in zip(sources, valids or [None] * len(sources), strict=True)]
 
 
+def _codes_of(sample: Mapping[str, Any]) -> list[list[int]]:
+    try:
+        return as_code_lists(sample.get("depth_codes"))
+    except (TypeError, ValueError):
+        raise SampleError(f"its `depth_codes` are {str(sample['depth_codes'])[:40]!r}, no list.", "codes") from None
+
+
 def _depth(source: Any, unit: str, valid: Any) -> DepthMap:
     try:
         return load_depth(source, unit, None if valid is None else load_mask(valid))
-    except (ValueError, OSError, SyntaxError) as error:
-        raise SampleError(f"its depth cannot be used: {error}", "depth") from None
+    except Exception as error:  # as for pictures
+        raise SampleError(f"its depth cannot be used: {error or type(error).__name__}", "depth") from None
 
 
 def _check_orientation(depth: DepthMap, picture: Image.Image) -> None:
@@ -259,18 +180,20 @@ def _fill_spans(
 ) -> list[DepthMap | None]:
     """Write the codes of every span into `messages`; returns the depth map of each, or None."""
     rest, spans, empty = list(given), [], 0
+    texts: list[str] = []
     for message in messages:
         if message["role"] != "assistant":
             continue
         part = message["content"][0]
-        for written in _spans_of(part["text"])[:1]:
+        for written in _spans_of(part["text"]):
             empty += not written
             source = written or (rest.pop(0) if rest else [0] * num_depth_tokens)
             is_map = isinstance(source, DepthMap)
             codes = [0] * num_depth_tokens if is_map else source
             _check_codes(codes, num_depth_tokens, num_depth_codes)
             spans.append(source if is_map else None)
-            part["text"] = _SPAN.sub(depth_span(codes), part["text"])
+            texts.append(depth_span(codes))
+        part["text"] = _SPAN.sub(lambda _: texts.pop(0), part["text"])
     if empty != len(given):
         raise SampleError(
             f"it has {empty} empty depth spans (<DEPTH_START><DEPTH_END>) in the assistant's words, but depth for "
@@ -281,12 +204,8 @@ def _fill_spans(
 
 
 def _spans_of(text: str) -> list[list[int]]:
-    """The codes of the spans in one response, at most one; an empty list for an empty span."""
+    """The codes of the spans in one response; an empty list for an empty span."""
     found = [[int(code) for code in re.findall(r"\d+", match[1])] for match in _SPAN.finditer(text)]
-    if len(found) > 1:
-        raise SampleError(
-            f"one response holds {len(found)} depth spans; write at most one per turn of the assistant.", "depth"
-        )
     broken = _DEPTH_TOKEN.search(_SPAN.sub("", text))
     if broken:
         raise SampleError(
@@ -297,45 +216,46 @@ def _spans_of(text: str) -> list[list[int]]:
     return found
 
 
-def _masks_of(sample: Mapping[str, Any], messages: list[dict], pictures: list[Image.Image]) -> list[np.ndarray]:
-    sources, owners = as_list(sample.get("masks")), _pictures_of_segs(messages)
+def _masks_of(sample: Mapping[str, Any], owners: list[int], pictures: list[Image.Image]) -> list[np.ndarray]:
+    sources = as_list(sample.get("masks"))
     if len(sources) != len(owners):
         raise SampleError(
             f"its conversation has {len(owners)} [SEG], but {len(sources)} masks are given; give one mask for each "
             "[SEG], in reading order.",
             "masks",
         )
-    if owners and not pictures:
-        raise SampleError("it has [SEG] but no picture; give the picture in `images`.", "picture")
+    of_several = "; its [SEG] speaks of {} (write `Image-k: [SEG]` if it lies on another)" if pictures[1:] else ""
     return [
-        _mask(item, index, pictures[owner]) for index, (item, owner) in enumerate(zip(sources, owners, strict=True))
+        _mask(item, index, pictures[owner], of_several.format(picture_mark(owner + 1)[:-1]))
+        for index, (item, owner) in enumerate(zip(sources, owners, strict=True))
     ]
 
 
-def _mask(source: Any, index: int, picture: Image.Image) -> np.ndarray:
+def _mask(source: Any, index: int, picture: Image.Image, which: str) -> np.ndarray:
+    """`which` says in messages which of several pictures `picture` is."""
     wanted = (picture.height, picture.width)
     try:
         # The size that run lengths claim is looked at first: decoding would take as much memory as it says.
         claimed = source.get("size") if isinstance(source, Mapping) else None
         size = tuple(claimed) if claimed is not None else wanted
-        mask = load_mask(source) if size == wanted else None
+        mask = load_mask(source, wanted) if size == wanted else None
         size = size if mask is None else mask.shape
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # as for pictures
         raise SampleError(
-            f"mask {index} cannot be read ({error}); give COCO run lengths {{'size': [height, width], 'counts': ...}} "
-            "or a grey picture.",
+            f"mask {index} cannot be read ({error or type(error).__name__}); give COCO run lengths "
+            "{'size': [height, width], 'counts': ...}, its polygons, or a grey picture.",
             "masks",
         ) from None
     if mask is None or size != wanted:
         raise SampleError(
             f"mask {index} is {' x '.join(map(str, size[::-1]))} pixels and its picture {picture.width} x "
-            f"{picture.height}; give masks at the size of the (upright) picture.",
+            f"{picture.height}; give masks at the size of the (upright) picture{which}.",
             "masks",
         )
     return mask
 
 
-_SEG, _START, _CODE, _END, _IMAGE, _TURN_END, _WORDS = range(7)
+_SEG, _START, _CODE, _END, _IMAGE, _TURN_END, _WORDS, _MARKS = range(8)  # marks have ids from _MARKS on
 _SCAN_VOCABULARY = SpatialVocabulary(
     seg=_SEG,
     depth_start=_START,
@@ -347,15 +267,80 @@ _SCAN_VOCABULARY = SpatialVocabulary(
 )
 
 
-def _pictures_of_segs(messages: list[dict]) -> list[int]:
-    """The picture each [SEG] speaks of, by the rule of `perceptio_hf.tokens`, on a sketch of the token ids."""
+def _read_pictures(messages: list[dict], has_pictures: bool) -> SpatialSequence:
+    """The [SEG] and spans with their pictures, by the rule of `perceptio_hf.tokens`, on a sketch of the token ids."""
     ids: list[int] = []
+    ends: list[int] = []  # where each message ends
+    marks: dict[int, str] = {}
     for message in messages:
+        shown = sum(token == _IMAGE for token in ids)
         for part in message["content"]:
             if part["type"] == "image":
                 ids += [_IMAGE, _WORDS]
             elif message["role"] == "assistant":
-                for match in _SEG_OR_SPAN.finditer(part["text"]):
-                    ids += [_SEG] if match[0] == SEG_TOKEN else [_START, _CODE, _END]
+                _check_pictures_named(part["text"], shown, has_pictures)
+                for match in _SPATIAL.finditer(part["text"]):
+                    ids += _sketch(match, marks)
         ids.append(_TURN_END)
-    return [seg.picture for seg in read_sequence(ids, _SCAN_VOCABULARY).segs]
+        ends.append(len(ids))
+    read = read_sequence(ids, replace(_SCAN_VOCABULARY, mark_pieces=marks))
+    _check_one_span_each(read, ends)
+    return read
+
+
+def _sketch(match: re.Match, marks: dict[int, str]) -> list[int]:
+    """Token ids that stand for one match of `_SPATIAL`; the id of a mark joins `marks`."""
+    if match["mark"]:
+        token = _MARKS + len(marks)
+        marks[token] = match["mark"]
+        return [_WORDS, token]
+    return [_SEG] if match[0] == SEG_TOKEN else [_START, _CODE, _END]
+
+
+def _check_pictures_named(text: str, shown: int, has_pictures: bool) -> None:
+    """Whether a response with spatial tokens speaks of pictures that were shown before it."""
+    spatial = _SEG_OR_SPAN.search(text)
+    if not spatial:
+        return
+    if not shown:
+        what = SEG_TOKEN if spatial[0] == SEG_TOKEN else "a depth span"
+        way = "show the picture in a turn before it" if has_pictures else "give the picture in `images`"
+        raise SampleError(f"it has {what} but no picture; {way}.", "picture")
+    for mark in PICTURE_MARK.finditer(text):
+        if int(mark[1]) > shown:
+            raise SampleError(
+                f"the assistant writes {mark[0]} where {shown} pictures have been shown; a mark before [SEG] or a "
+                "depth span counts the conversation's pictures from 1.",
+                "picture",
+            )
+
+
+def _check_one_span_each(read: SpatialSequence, ends: list[int]) -> None:
+    seen = set()
+    for span in read.spans:
+        place = bisect(ends, span.position), span.picture
+        if place in seen:
+            raise SampleError(
+                f"one response holds two depth spans for {picture_mark(span.picture + 1)[:-1]}; write at most one for "
+                "each picture, in the order they were shown or behind its mark (Image-2: <DEPTH_START><DEPTH_END>).",
+                "depth",
+            )
+        seen.add(place)
+
+
+def _check_owners(sample: Mapping[str, Any], key: str, owners: list[int], what: str, token: str) -> None:
+    """Whether the pictures that a sample names for its masks (or spans) are those its words speak of."""
+    given = as_list(sample.get(key))
+    if not given:
+        return
+    if not all(type(named) is int for named in given):
+        raise SampleError(f"its {key} are {given!r}; expected whole numbers, the indices of its `images`.", "picture")
+    if len(given) != len(owners):
+        raise SampleError(f"its {key} name {len(given)} pictures, but its words hold {len(owners)} {token}.", "picture")
+    for index, (named, owner) in enumerate(zip(given, owners, strict=True)):
+        if named != owner:
+            raise SampleError(
+                f"{what} {index} belongs to picture {named} of `images` ({key}), but its {token} speaks of picture "
+                f"{owner}: write `{picture_mark(named + 1)} {token}`. A mark counts pictures from 1.",
+                "picture",
+            )

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from perceptio_hf.data.depth_maps import DepthMap, relative_from_disparity
-from perceptio_hf.data.encoded import load_depth, load_mask, open_encoded
-from perceptio_hf.data.rows import dataset_of, import_datasets
-from perceptio_hf.data.samples import name_of
 from perceptio_hf.processing.pictures import load_picture
+
+from .depth_maps import DepthMap, relative_from_disparity
+from .encoded import load_depth, load_mask, open_encoded
+from .rows import dataset_of, import_datasets
+from .samples import name_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

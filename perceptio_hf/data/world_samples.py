@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from perceptio_hf.data.cells import cell_at, cell_word
-from perceptio_hf.data.rows import import_datasets, sample_features, to_row
-from perceptio_hf.data.world import Question, Scene, ask, draw_points, render_scene
-from perceptio_hf.run_length import encode_mask
 from perceptio_hf.tokens import DEPTH_END_TOKEN, DEPTH_START_TOKEN, SEG_TOKEN
+from perceptio_hf.world import Question, Scene, ask, draw_points, render_scene
+from perceptio_hf.world.cells import cell_at, cell_word
+
+from .rows import import_datasets, sample_features, to_row
+from .run_length import encode_mask
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -40,7 +41,7 @@ def world_sample(
         masks: write a [SEG] for each object that the answer rests on.
         depth: write a depth span where the answer rests on depth.
         cells: side of a grid; the answer about marked points then names the cell of each before it concludes, as in
-            `A p27 B p03: A` (see `perceptio_hf.data.cells`).
+            `A p27 B p03: A` (see `perceptio_hf.world.cells`).
     """
     targets = question.targets if masks else ()
     spatial = depth and question.kind in ("depth", *WORLD_TASKS["spatial"])
@@ -89,7 +90,7 @@ def world_dataset(
     Args:
         task: one of `WORLD_TASKS`.
         scenes: how many.
-        first_seed: number of the first; see `perceptio_hf.data.world` for the numbers that are held out.
+        first_seed: number of the first; see `perceptio_hf.world` for the numbers that are held out.
         size: width and height of the pictures in pixels.
         masks, depth, cells: as in `world_sample`.
 

@@ -1,1 +1,1 @@
-"""Figures of merit: depth."""
+"""Measuring: metrics, benchmarks, runs, reports. Imports `data`, the model and what is below it."""

@@ -1,1 +1,1 @@
-"""Sharing a model on the Hub: its card, and the upload."""
+"""Sharing a model on the Hub: its card, the upload, the record of its training. Imports what is below; no command."""

@@ -1,10 +1,12 @@
 """Model cards: a new one for a checkpoint, and changes to the metadata of one that somebody has written."""
 
+import math
 import os
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import yaml
@@ -15,7 +17,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from .training_record import TrainingRecord, is_hub_name
 
 if TYPE_CHECKING:
-    from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
+    from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
 
 TAGS = ("perceptio", "internvl", "sam2", "depth-estimation", "referring-segmentation")
 UNKNOWN_LICENSE = "unknown"  # an identifier of the Hub's list
@@ -140,6 +142,24 @@ def _total(model: "PerceptioForConditionalGeneration") -> str:
     return f"{number} parameters; the language part is in {str(model.dtype).removeprefix('torch.')}."
 
 
+def check_values(results: Iterable[EvalResult], place: str | os.PathLike) -> None:
+    """Raise ValueError for a metric that is no number: NaN and infinity are what a failed evaluation leaves."""
+    for result in results:
+        if not _is_finite(result.metric_value):
+            raise ValueError(
+                f"{place}: the metric {result.metric_name or result.metric_type} on {result.dataset_name} is "
+                f"{result.metric_value!r}; expected a finite number. Measure again, or leave it out."
+            )
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, Mapping | list | tuple):  # of several classes, say
+        return bool(value) and all(map(_is_finite, value.values() if isinstance(value, Mapping) else value))
+    if isinstance(value, str):  # "0.83", or "0.83 ± 0.02"
+        return bool(re.search(r"\d", value)) and not re.search(r"(?i)\b(?:nan|inf|infinity|none|null)\b", value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _row(result: EvalResult) -> tuple[str, str, str]:
     where = " ".join(str(part) for part in (result.dataset_config, result.dataset_split) if part)
     data = f"{result.dataset_name} ({where})" if where else result.dataset_name
@@ -153,9 +173,10 @@ def revised_card(text: str, repo: str, facts: CardFacts) -> str:
     Results join those it has; one of the same metric on the same data takes the place of the older.
 
     Raises:
-        ValueError: if its metadata cannot be read.
+        ValueError: if its metadata cannot be read, or a metric in it is no number.
     """
     card = check_card(text)
+    check_values(card.data.eval_results or (), "README.md")
     if facts == CardFacts():
         return text
     for name, value in facts.metadata().items():
@@ -195,7 +216,7 @@ def read_results(path: str | os.PathLike) -> tuple[EvalResult, ...]:
     """Evaluation results from a YAML file: a `model-index` as cards have it, or a list of `EvalResult`s' fields.
 
     Raises:
-        ValueError: if the file does not exist or holds neither.
+        ValueError: if the file does not exist or holds neither, or a metric is no number.
     """
     try:
         document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -216,4 +237,5 @@ def read_results(path: str | os.PathLike) -> tuple[EvalResult, ...]:
         ) from None
     if not results:
         raise ValueError(f"{path} holds no evaluation results: it is empty.")
+    check_values(results, path)
     return tuple(results)

@@ -18,8 +18,6 @@ _TOLD = (
     *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm"),
     *("bf16", "seed", "lora_r", "lora_alpha", "lora_dropout", "freeze_vision_tower"),
-    *(f"{part}_weight" for part in ("text", "marker", "token", "count", "reconstruction", "mask_bce", "mask_dice")),
-    "look_weight",
 )
 
 
@@ -57,7 +55,12 @@ def _of_recipe(recipe: dict[str, Any], folder: Path) -> TrainingRecord:
     how = "with LoRA adapters" if recipe.get("lora_r") is not None else "as a whole"
     tasks = [_task(task) for task in recipe["tasks"] if isinstance(task, dict)]
     lines = (f"Fine-tuned by `perceptio train` {how}, from {begun}, on:", "", *(f"- {task}" for task in tasks))
-    return TrainingRecord(lines, {name: recipe[name] for name in _TOLD if name in recipe}, base)
+    return TrainingRecord(lines, {name: recipe[name] for name in (*_TOLD, *_weights(recipe)) if name in recipe}, base)
+
+
+def _weights(recipe: dict[str, Any]) -> list[str]:
+    """The weights of the parts of the loss, whatever parts there are."""
+    return [name for name, value in recipe.items() if name.endswith("_weight") and isinstance(value, (int, float))]
 
 
 def is_hub_name(source: str, seen_from: Iterable[Path] = ()) -> bool:

@@ -2,18 +2,20 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 
-from ..conversion.tensors import read_json, read_tensors
-from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
-from ..modeling.remote_code import write_code
-from ..processing.processing_perceptio import PerceptioProcessor
+from perceptio_hf.conversion.tensors import read_json, read_tensors
+from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
+from perceptio_hf.modeling.remote_code import write_code
+from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
+
 from .card import CardFacts, check_repo_name, new_card, revised_card
 from .training_record import read_training
 
@@ -207,4 +209,13 @@ def _what_failed(error: Exception, repo: str) -> str:
     if status == 403:
         return f"The Hub does not let this token write to {repo}: it needs the right to write there."
     reason = (isinstance(error, RuntimeError) and error.__cause__) or error  # the client says only which file failed
-    return f"The upload to {repo} failed: {' '.join(str(reason).split()) or type(reason).__name__}"
+    said = " ".join(str(reason).split()) or type(reason).__name__
+    kinds = {kind.__name__ for kind in type(reason).__mro__}  # by name: the client's network library has changed twice
+    if "OfflineModeIsEnabled" in kinds:
+        said = "offline mode is on; unset HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) to upload."
+    elif kinds & {"TransportError", "ConnectionError", "Timeout"}:
+        said = (
+            f"there is no connection to {constants.ENDPOINT} ({re.sub(r'^.Errno -?[0-9]+. *', '', said)}). Look at the "
+            "network, a proxy, and HF_ENDPOINT if it is set; run the command again, it begins anew."
+        )
+    return f"The upload to {repo} failed: {said}"

@@ -1,1 +1,1 @@
-"""Perceptio as a guest in other people's programs."""
+"""Plug-ins for other programs. Imports all below; nothing imports it."""

@@ -16,8 +16,8 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
-from ..evaluation.answering import encode_chats, token_budget
-from ..modeling.span_grammar import SPATIAL_MODES, required_new_tokens
+from perceptio_hf.evaluation.run.answering import encode_chats, token_budget
+from perceptio_hf.modeling.span_grammar import SPATIAL_MODES, required_new_tokens
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
@@ -67,7 +67,7 @@ class Perceptio(lmms):
         if unknown:
             raise ValueError(f"perceptio knows no model arguments {', '.join(unknown)}.")
         _check_spatial(spatial)
-        from ..commands import checkpoints
+        from perceptio_hf.commands import checkpoints
 
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes

@@ -1,1 +1,4 @@
-"""Configurations and models: Perceptio, the depth codec, and the grammar of their spatial tokens."""
+"""The model: configurations, depth codec, generation and its grammar.
+
+Imports only `tokens` and itself: its files travel with checkpoints.
+"""

@@ -1,9 +1,115 @@
 """Settings of the depth codec, a VQ-VAE that writes a depth map as a short sequence of codes."""
 
+import dataclasses
+import difflib
 import os
+from collections.abc import Iterable
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# What a configuration of any kind may hold without a field of that name: arguments of transformers' base class, and
+# what its versions since 4.0 have saved into config.json.
+_STANDARD = frozenset(
+    [
+        "add_cross_attention",
+        "attn_implementation",
+        "auto_map",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "cross_attention_hidden_size",
+        "decoder_start_token_id",
+        "dtype",
+        "eos_token_id",
+        "experts_implementation",
+        "finetuning_task",
+        "gradient_checkpointing",
+        "is_decoder",
+        "is_encoder_decoder",
+        "keys_to_ignore_at_inference",
+        "loss_type",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "per_layer_config",
+        "prefix",
+        "pruned_heads",
+        "quantization_config",
+        "return_dict",
+        "sep_token_id",
+        "task_specific_params",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "tie_last_hidden_states",
+        "tie_word_embeddings",
+        "tokenizer_class",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "use_bfloat16",
+        "use_cache",
+    ]
+)
+# Names that other codes have for fields of the codec; `hidden_dim` and the like are AiT's.
+_ELSEWHERE = {
+    "codebook_dim": "code_dim",
+    "codebook_size": "num_codes",
+    "downsample_ratio": "downsample",
+    "embedding_dim": "code_dim",
+    "hidden_dim": "base_channels",
+    "hidden_size": "code_dim",
+    "num_embeddings": "num_codes",
+    "num_resnet_blocks": "num_residual_blocks",
+    "num_tokens": "num_codes",
+}
+
+
+def unknown_keys(config_class: type[PreTrainedConfig], keys: Iterable[str]) -> list[str]:
+    """Those of `keys` that neither are fields of the class nor standard ones of transformers, of any version."""
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    standard = _STANDARD | set(GenerationConfig._get_default_generation_params())
+    return [key for key in keys if key not in fields | standard and not key.startswith("_")]
+
+
+def likely_key(config_class: type[PreTrainedConfig], key: str, *, cutoff: float = 0.6) -> str | None:
+    """The field that may have been meant by `key`, if one looks like it."""
+    fields = [field.name for field in dataclasses.fields(config_class)]
+    if _ELSEWHERE.get(key) in fields:
+        return _ELSEWHERE[key]
+    close = difflib.get_close_matches(key, fields, n=1, cutoff=cutoff)
+    return close[0] if close else None
+
+
+def refuse_unknown(config_class: type[PreTrainedConfig], keys: Iterable[str]) -> None:
+    """ValueError for the first key that no such configuration has, with the one that may have been meant.
+
+    transformers would keep it as an attribute that nothing reads.
+    """
+    for key in unknown_keys(config_class, keys):
+        likely = likely_key(config_class, key)
+        own = sorted(set(config_class.__annotations__) - set(PreTrainedConfig.__annotations__))
+        hint = f"did you mean {likely!r}?" if likely else f"its own are {', '.join(own)}."
+        raise ValueError(f"{config_class.__name__} has no field {key!r}; {hint}")
+
+
+def without_foreign(config_class: type[PreTrainedConfig], values: dict) -> dict:
+    """The saved `values` without what other programs have put beside them, which is said once.
+
+    Raises:
+        ValueError: for a key that looks like a field, which is a slip of the pen and not another program's.
+    """
+    foreign = unknown_keys(config_class, values)
+    refuse_unknown(config_class, [key for key in foreign if likely_key(config_class, key, cutoff=0.8)])
+    if foreign:
+        names = ", ".join(map(repr, foreign))
+        logger.warning_once(f"{config_class.__name__} has no field {names}, which config.json holds; left out.")
+    return {key: value for key, value in values.items() if key not in foreign}
 
 
 @strict
@@ -27,7 +133,7 @@ class DepthVQVAEConfig(PreTrainedConfig):
         initializer_range: Standard deviation of a freshly initialised codebook.
 
     Raises:
-        ValueError: A field is out of range or contradicts another one.
+        ValueError: A field is out of range, contradicts another one, or does not exist.
     """
 
     model_type = "perceptio_depth_vqvae"
@@ -47,6 +153,7 @@ class DepthVQVAEConfig(PreTrainedConfig):
     initializer_range: float = 1.0
 
     def __post_init__(self, **kwargs):
+        refuse_unknown(type(self), kwargs)
         self._check_sizes()
         self._check_ranges()
         super().__post_init__(**kwargs)
@@ -73,6 +180,11 @@ class DepthVQVAEConfig(PreTrainedConfig):
         for name in ("commitment_weight", "gradient_weight", "initializer_range"):
             if getattr(self, name) < 0.0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must not be negative.")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers; keys of other programs are left out."""
+        return super().from_dict(without_foreign(cls, config_dict), **kwargs)
 
     @property
     def grid_size(self) -> int:

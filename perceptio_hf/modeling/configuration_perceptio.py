@@ -7,8 +7,9 @@ from transformers import PreTrainedConfig
 from transformers.models.internvl.configuration_internvl import InternVLConfig
 from transformers.models.sam2.configuration_sam2 import Sam2Config
 
-from ..tokens import SpatialVocabulary
-from .configuration_depth_vqvae import DepthVQVAEConfig
+from perceptio_hf.tokens import SpatialVocabulary
+
+from .configuration_depth_vqvae import DepthVQVAEConfig, refuse_unknown, without_foreign
 
 _SPATIAL_CONFIGS = {"mask_config": Sam2Config, "depth_config": DepthVQVAEConfig}
 
@@ -35,6 +36,8 @@ class PerceptioConfig(InternVLConfig):
         depth_start_token_id: id of ``<DEPTH_START>``.
         depth_end_token_id: id of ``<DEPTH_END>``.
         depth_token_ids: ids of ``<DEPTH_0>`` .. ``<DEPTH_{K-1}>`` in this order.
+        picture_mark_token_ids: the tokens that picture marks (``Image-2:``, see `perceptio_hf.tokens`) are spelt with:
+            the text of each without spaces, and the ids that have this text. None: marks are words without effect.
         num_depth_tokens: N, codes per span; default and only legal value: the codec's grid, g * g.
         num_depth_codes: K, size of the codebook; default and only legal value: the codec's.
         mask_padding_points: "not a point" embeddings before the [SEG] prompt. SAM2 sees two of them where no point is
@@ -43,7 +46,7 @@ class PerceptioConfig(InternVLConfig):
             single-mask output.
 
     Raises:
-        ValueError: where these fields contradict one another.
+        ValueError: where these fields contradict one another, or one does not exist.
     """
 
     model_type = "perceptio"
@@ -59,12 +62,14 @@ class PerceptioConfig(InternVLConfig):
     depth_start_token_id: int | None = None
     depth_end_token_id: int | None = None
     depth_token_ids: list[int] | None = None
+    picture_mark_token_ids: dict[str, list[int]] | None = None
     num_depth_tokens: int | None = None
     num_depth_codes: int | None = None
     mask_padding_points: int = 2
     mask_multimask_output: bool = True
 
     def __post_init__(self, **kwargs):
+        refuse_unknown(type(self), kwargs)
         for name, config_class in _SPATIAL_CONFIGS.items():
             value = getattr(self, name)
             if not isinstance(value, PreTrainedConfig):
@@ -76,6 +81,14 @@ class PerceptioConfig(InternVLConfig):
             self.num_depth_codes = self.depth_config.num_codes
         self._check_depth_sizes()
         self._check_token_ids()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers; keys of other programs are left out."""
+        values = without_foreign(cls, config_dict)
+        if isinstance(values.get("depth_config"), dict):
+            values["depth_config"] = without_foreign(DepthVQVAEConfig, values["depth_config"])
+        return super().from_dict(values, **kwargs)
 
     @property
     def _attn_implementation(self) -> str | None:
@@ -124,6 +137,7 @@ class PerceptioConfig(InternVLConfig):
     def spatial_vocabulary(self, turn_ends: int | list[int] | None = None) -> SpatialVocabulary:
         """The spatial tokens' ids in one value; `turn_ends` are the ids that end a turn (the eos ids)."""
         turn_ends = [] if turn_ends is None else [turn_ends] if isinstance(turn_ends, int) else turn_ends
+        pieces = self.picture_mark_token_ids or {}
         return SpatialVocabulary(
             seg=self.seg_token_id,
             depth_start=self.depth_start_token_id,
@@ -132,6 +146,7 @@ class PerceptioConfig(InternVLConfig):
             num_depth_tokens=self.num_depth_tokens,
             image=self.image_token_id,
             turn_ends=frozenset(turn_ends),
+            mark_pieces={token: piece for piece, tokens in pieces.items() for token in tokens},
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):

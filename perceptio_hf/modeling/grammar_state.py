@@ -5,7 +5,8 @@
 
 import torch
 
-from ..tokens import SpatialVocabulary
+from perceptio_hf.tokens import SpatialVocabulary
+
 from .span_grammar import code_columns
 
 

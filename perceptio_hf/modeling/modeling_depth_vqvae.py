@@ -32,6 +32,9 @@ from transformers.utils import ModelOutput
 
 from .configuration_depth_vqvae import DepthVQVAEConfig
 from .placement import device_of
+from .precision import full_precision, is_traced, without_casts_down
+
+_SLACK = 1e-3  # by which depth may leave [0, 1]: resampling and half precision round
 
 
 @dataclass
@@ -57,12 +60,18 @@ class DepthVQVAEOutput(ModelOutput):
     latents: Tensor | None = None
 
 
+def _activation(name: str) -> nn.Module:
+    """By its name in `ACT2FN`. It only ever follows a convolution, whose gradient does not need what comes out of it,
+    so that ReLU may overwrite that: fresh memory costs more time than the comparison."""
+    return nn.ReLU(inplace=True) if name == "relu" else ACT2FN[name]
+
+
 class DepthResidualBlock(nn.Module):
     """Convolutions 3x3, 3x3 and 1x1, added to the input."""
 
     def __init__(self, channels: int, activation: str):
         super().__init__()
-        self.activation = ACT2FN[activation]
+        self.activation = _activation(activation)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv3 = nn.Conv2d(channels, channels, 1)
@@ -80,7 +89,7 @@ class DepthEncoder(nn.Module):
 
     def __init__(self, config: DepthVQVAEConfig):
         super().__init__()
-        self.activation = ACT2FN[config.activation]
+        self.activation = _activation(config.activation)
         stages = config.downsample.bit_length() - 1
         widths = [1] + [config.base_channels * 2**i for i in range(stages)]
         self.down = nn.ModuleList(nn.Conv2d(widths[i], widths[i + 1], 4, 2, 1) for i in range(stages))
@@ -101,7 +110,7 @@ class DepthDecoder(nn.Module):
 
     def __init__(self, config: DepthVQVAEConfig):
         super().__init__()
-        self.activation = ACT2FN[config.activation]
+        self.activation = _activation(config.activation)
         stages = config.downsample.bit_length() - 1
         top = config.base_channels * 2 ** (stages - 1)
         widths = [top] + [top // 2**i for i in range(stages)]
@@ -127,16 +136,30 @@ class DepthCodebook(nn.Module):
 
     def __init__(self, config: DepthVQVAEConfig):
         super().__init__()
-        self.register_buffer("vectors", torch.empty(config.num_codes, config.code_dim))
-        self.register_buffer("ema_count", torch.empty(config.num_codes))
-        self.register_buffer("ema_sum", torch.empty(config.num_codes, config.code_dim))
+        self.initializer_range = config.initializer_range
+        vectors = self.first_vectors(config.num_codes, config.code_dim)
+        self.register_buffer("vectors", vectors)
+        self.register_buffer("ema_count", torch.ones(config.num_codes))
+        self.register_buffer("ema_sum", vectors.clone())
+
+    def first_vectors(self, count: int, length: int) -> Tensor:
+        """(count, length) normal numbers, always the same ones.
+
+        transformers takes a buffer for something that needs no luck: what `__init__` makes and what `_init_weights`
+        puts where a checkpoint lacks it have to be equal.
+        """
+        if torch.get_default_device().type == "meta":
+            return torch.empty(count, length)
+        generator = torch.Generator().manual_seed(0)
+        numbers = torch.randn(count, length, generator=generator, device="cpu", dtype=torch.float32)
+        return torch.empty(count, length).copy_(numbers * self.initializer_range)
 
     def nearest(self, latents: Tensor) -> Tensor:
         """(..., d) -> (...) int64: the code at the smallest squared distance."""
         with torch.autocast(latents.device.type, enabled=False):
             latents = latents.to(self.vectors.dtype)
             # |x|^2 is the same for every code and would only cost precision.
-            return (self.vectors.square().sum(-1) - 2.0 * latents @ self.vectors.T).argmin(-1)
+            return (self.vectors.square().sum(-1) - 2.0 * (latents @ self.vectors.T)).argmin(-1)
 
     def mix(self, probabilities: Tensor) -> Tensor:
         """(..., K) -> (..., d): the expected code vector; exact for one-hot rows."""
@@ -146,9 +169,12 @@ class DepthCodebook(nn.Module):
 class DepthVQVAE(PreTrainedModel):
     """VQ-VAE for relative inverse depth in [0, 1], 1 = nearest.
 
-    `encode`, `decode` and `decode_soft` take one map or a batch and compute in the codec's own precision, under
-    autocast too. Nothing here changes the codebook, not even in training mode: that is left to the explicit steps of
-    codebook training (perceptio_hf.training.codebook).
+    `encode`, `decode` and `decode_soft` take one map or a batch and compute in float32, whatever autocast and
+    `torch.backends` say; `to(torch.bfloat16)` and the like move the codec without casting it, since other codes would
+    come out. In a traced graph (torch.export, ONNX) no value is checked.
+
+    Nothing here changes the codebook, not even in training mode: that is left to the explicit steps of codebook
+    training (perceptio_hf.training.codec).
     """
 
     config_class = DepthVQVAEConfig
@@ -176,9 +202,12 @@ class DepthVQVAE(PreTrainedModel):
         elif isinstance(module, DepthResidualBlock):
             init.normal_(module.conv3.weight, std=0.1 * math.sqrt(1.0 / module.conv3.in_channels))
         elif isinstance(module, DepthCodebook):
-            init.normal_(module.vectors, std=self.config.initializer_range)
+            init.copy_(module.vectors, module.first_vectors(*module.vectors.shape))
             init.ones_(module.ema_count)
             init.copy_(module.ema_sum, module.vectors)
+
+    def _apply(self, fn, recurse: bool = True):
+        return super()._apply(without_casts_down(fn), recurse)
 
     @property
     def device(self) -> torch.device:
@@ -215,7 +244,7 @@ class DepthVQVAE(PreTrainedModel):
             ValueError: A map has no valid pixel, or a valid pixel is not finite or outside [0, 1], or shapes differ.
         """
         filled, _ = self.prepare(depth, valid)
-        with torch.autocast(filled.device.type, enabled=False):
+        with full_precision(filled.device):
             codes = self.depth_codebook.nearest(self.encode_latents(filled))
         return codes[0] if depth.ndim == 2 else codes
 
@@ -232,9 +261,9 @@ class DepthVQVAE(PreTrainedModel):
         Raises:
             ValueError: A row has another number of codes than N, or a code outside [0, K).
         """
-        codes = self._checked_codes(codes)
-        one_hot = F.one_hot(codes, self.config.num_codes).to(self.dtype)
-        return self.decode_soft(one_hot, size=size)
+        vectors = self.codebook[self._checked_codes(codes)]
+        depth = self._depth_of(vectors.reshape(-1, *vectors.shape[-2:]), size)
+        return depth[0] if codes.ndim == 1 else depth
 
     def decode_soft(self, probabilities: Tensor, *, size: tuple[int, int] | None = None) -> Tensor:
         """Turn a distribution over codes at each place into depth, differentiably.
@@ -244,7 +273,7 @@ class DepthVQVAE(PreTrainedModel):
             size: (height, width) to resample to; None keeps (image_size, image_size).
 
         Returns:
-            As `decode`, and equal to it for one-hot rows.
+            As `decode`, and the same for one-hot rows.
 
         Raises:
             ValueError: The shape is not (..., N, K).
@@ -256,16 +285,31 @@ class DepthVQVAE(PreTrainedModel):
                 f"or {expected}: one distribution over the {expected[1]} codes at each of the {expected[0]} places."
             )
         batch = probabilities.to(self.dtype).reshape(-1, *expected)
-        with torch.autocast(batch.device.type, enabled=False):
-            depth = self._reconstruct(self.depth_codebook.mix(batch)).clamp(0.0, 1.0)
-        if size is not None:
-            depth = F.interpolate(depth, size=size, mode="bilinear", antialias=True)
-        depth = depth[:, 0].float()
+        with full_precision(batch.device):
+            vectors = self.depth_codebook.mix(batch)
+        depth = self._depth_of(vectors, size)
         return depth[0] if probabilities.ndim == 2 else depth
 
-    def forward(self, depth: Tensor, valid: Tensor | None = None, **kwargs) -> DepthVQVAEOutput:
-        """Encode and decode, with the losses. Gradients pass the quantiser straight through. Arguments as `encode`."""
-        return self.losses(*self.prepare(depth, valid))
+    def _depth_of(self, vectors: Tensor, size: tuple[int, int] | None) -> Tensor:
+        """(B, N, d) code vectors -> (B, height, width) float32 in [0, 1]."""
+        with full_precision(vectors.device):
+            depth = self._reconstruct(vectors).clamp(0.0, 1.0)
+        if size is not None:
+            depth = F.interpolate(depth, size=size, mode="bilinear", antialias=True)
+        return depth[:, 0].float()
+
+    def forward(
+        self, depth: Tensor, valid: Tensor | None = None, return_dict: bool | None = None
+    ) -> DepthVQVAEOutput | tuple[Tensor, ...]:
+        """Encode and decode, with the losses. Gradients pass the quantiser straight through.
+
+        Args:
+            depth, valid: as `encode`.
+            return_dict: False for a plain tuple; None takes the configuration's.
+        """
+        output = self.losses(*self.prepare(depth, valid))
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
 
     def losses(self, filled: Tensor, weight: Tensor, *, quantise: bool = True) -> DepthVQVAEOutput:
         """One pass over prepared depth.
@@ -328,6 +372,8 @@ class DepthVQVAE(PreTrainedModel):
         if codes.is_floating_point() or codes.dtype == torch.bool:
             raise ValueError(f"`codes` are {codes.dtype}; expected integers.")
         codes = codes.to(self.device, torch.int64)
+        if is_traced():
+            return codes
         wrong = (codes < 0) | (codes >= self.config.num_codes)
         if bool(wrong.any()):
             row = int(wrong.reshape(-1, self.num_tokens).any(1).nonzero()[0])
@@ -346,14 +392,20 @@ def prepare_depth(depth: Tensor, valid: Tensor | None, size: int) -> tuple[Tenso
         pixels, (B, 1, S, S) in [0, 1].
     """
     depth = _as_batch(depth, "depth")
-    valid = torch.ones_like(depth, dtype=torch.bool) if valid is None else _as_batch(valid, "valid").bool()
-    valid = valid.to(depth.device)
-    _check_depth(depth, valid)
-    weight = valid.float()
-    values = torch.where(valid, depth, 0.0).float().clamp(0.0, 1.0)
-    if depth.shape[-2:] != (size, size):
-        values, weight = (F.interpolate(x, (size, size), mode="bilinear", antialias=True) for x in (values, weight))
-    return fill_holes(values, weight), weight
+    valid = None if valid is None else _as_batch(valid, "valid").bool().to(depth.device)
+    if not is_traced():
+        valid = _check_depth(depth, valid)
+    if valid is None:
+        values = _resampled(depth.float().clamp(0.0, 1.0), size)
+        return values, torch.ones_like(values)
+    weight = _resampled(valid.float(), size)
+    return fill_holes(_resampled(torch.where(valid, depth, 0.0).float().clamp(0.0, 1.0), size), weight), weight
+
+
+def _resampled(picture: Tensor, size: int) -> Tensor:  # (B, 1, H, W) -> (B, 1, S, S)
+    if picture.shape[-2:] == (size, size):
+        return picture
+    return F.interpolate(picture, (size, size), mode="bilinear", antialias=True)
 
 
 def fill_holes(values: Tensor, weight: Tensor, tiny: float = 1e-8) -> Tensor:
@@ -369,7 +421,7 @@ def fill_holes(values: Tensor, weight: Tensor, tiny: float = 1e-8) -> Tensor:
     """
     known = weight > tiny
     ratio = values / weight.clamp_min(tiny)
-    if weight.shape[-2:] == (1, 1) or bool(known.all()):
+    if weight.shape[-2:] == (1, 1) or (not is_traced() and bool(known.all())):
         return ratio
     # Average pooling divides both by the same count, so the ratio stays a weighted mean of known pixels. Odd edges are
     # padded with zero weight; rescaling keeps small weights of large holes above `tiny`.
@@ -394,15 +446,25 @@ def _as_batch(picture: Tensor, name: str) -> Tensor:
     return picture
 
 
-def _check_depth(depth: Tensor, valid: Tensor) -> None:
-    if valid.shape != depth.shape:
+def _check_depth(depth: Tensor, valid: Tensor | None) -> Tensor | None:
+    """`valid`, or None where it says of every pixel that it is; ValueError as `DepthVQVAE.encode` says."""
+    if valid is not None and valid.shape != depth.shape:
         raise ValueError(f"`valid` is {tuple(valid.shape)}, `depth` {tuple(depth.shape)}; give both the same shape.")
     if not depth.is_floating_point():
         raise ValueError(f"`depth` is {depth.dtype}; expected floating point relative inverse depth in [0, 1].")
+    if valid is None or bool(valid.all()):
+        lowest, highest = depth.aminmax()  # NaN where a pixel is
+        if bool((lowest >= -_SLACK) & (highest <= 1.0 + _SLACK)):
+            return None
+    _check_pixels(depth, torch.ones_like(depth, dtype=torch.bool) if valid is None else valid)
+    return valid
+
+
+def _check_pixels(depth: Tensor, valid: Tensor) -> None:
     empty = ~valid.flatten(1).any(1)
     if bool(empty.any()):
         raise ValueError(f"Depth map {int(empty.nonzero()[0])} has no valid pixel.")
-    good = depth.isfinite() & (depth >= -1e-3) & (depth <= 1.0 + 1e-3)
+    good = depth.isfinite() & (depth >= -_SLACK) & (depth <= 1.0 + _SLACK)
     wrong = (valid & ~good).flatten(1).any(1)
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])

@@ -2,32 +2,38 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import Cache
 from transformers.models.internvl.modeling_internvl import (
     InternVLCausalLMOutputWithPast,
     InternVLForConditionalGeneration,
 )
 from transformers.models.sam2.modeling_sam2 import Sam2Model
 
-from ..tokens import SpatialVocabulary, read_sequence
+from perceptio_hf.tokens import SpatialVocabulary, read_sequence
+
+from .attachments import attached, needed
 from .configuration_perceptio import PerceptioConfig, attention_of_internvl
 from .generation_perceptio import SpatialGenerationMixin
 from .mask_prediction import MaskPredictionMixin, SegProjector
 from .modeling_depth_vqvae import DepthVQVAE
 from .placement import is_here
+from .precision import without_casts_down
+from .shards import check_shards
+from .span_cache import CACHE
 from .span_grammar import code_columns
 from .spatial_reading import count_pictures
 
 
 @dataclass
 class PerceptioCausalLMOutputWithPast(InternVLCausalLMOutputWithPast):
-    """InternVL's output and:
+    """InternVL's output, with the fields it has in the installed transformers, and:
 
     Args:
         last_hidden_state: (batch, sequence, hidden) states after the final norm.
@@ -43,6 +49,8 @@ class PerceptioCausalLMOutputWithPast(InternVLCausalLMOutputWithPast):
     loss_parts: dict[str, torch.Tensor] | None = None
     code_logits: torch.FloatTensor | None = None
 
+
+_OUTPUT_FIELDS = frozenset(field.name for field in fields(PerceptioCausalLMOutputWithPast))
 
 # (hidden_states (batch, sequence, hidden), lm_head, the output so far) -> (loss, its parts by name)
 Criterion = Callable[
@@ -60,7 +68,16 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
     config: PerceptioConfig
     config_class = PerceptioConfig
     _keep_in_fp32_modules_strict: ClassVar = ["mask_model", "depth_model", "seg_projector"]
-    _keep_in_fp32_modules: ClassVar = _keep_in_fp32_modules_strict  # what quantisation leaves alone is read from here
+    # What quantisation leaves alone is read from here. transformers wants no name in both lists: these are the parts'
+    # own.
+    _keep_in_fp32_modules: ClassVar = [
+        *(
+            f"mask_model.{name}"
+            for name in ("shared_image_embedding", "vision_encoder", "prompt_encoder", "mask_decoder")
+        ),
+        *(f"depth_model.{name}" for name in ("depth_encoder", "depth_codebook", "depth_decoder")),
+        *(f"seg_projector.{name}" for name in ("linear_in", "linear_out")),
+    ]
     _no_split_modules: ClassVar = [*(InternVLForConditionalGeneration._no_split_modules or []), "Sam2MultiScaleBlock"]
     # A full SAM2 checkpoint also holds its video memory, which still pictures do not use.
     _keys_to_ignore_on_load_unexpected: ClassVar = [
@@ -81,6 +98,13 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
         """Take the parts that never learn, SAM2's image encoder and the depth codec, away from optimizers."""
         self.mask_model.vision_encoder.requires_grad_(False)
         self.depth_model.requires_grad_(False)
+
+    def _apply(self, fn, recurse: bool = True):
+        """What `to`, `half` and `bfloat16` do to every tensor; the parts that stay float32 are moved, not cast."""
+        if recurse:
+            for name, part in self.named_children():
+                part._apply(without_casts_down(fn) if name in self._keep_in_fp32_modules_strict else fn)
+        return super()._apply(fn, recurse=False)
 
     def train(self, mode: bool = True):
         """As ever, but the frozen parts stay in evaluation mode."""
@@ -121,8 +145,10 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
 
         Raises:
             ValueError: where weights and configuration contradict one another (transformers would fill the gaps with
-                random numbers), unless `ignore_mismatched_sizes=True` asks for that.
+                random numbers), unless `ignore_mismatched_sizes=True` asks for that; where an index of weights names
+                files outside its folder.
         """
+        check_shards(pretrained_model_name_or_path or "", kwargs.get("subfolder"))
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
@@ -137,9 +163,9 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
     ) -> "PerceptioForConditionalGeneration":
         """A fresh Perceptio out of a stock InternVL, a stock SAM2 and a depth codec.
 
-        Without spatial tokens it computes bit for bit what the InternVL computes. The spatial tokens have ids of rows
-        that no token uses, or of rows that are added; the new rows resemble those that are there (how, and why, says
-        `perceptio_hf.conversion.token_rows`) and every other row keeps its bits. The [SEG] projector starts at random.
+        It has the InternVL's weights, bit for bit, and without spatial tokens computes what the InternVL computes. The
+        spatial tokens have ids of rows that no token uses, or of rows that are added; the new rows resemble those that
+        are there (how, and why, says `perceptio_hf.build.token_rows`). The [SEG] projector starts at random.
         All of this is to be trained before masks and depth mean anything.
 
         Models that are given share the memory of their weights with the result, embedding and head apart, and are
@@ -163,18 +189,15 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
             ValueError: a part that cannot be read, is of another kind, damaged or incomplete, or parts that do not fit.
             ImportError: where only a copy of this file is at hand and not the package.
         """
-        try:  # transformers looks for imports outside of try when it loads a copy of this file
-            from perceptio_hf.conversion.assembly import from_components
-        except ImportError as error:
-            raise ImportError(f"from_components needs the package perceptio-hf: {error}") from error
+        from_components = needed("from_components", "from_components")
         return from_components(cls, internvl, sam2, depth_codec, processor=processor, dtype=dtype, seed=seed)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
-        """The last step before an upload (transformers 5.17 to 5.23); a card that says nothing gives way to ours."""
-        try:  # transformers looks for imports outside of try when it loads a copy of this file
-            from perceptio_hf.hub.card import replace_default_card
-        except ImportError:
-            replace_default_card = None
+        """The last step before an upload; a card that says nothing gives way to ours.
+
+        transformers has no public place for this. Should it rename the method, uploads go on with its own card.
+        """
+        replace_default_card = attached("replace_default_card")
         if replace_default_card is not None:
             replace_default_card(Path(working_dir, "README.md"), self, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
@@ -199,7 +222,7 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
         pixel_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
@@ -207,15 +230,21 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
         logits_to_keep: int | torch.Tensor = 0,
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
+        cache: Cache | None = None,
         mask_pixel_values: torch.FloatTensor | None = None,
         criterion: Criterion | None = None,
         word_places: torch.LongTensor | None = None,
         with_code_logits: bool = False,
         **kwargs,
     ) -> PerceptioCausalLMOutputWithPast:
-        """InternVL's forward (transformers 5.17 to 5.23, `InternVLForConditionalGeneration.forward`) and the masks.
+        """InternVL's forward and the masks.
+
+        The steps are those of `InternVLForConditionalGeneration.forward`. `generate` asks this signature which inputs
+        it may send, so they are named; which of them InternVL's body knows differs between versions of transformers,
+        so only those that came are handed on, and what the body returns is handed back under its names.
 
         Args:
+            past_key_values, cache: two names of one argument; either works with every version of transformers.
             mask_pixel_values: (pictures, 3, S, S) as the processor prepares them for SAM2. If given, every [SEG] in
                 `input_ids` becomes a mask, with gradients through projector and mask decoder.
             criterion: computes `loss` and `loss_parts` from the hidden states, the head and the output so far (masks
@@ -231,8 +260,6 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
             raise ValueError(
                 "Both `labels` and `criterion` came; a criterion brings its own labels, leave out `labels`."
             )
-        if mm_encoder_outputs is not None:  # transformers 5.17 does not know the name
-            kwargs["mm_encoder_outputs"] = mm_encoder_outputs
         if getattr(self, "_is_replica", False):
             raise ValueError(
                 "The model was put into nn.DataParallel, which cuts a batch of pictures and rows in the wrong places. "
@@ -240,19 +267,20 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
                 "GPU only: CUDA_VISIBLE_DEVICES=0."
             )
         return_dict = kwargs.pop("return_dict", None)
-        outputs = self.model(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            image_sizes=image_sizes,
-            return_dict=True,
-            **kwargs,
-        )
+        inputs = {
+            "input_ids": input_ids,
+            "pixel_values": pixel_values,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            CACHE: past_key_values if cache is None else cache,
+            "inputs_embeds": inputs_embeds,
+            "vision_feature_layer": vision_feature_layer,
+            "vision_feature_select_strategy": vision_feature_select_strategy,
+            "image_sizes": image_sizes,
+            "mm_encoder_outputs": mm_encoder_outputs,
+        }
+        given = {name: value for name, value in inputs.items() if value is not None}
+        outputs = self.model(**given, return_dict=True, **kwargs)
         hidden = outputs.last_hidden_state
         logits = None
         if criterion is None:
@@ -271,13 +299,9 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
                 input_ids, hidden, mask_pixel_values, always=criterion is not None and _several_processes()
             )
         result = PerceptioCausalLMOutputWithPast(
+            **{name: value for name, value in outputs.items() if name in _OUTPUT_FIELDS},
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-            last_hidden_state=hidden,
             mask_logits=mask_logits,
             mask_scores=mask_scores,
         )
@@ -327,6 +351,17 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
 
     def _no_masks(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.zeros(0, *self.mask_size, device=device), torch.zeros(0, device=device)
+
+
+def picture_features(outputs) -> torch.Tensor | None:
+    """(tiles, places, hidden) of the pictures as the language model reads them; None where there is none.
+
+    Args:
+        outputs: of `forward`, InternVL's or its body's, with whatever version of transformers.
+    """
+    if "image_outputs" in type(outputs).__dataclass_fields__:
+        return None if outputs.image_outputs is None else outputs.image_outputs.pooler_output  # transformers >= 5.24
+    return outputs.image_hidden_states
 
 
 def _several_processes() -> bool:

@@ -1,7 +1,7 @@
 """Lets a saved folder carry its own code, so that `trust_remote_code=True` loads it where this package is absent.
 
 transformers copies only one flat folder of files; this package has several. `write_code` therefore writes the files
-itself, with their relative imports made flat, and fills the `auto_map` that transformers reads.
+itself, with the imports among them made flat, and fills the `auto_map` that transformers reads.
 """
 
 import os
@@ -13,17 +13,20 @@ _CODEC_FILES = (
     "modeling/configuration_depth_vqvae.py",
     "modeling/modeling_depth_vqvae.py",
     "modeling/placement.py",
+    "modeling/precision.py",
     "modeling/remote_code.py",
 )
 _FILES = (
     *_CODEC_FILES,
     "tokens.py",
+    "modeling/attachments.py",
     "modeling/configuration_perceptio.py",
     "modeling/generation_perceptio.py",
     "modeling/grammar_state.py",
     "modeling/mask_prediction.py",
     "modeling/modeling_perceptio.py",
     "modeling/score_trace.py",
+    "modeling/shards.py",
     "modeling/span_cache.py",
     "modeling/span_decoding.py",
     "modeling/span_grammar.py",
@@ -33,7 +36,11 @@ _FILES = (
     "modeling/spatial_recorder.py",
     "modeling/spatial_request.py",
     "modeling/token_choice.py",
+    "processing/messages.py",
+    "processing/phrases.py",
+    "processing/picture_sources.py",
     "processing/pictures.py",
+    "processing/plain_text.py",
     "processing/processing_perceptio.py",
 )
 _MODEL = "modeling_perceptio.PerceptioForConditionalGeneration"
@@ -50,12 +57,12 @@ _AUTO_MAPS = {
     },
     "PerceptioProcessor": {"AutoProcessor": "processing_perceptio.PerceptioProcessor"},
 }
-_RELATIVE_IMPORT = re.compile(r"^(\s*from )\.+(?:\w+\.)?(\w+ import )", re.MULTILINE)
+_OWN_IMPORT = re.compile(r"^(\s*from )(?:\.|perceptio_hf\.(?:\w+\.)?)(\w+ import )", re.MULTILINE)
 
 
 def flatten_imports(source: str) -> str:
-    """Rewrite every relative import of this package to a single dot: all files travel in one folder."""
-    return _RELATIVE_IMPORT.sub(r"\1.\2", source)
+    """Rewrite every import of this package to a single dot: all files travel in one folder."""
+    return _OWN_IMPORT.sub(r"\1.\2", source)
 
 
 def write_code(saved: Any, folder: str | os.PathLike) -> None:

@@ -3,7 +3,7 @@
 import torch
 from transformers import LogitsProcessor
 
-from ..tokens import SpatialVocabulary
+from perceptio_hf.tokens import SpatialVocabulary
 
 SPATIAL_MODES = ("auto", "none", "seg", "depth", "seg+depth")
 

@@ -23,8 +23,8 @@ logger = logging.get_logger(__name__)
 
 SPATIAL_DECODINGS = ("parallel", "sequential")
 
-# Places of all rows that one pass may guess. A GPU reads the weights once for them all and has arithmetic to spare; on
-# a CPU every place costs (docs/generation.md has the measurements).
+# Places of all rows that one pass may guess. A GPU reads the weights once for all of them and has arithmetic to spare;
+# on a CPU every place costs (docs/generation.md has the measurements).
 _PLACES = {"cpu": 24}
 _PLACES_ELSEWHERE = 4096
 
@@ -140,7 +140,7 @@ class SpatialLoop:
             sample=bool(config.do_sample),
             rows=len(input_ids),
             steps=request.new_tokens,
-            spans=int(max((row.num_pictures for row in request.rows), default=0)) + 1,
+            spans=max(request.spans_allowed, default=0) + 1,
             code_shape=(request.words.num_depth_tokens, len(request.words.codes)),
             device=device,
         )

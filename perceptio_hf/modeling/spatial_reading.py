@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
-from ..tokens import SpatialSequence, read_sequence
+from perceptio_hf.tokens import SpatialSequence, read_sequence
+
 from .spatial_output import SpatialOutput
 from .spatial_recorder import ReplayedStates, StateReader
 
@@ -73,7 +74,6 @@ class SpatialReadingMixin:
         copies = sequences.shape[0] // len(counts)
         pictures = [counts[row // copies] for row in range(sequences.shape[0])]
         parsed = [read_sequence(ids, words, prompt_length) for ids in sequences.tolist()]
-        parsed = [line if shown else _without_pictures(line) for line, shown in zip(parsed, pictures, strict=True)]
         if states is None:
             states = self._replay(sequences, [row for row, line in enumerate(parsed) if _is_busy(line)], prompts)
         first_picture = [sum(counts[: row // copies]) for row in range(sequences.shape[0])]
@@ -167,10 +167,3 @@ class SpatialReadingMixin:
 
 def _is_busy(line: SpatialSequence) -> bool:
     return bool(line.segs or line.spans)
-
-
-def _without_pictures(line: SpatialSequence) -> SpatialSequence:
-    """A row that shows no picture has neither masks nor depth; what it says of them is broken."""
-    return SpatialSequence(
-        **{**vars(line), "segs": (), "spans": (), "well_formed": line.well_formed and not _is_busy(line)}
-    )

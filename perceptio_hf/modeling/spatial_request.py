@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from ..tokens import SpatialSequence, SpatialVocabulary, read_sequence
+from perceptio_hf.tokens import SpatialSequence, SpatialVocabulary, read_sequence
+
 from .grammar_state import GrammarState
 from .span_grammar import SpanGrammar, required_new_tokens
 
@@ -94,6 +95,12 @@ class SpatialRequest:
                 f"{needed + _DEFAULT_ANSWER_TOKENS} or so."
             )
 
+    @property
+    def spans_allowed(self) -> list[int]:
+        """Of each row: forced spans go through the pictures shown last; a free response may speak of any of them."""
+        free = self.spatial == "auto"
+        return [row.pictures_shown if free else row.num_pictures for row in self.rows]
+
     def grammar(self) -> SpanGrammar:
         """The grammar of this request."""
         rows = self.rows
@@ -102,13 +109,13 @@ class SpatialRequest:
             spatial=self.spatial,
             prompt_length=self.prompt_length,
             max_length=self.prompt_length + self.new_tokens,
-            num_pictures=torch.tensor([row.num_pictures for row in rows] or [0]),
+            num_pictures=torch.tensor(self.spans_allowed or [0]),
             open_codes=torch.tensor([-1 if row.open_codes is None else row.open_codes for row in rows] or [-1]),
         )
 
     def state(self, rows: int, device: torch.device) -> GrammarState:
         """The same grammar as state on the device, for `rows` rows: the prompts, each repeated as often as asked."""
-        pictures = self._spread([row.num_pictures for row in self.rows] or [0], rows).to(device)
+        pictures = self._spread(self.spans_allowed or [0], rows).to(device)
         in_span = self._spread([row.open_codes is not None for row in self.rows] or [False], rows).to(device)
         return GrammarState(self.words, self.spatial, pictures, in_span)
 
@@ -138,7 +145,7 @@ def _new_token_limit(
         return config.max_new_tokens
     length = config.max_length if length is None else length
     if length is None or (length == 20 and kwargs.get("max_length") is None):  # 20: the default of older versions
-        pictures = max((row.num_pictures for row in rows), default=0)
+        pictures = max((row.pictures_shown for row in rows), default=0)
         return pictures * (words.span_length + 1) + _DEFAULT_ANSWER_TOKENS
     return length - prompt_length
 

@@ -1,1 +1,4 @@
-"""From pictures and words to tensors, and from generated tokens to masks, depth maps and answers."""
+"""Pictures and conversations in, answers out.
+
+Imports `tokens`, `modeling` and itself: its files travel with checkpoints.
+"""

@@ -1,6 +1,6 @@
 """Checkpoints of a training that are whole or not there, and that resume with the weights they hold."""
 
-import json
+import logging
 import os
 import re
 import shutil
@@ -13,22 +13,37 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from perceptio_hf.files import swap_in
+
+from .checkpoint_files import fault_of, write_record
+
+_logger = logging.getLogger(__name__)
 STAGING = ".saving"  # folder in output_dir where a checkpoint grows until it is complete
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint of the highest step that is complete: its trainer state, which is written last, can be read."""
+def last_checkpoint(folder: str | Path, *, quiet: bool = False) -> Path | None:
+    """The checkpoint of the highest step whose files are all as they were written (`checkpoint_files`).
+
+    Damaged or incomplete ones of higher steps are named in a warning, unless `quiet`.
+    """
+    passed_over = []
+    for checkpoint in _checkpoints(folder):
+        fault = fault_of(checkpoint)
+        if fault is None:
+            if passed_over and not quiet:
+                _logger.warning("%s; taking %s, the one before.", "; ".join(passed_over), checkpoint.name)
+            return checkpoint
+        passed_over.append(f"{checkpoint} cannot be used: {fault}")
+    if passed_over and not quiet:
+        _logger.warning("%s; there is none before it.", "; ".join(passed_over))
+    return None
+
+
+def _checkpoints(folder: str | Path) -> list[Path]:
+    """Of the highest step first."""
     found = {int(match[1]): path for path in Path(folder).glob("*") if (match := _CHECKPOINT.fullmatch(path.name))}
-    return next((found[step] for step in sorted(found, reverse=True) if _is_complete(found[step])), None)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(state, dict) and "global_step" in state
+    return [found[step] for step in sorted(found, reverse=True)]
 
 
 class WholeCheckpoints(Trainer):
@@ -53,6 +68,9 @@ class WholeCheckpoints(Trainer):
             finally:
                 self._is_saving = False
             self._name_best_checkpoint(folder / STAGING / name, folder / name)
+            self.accelerator.wait_for_everyone()  # every process writes a part
+            if self.args.should_save:
+                write_record(folder / STAGING / name)
         if self.args.should_save:
             rotate_checkpoints(
                 output_dir=str(folder),
@@ -70,7 +88,7 @@ class WholeCheckpoints(Trainer):
             yield
             self.accelerator.wait_for_everyone()  # every process writes a part
             if self.args.should_save:
-                _move(staging / name, staging.parent / name)
+                swap_in(staging / name, staging.parent / name, staging / "replaced")
         except (OSError, SafetensorError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             raise OSError(_saving_failed(staging.parent, name, error)) from error
         finally:
@@ -100,6 +118,24 @@ class WholeCheckpoints(Trainer):
         with self._staged(staging, folder.name):
             self.save_model(str(staging / folder.name))
         return folder
+
+    def prepare_to_resume(self, checkpoint: Path) -> None:
+        """Check the files of a checkpoint; damaged ones of later steps become `damaged-...`, since they would count
+        among those that `save_total_limit` keeps.
+
+        Raises:
+            ValueError: naming what is wrong with a file.
+        """
+        fault = fault_of(checkpoint)
+        if fault is not None:
+            raise ValueError(f"{checkpoint} cannot be used: {fault}. Resume from another checkpoint, or begin anew.")
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save and checkpoint.resolve().parent == Path(self.args.output_dir).resolve():
+            known = [path.resolve() for path in _checkpoints(self.args.output_dir)]
+            for later in known[: known.index(checkpoint.resolve())]:
+                if fault_of(later) is not None:
+                    swap_in(later, later.with_name(f"damaged-{later.name}"), later.with_name(STAGING))
+        self.accelerator.wait_for_everyone()
 
     def _name_best_checkpoint(self, written: Path, final: Path) -> None:
         """Where this checkpoint is the best so far, transformers has noted the place where it was written."""
@@ -133,18 +169,15 @@ class WholeCheckpoints(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(self.model, PreTrainedModel):
             super()._load_best_model()
             return
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-
-def _move(written: Path, final: Path) -> None:
-    """Rename a folder into its place; what stands there already is kept until the last moment."""
-    if final.exists():
-        os.replace(final, written.with_name("replaced"))
-    os.replace(written, final)
+        best = Path(self.state.best_model_checkpoint)
+        fault = fault_of(best)
+        if fault is not None:
+            raise ValueError(f"{best}, the best checkpoint, cannot be used: {fault}.")
+        self._load_from_checkpoint(str(best))
 
 
 def _saving_failed(folder: Path, name: str, error: Exception) -> str:
-    last = last_checkpoint(folder)
+    last = last_checkpoint(folder, quiet=True)
     rest = (
         f"{last} is complete; make room and resume from it."
         if last

@@ -13,11 +13,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import get_worker_info
 
-from ..data.depth_maps import DepthMap
-from ..data.samples import REASONS, LoadedSample, SampleError, load_sample, name_of
-from ..modeling.modeling_depth_vqvae import prepare_depth
-from ..processing.processing_perceptio import PerceptioProcessor
-from .conversations import IGNORED_LABEL, ConversationEncoder
+from perceptio_hf.data.depth_maps import DepthMap
+from perceptio_hf.data.form import REASONS, SampleError
+from perceptio_hf.data.samples import LoadedSample, load_sample, name_of
+from perceptio_hf.modeling.modeling_depth_vqvae import prepare_depth
+from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
+
+from .conversations import ConversationEncoder
+from .losses import IGNORED_LABEL
 
 _logger = logging.getLogger(__name__)
 _LOGGED = 20  # skipped samples that each process describes; all are counted
@@ -130,6 +133,8 @@ class PerceptioDataCollator:
         try:
             ids, labels = self.conversations.encode(loaded.messages, tiles)
             self._check_length(len(ids))
+            if len(loaded.pictures) > 1:  # one picture is all there is to speak of
+                self.conversations.check_pictures(ids, loaded.mask_pictures, loaded.depth_pictures)
             depth_targets, depth_valid = self._depth(loaded.depths)
         except SampleError as error:
             raise SampleError(f"Sample {name_of(sample, position)}: {error}", error.reason) from None

@@ -2,14 +2,16 @@
 
 import math
 import warnings
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import Field, dataclass, field, make_dataclass
 
 import torch
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
-from .losses import LossWeights
+from perceptio_hf.training.losses.words import TOKEN_OVER, check_over
+
+from .losses import PARTS, LossPart, LossWeights
 
 ON_ERROR = ("raise", "skip")
 
@@ -32,8 +34,16 @@ _WITHOUT_EFFECT: dict[str, tuple[tuple, str]] = {
 }
 
 
+def _weight(part: LossPart) -> tuple[str, type, Field]:
+    help_text = f"Weight of {part.name}: {part.meaning}."
+    return f"{part.name}_weight", float, field(default=part.weight, metadata={"help": help_text})
+
+
+_PartWeights = make_dataclass("_PartWeights", map(_weight, PARTS.values()))
+
+
 @dataclass
-class PerceptioSFTConfig(SFTConfig):
+class PerceptioSFTConfig(_PartWeights, SFTConfig):
     """TRL's `SFTConfig`, the weights of the composite loss, and what is trained.
 
     Other defaults than SFTConfig's: `max_length` None; no row is ever cut here, which would lose picture tokens or the
@@ -42,7 +52,9 @@ class PerceptioSFTConfig(SFTConfig):
 
     Args:
         text_weight, marker_weight, token_weight, count_weight, reconstruction_weight, mask_bce_weight,
-            mask_dice_weight, mask_score_weight: weights of the parts of the loss, 0 or more; 0 switches one off.
+            mask_dice_weight, mask_score_weight: weights of the parts of the loss, 0 or more; 0 switches one off. There
+            is one for each part in `perceptio_hf.training.losses.PARTS`.
+        token_over: what the token loss is taken over, "codes" or "vocabulary", see `token_loss`.
         count_beta: relative error up to which the count loss is a parabola, above 0. At torch's 1 hardly anything keeps
             a span's probability on codes: without the grammar, spans then break.
         gradient_weight: of the gradient-matching term inside the reconstruction loss.
@@ -70,33 +82,15 @@ class PerceptioSFTConfig(SFTConfig):
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Whether to drop the columns that are not those of a sample."}
     )
-    text_weight: float = field(
-        default=LossWeights.text, metadata={"help": "Weight of the cross-entropy of words, [SEG] included."}
-    )
-    marker_weight: float = field(
-        default=LossWeights.marker, metadata={"help": "Weight of the cross-entropy of depth markers."}
-    )
-    token_weight: float = field(
-        default=LossWeights.token, metadata={"help": "Weight of the cross-entropy of depth codes among all codes."}
-    )
-    count_weight: float = field(
-        default=LossWeights.count, metadata={"help": "Weight of the error of the expected number of depth codes."}
+    token_over: str = field(
+        default=LossWeights.token_over,
+        metadata={"help": "What the token loss is taken over: codes or vocabulary.", "choices": list(TOKEN_OVER)},
     )
     count_beta: float = field(
         default=0.001, metadata={"help": "Relative error up to which the count loss is a parabola."}
     )
-    reconstruction_weight: float = field(
-        default=LossWeights.reconstruction, metadata={"help": "Weight of the error of the soft-merged depth map."}
-    )
     gradient_weight: float = field(
         default=LossWeights.gradient, metadata={"help": "Weight of gradient matching inside the reconstruction loss."}
-    )
-    mask_bce_weight: float = field(
-        default=LossWeights.mask_bce, metadata={"help": "Weight of the binary cross-entropy of masks."}
-    )
-    mask_dice_weight: float = field(default=LossWeights.mask_dice, metadata={"help": "Weight of Dice of masks."})
-    mask_score_weight: float = field(
-        default=LossWeights.mask_score, metadata={"help": "Weight of the error of the predicted IoU of masks."}
     )
     merge_temperature: float = field(
         default=LossWeights.temperature, metadata={"help": "Temperature of soft-merge; towards 0 it decodes hard."}
@@ -116,17 +110,6 @@ class PerceptioSFTConfig(SFTConfig):
     )
     plot_losses: bool = field(default=True, metadata={"help": "Draw losses.png into output_dir at the end."})
 
-    _PARTS: ClassVar = (
-        "text",
-        "marker",
-        "token",
-        "count",
-        "reconstruction",
-        "mask_bce",
-        "mask_dice",
-        "mask_score",
-    )
-
     def __post_init__(self):
         self._check()
         if not torch.accelerator.is_available():
@@ -135,6 +118,7 @@ class PerceptioSFTConfig(SFTConfig):
             warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
             super().__post_init__()
         self._keep_batches_whole()
+        self._check_reports()
 
     def _keep_batches_whole(self) -> None:
         """For a stream accelerate would dispatch batches from one process, cutting every tensor at the number of rows;
@@ -146,13 +130,36 @@ class PerceptioSFTConfig(SFTConfig):
             )
         self.accelerator_config.dispatch_batches = False
 
+    def _check_reports(self) -> None:
+        """transformers finds out after the model has been loaded, in a traceback."""
+        available = get_available_reporting_integrations()
+        untold = {"flyte", "azure_ml"}  # transformers does not tell whether these are there
+        lacking = [name for name in self.report_to if name in {*INTEGRATION_TO_CALLBACK} - {*available} - untold]
+        if lacking:
+            raise ValueError(
+                f"report_to names {lacking[0]}, which is not installed: pip install {lacking[0]}, or leave it out."
+            )
+        unknown = [name for name in self.report_to if name not in INTEGRATION_TO_CALLBACK]
+        if unknown:
+            raise ValueError(
+                f"report_to names {unknown[0]!r}; known are {', '.join(sorted(INTEGRATION_TO_CALLBACK))}, or none."
+            )
+
     def loss_weights(self) -> LossWeights:
         """The weights of the composite loss, checked."""
-        parts = {name: getattr(self, f"{name}_weight") for name in (*self._PARTS, "gradient")}
-        return LossWeights(**parts, count_beta=self.count_beta, temperature=self.merge_temperature)
+        parts = {name: getattr(self, f"{name}_weight") for name in (*PARTS, "gradient")}
+        return LossWeights(
+            **parts, token_over=self.token_over, count_beta=self.count_beta, temperature=self.merge_temperature
+        )
+
+    @property
+    def _checkpoints_activations(self) -> bool:
+        """By the newer of transformers' two names where that was set."""
+        newer = getattr(self, "activation_checkpointing", None)
+        return self.gradient_checkpointing if newer is None else newer
 
     def _check(self) -> None:
-        for name in (*self._PARTS, "gradient"):
+        for name in (*PARTS, "gradient"):
             value = getattr(self, f"{name}_weight")
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}_weight is {value}; a weight of the loss is a finite number of 0 or more.")
@@ -160,7 +167,7 @@ class PerceptioSFTConfig(SFTConfig):
             raise ValueError(f"look_weight is {self.look_weight}; it must be a finite number of 0 or more.")
         if self.look_weight and self.look_heads < 1:
             raise ValueError(f"look_heads is {self.look_heads}; at least one head can be taught where to look.")
-        if self.look_weight and self.gradient_checkpointing:
+        if self.look_weight and self._checkpoints_activations:
             raise ValueError(
                 "look_weight needs attention weights, which gradient checkpointing throws away: set "
                 "gradient_checkpointing: false, or leave look_weight out."
@@ -169,13 +176,14 @@ class PerceptioSFTConfig(SFTConfig):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value}; it must be a finite number above 0.")
-        if not any(getattr(self, f"{name}_weight") for name in self._PARTS):
+        if not any(getattr(self, f"{name}_weight") for name in PARTS):
             raise ValueError("This trains nothing: all weights of the loss are 0. Set one, e.g. text_weight: 1.")
         if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
             raise ValueError(
                 f"This trains nothing: max_steps is {self.max_steps} and num_train_epochs {self.num_train_epochs}. "
                 "Set max_steps to 1 or more, or leave it out and set num_train_epochs."
             )
+        check_over(self.token_over)
         if self.on_error not in ON_ERROR:
             raise ValueError(f"on_error is {self.on_error!r}; choose one of {', '.join(ON_ERROR)}.")
         if self.push_to_hub and HubStrategy(self.hub_strategy) in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):

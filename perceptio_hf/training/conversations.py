@@ -3,10 +3,13 @@
 import re
 from collections.abc import Sequence
 
-from ..data.samples import SampleError
-from ..processing.processing_perceptio import PerceptioProcessor
+from perceptio_hf.data.form import SampleError
+from perceptio_hf.processing.messages import words_of
+from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
+from perceptio_hf.tokens import SpatialVocabulary, read_sequence
 
-IGNORED_LABEL = -100
+from .losses import IGNORED_LABEL
+
 # Two characters without a meaning mark the assistant's words in the rendered text, whatever the chat template is.
 _BEGIN, _END = "\U000f5e60", "\U000f5e61"
 _MARKED = re.compile(f"{_BEGIN}(.*?){_END}", re.DOTALL)
@@ -37,6 +40,38 @@ class ConversationEncoder:
             raise ValueError(
                 "This tokenizer reads words differently after a special token than inside a text (a prefix space?); "
                 "set its pre-tokenizer's prepend_scheme to 'first'."
+            )
+
+        self._vocabulary = self._spatial_vocabulary()
+
+    def _spatial_vocabulary(self) -> SpatialVocabulary:
+        """What the model reads, which the processor knows as well."""
+        ids, pieces = self.processor.spatial_token_ids(), self.processor.picture_mark_token_ids()
+        return SpatialVocabulary(
+            seg=ids["seg_token_id"],
+            depth_start=ids["depth_start_token_id"],
+            depth_end=ids["depth_end_token_id"],
+            codes=tuple(ids["depth_token_ids"]),
+            num_depth_tokens=self.processor.num_depth_tokens,
+            image=self.processor.image_token_id,
+            turn_ends=frozenset([self.turn_end_id]),
+            mark_pieces={token: piece for piece, tokens in pieces.items() for token in tokens},
+        )
+
+    def check_pictures(self, ids: Sequence[int], mask_pictures: Sequence[int], depth_pictures: Sequence[int]) -> None:
+        """Whether the token ids of a conversation speak of the pictures that its words speak of.
+
+        Raises:
+            SampleError: where the tokenizer spells a mark ``Image-k:`` so that a model would not find it.
+        """
+        read = read_sequence(ids, self._vocabulary)
+        found = [seg.picture for seg in read.segs], [span.picture for span in read.spans]
+        if found != (list(mask_pictures), list(depth_pictures)):
+            raise SampleError(
+                f"its [SEG] and depth spans speak of pictures {list(mask_pictures)} and {list(depth_pictures)}, as "
+                f"token ids of {found[0]} and {found[1]}: this tokenizer joins a mark with what stands beside it. "
+                "Write marks at the beginning of the response or of a line, or after a space, and a space behind them.",
+                "picture",
             )
 
     def _first_special(self, text: str) -> tuple[str, int]:
@@ -75,8 +110,8 @@ class ConversationEncoder:
 
     def _render(self, messages: Sequence[dict]) -> list[str]:
         """The rendered text, cut into pieces: context, words of the assistant, context, words, ..., context."""
-        marked = [_mark(message) if message["role"] == "assistant" else message for message in messages]
         try:
+            marked = [_mark(message) if message["role"] == "assistant" else message for message in messages]
             text = self.processor.apply_chat_template(marked, tokenize=False)
         except ValueError as error:
             raise SampleError(str(error)) from None
@@ -93,8 +128,8 @@ class ConversationEncoder:
         places = sum(piece.count(self.processor.image_token) for piece in context)
         if places != len(tiles):
             raise SampleError(
-                f"the rendered conversation has {places} places for {len(tiles)} pictures; words must not contain "
-                f"{self.processor.image_token}, and the chat template must write one for each picture."
+                f"the rendered conversation has {places} places ({self.processor.image_token}) for {len(tiles)} "
+                "pictures; the messages and the chat template must have one for each."
             )
         numbers = iter(range(len(tiles)))
         pattern = re.compile(re.escape(self.processor.image_token))
@@ -110,12 +145,8 @@ class ConversationEncoder:
         bos = self.tokenizer.bos_token
         first = self.tokenizer(pieces[0], add_special_tokens=not (bos and pieces[0].startswith(bos)))["input_ids"]
         rest = self.tokenizer([self.turn_end + piece for piece in pieces[1:]], add_special_tokens=False)["input_ids"]
-        if any(self.processor.image_token_id in tokens for tokens in rest[::2]):
-            raise SampleError(f"the assistant's words contain {self.processor.image_token}; take it out.")
         return [list(first), *(list(tokens[1:]) for tokens in rest)]
 
 
 def _mark(message: dict) -> dict:
-    content = message["content"]
-    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
-    return {**message, "content": [{"type": "text", "text": _BEGIN + text + _END}]}
+    return {**message, "content": _BEGIN + "".join(words_of(message, "The assistant's turn")) + _END}

@@ -10,18 +10,20 @@ makes a plain Perceptio of both.
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from perceptio_hf.extras import missing
+from perceptio_hf.files import new_folder
+
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-    from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
-    from ..processing.processing_perceptio import PerceptioProcessor
+    from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
+    from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 
 _BLOCKS = "model.language_model.layers"
 MODULES_TO_SAVE = ("seg_projector", "mask_decoder")
@@ -87,25 +89,20 @@ def save_merged(model: "PeftModel", processor: "PerceptioProcessor", folder: str
     """Merge the adapters into the model and save it as a checkpoint that needs no PEFT; `model` is used up.
 
     Raises:
+        ValueError: for a folder that exists and holds something else than a saved model.
         OSError: if it cannot be saved; the folder appears, or is replaced, when it is complete.
     """
-    folder = Path(folder)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        model.merge_and_unload().save_pretrained(partial)
-        processor.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
+    with new_folder(folder, overwrite=True) as fresh:
+        model.merge_and_unload().save_pretrained(fresh)
+        processor.save_pretrained(fresh)
+    return Path(folder)
 
 
 def _import_peft() -> "type[LoraConfig]":
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ImportError("LoRA needs the `peft` library: pip install 'perceptio-hf[train]'.") from error
+        raise missing(error, "LoRA") from error
     return LoraConfig
 
 

@@ -10,43 +10,28 @@ A recipe holds the settings of `PerceptioSFTConfig` and those of `RecipeArgument
         scenes: 2000
         weight: 2
       - samples: data/rooms         # a folder with samples.jsonl, a .jsonl file, or a data set saved to disk
+      - llava: data/llava.json      # conversations in LLaVA's form
+        images: data/coco           # the folder in which its pictures lie
       - depth_folder: data/depth    # pictures with depth maps beside them
         unit: mm
         leave_out_every: 5          # all but the 5th, 10th, ... sample; `take_every: 5` takes just these
         variants: 24                # and 24 of each, see `perceptio_hf.data.variants.with_variants`
 """
 
-import difflib
-import inspect
-import types
 import typing
-from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from trl import TrlParser
 
-from ..data.mixture import mix_tasks
-from ..data.sources import depth_folder, load_samples
-from ..data.variants import with_variants
-from ..data.world_samples import world_dataset
-from ..files import read_yaml
-from .config import PerceptioSFTConfig
+from perceptio_hf.data.keys import check_keys, check_value
+from perceptio_hf.data.mixture import mix_tasks
+from perceptio_hf.data.tasks import SOURCES, load_tasks
+from perceptio_hf.files import read_yaml
 
-# The key that says where a task's samples come from -> what reads them; its other arguments are further keys.
-SOURCES: dict[str, Callable] = {"world": world_dataset, "samples": load_samples, "depth_folder": depth_folder}
-_TASK_KEYS = ("name", "weight", "take_every", "leave_out_every", "variants")
-_EXPECTED = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    list: "a list",
-    dict: "keys and values",
-}
+from .config import PerceptioSFTConfig
 
 
 @dataclass
@@ -144,7 +129,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     check_keys(values, [*actions, "env"], str(path))
     for key, value in values.items():
         if key in actions:
-            _check_value(f"{path}: {key}", value, hints[key], actions[key].type)
+            check_value(f"{path}: {key}", value, hints[key], actions[key].type)
     options = [_key_of(option) for option in overrides if option.startswith("--")]
     check_keys(options, actions, "The command line")
     read = parser.parse_args_and_config(["--config", str(path), *overrides])
@@ -155,118 +140,6 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def _key_of(option: str) -> str:
     """The key that an option such as --no_plot-losses or --max_steps=10 sets."""
     return option[2:].partition("=")[0].replace("-", "_").removeprefix("no_")
-
-
-def check_keys(keys: Iterable[str], known: Iterable[str], place: str) -> None:
-    """Raise ValueError for a key that is not known, with those that look like it."""
-    known = list(known)
-    for key in keys:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=3, cutoff=0.6)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(sorted(known)[:20])}."
-            raise ValueError(f"{place}: unknown key {key!r}; {hint}")
-
-
-def _check_value(place: str, value: Any, hint: Any, convert: Callable | None = None) -> None:
-    """Raise ValueError unless `value` is of a type that `hint` allows. Texts may be what `convert` reads, as argparse
-    would: YAML reads 1e-4 as a text."""
-    allowed = _plain_types(hint)
-    if not allowed or type(value) in allowed or (float in allowed and type(value) is int):
-        return
-    if isinstance(value, str) and convert is not None and not {list, dict} & allowed:
-        try:
-            convert(value)
-            return
-        except (ValueError, TypeError, ArgumentTypeError):
-            pass
-    expected = " or ".join(text for kind, text in _EXPECTED.items() if kind in allowed)
-    raise ValueError(f"{place} must be {expected}, got {value!r}.")
-
-
-def _plain_types(hint: Any) -> set[type]:
-    """The types of YAML values that a type hint allows; none where anything goes."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        parts = [_plain_types(part) for part in typing.get_args(hint)]
-        return set().union(*parts) if all(parts) else set()
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return {str}
-    if origin in (list, dict):
-        return {origin}
-    if origin in (Sequence, tuple):
-        return {list}
-    return {hint} if hint in (*_EXPECTED, type(None)) else set()
-
-
-def load_tasks(
-    tasks: Sequence[Mapping[str, Any]], data_folder: str | None = None
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """The data sets of a recipe's tasks, and their weights, by name.
-
-    Args:
-        data_folder: where the tasks' places lie, unless they are absolute.
-
-    Raises:
-        ValueError: for a task without a source, with two, with unknown keys, or with the name of another.
-    """
-    datasets, weights = {}, {}
-    for number, task in enumerate(tasks, 1):
-        place = f"Task {number}"
-        if not isinstance(task, Mapping) or sum(key in SOURCES for key in task) != 1:
-            raise ValueError(f"{place} is {task!r}; it needs one of the keys {', '.join(SOURCES)}.")
-        kind = next(key for key in SOURCES if key in task)
-        name = str(task.get("name", task[kind] if kind == "world" else Path(str(task[kind])).stem))
-        if name in datasets:
-            raise ValueError(f"{place} has the name {name!r} of an earlier one; give it another `name`.")
-        weight = task.get("weight", 1.0)
-        _check_value(f"{place} ({name}): weight", weight, float)
-        dataset = _load_task(task, kind, f"{place} ({name})", data_folder)
-        dataset = _part_of(dataset, task, f"{place} ({name})")
-        datasets[name], weights[name] = _varied(dataset, task, f"{place} ({name})"), float(weight)
-    return datasets, weights
-
-
-def _load_task(task: Mapping[str, Any], kind: str, place: str, data_folder: str | None):
-    known = dict(list(inspect.signature(SOURCES[kind]).parameters.items())[1:])  # the first is the source itself
-    check_keys((key for key in task if key != kind), [*known, *_TASK_KEYS], place)
-    _check_value(f"{place}: {kind}", task[kind], str)
-    given = {key: value for key, value in task.items() if key in known}
-    for key, value in given.items():
-        _check_value(f"{place}: {key}", value, known[key].annotation)
-    missing = [name for name, option in known.items() if option.default is option.empty and name not in given]
-    if missing:
-        raise ValueError(f"{place} lacks {', '.join(missing)}.")
-    is_place = kind != "world" and data_folder is not None
-    return SOURCES[kind](str(Path(data_folder).expanduser() / task[kind]) if is_place else task[kind], **given)
-
-
-def _part_of(dataset, task: Mapping[str, Any], place: str):
-    """Every n-th sample (`take_every: n`) or all the others (`leave_out_every: n`): a fixed set to train on, and one to
-    measure on."""
-    asked = {key: task[key] for key in ("take_every", "leave_out_every") if key in task}
-    if not asked:
-        return dataset
-    if len(asked) == 2 or not hasattr(dataset, "select"):
-        raise ValueError(
-            f"{place}: take_every and leave_out_every are for one of two parts of a set that is no stream."
-        )
-    (key, step), size = next(iter(asked.items())), len(dataset)
-    if isinstance(step, bool) or not isinstance(step, int) or not 2 <= step <= size:
-        raise ValueError(
-            f"{place}: {key} is {step!r}; expected a whole number from 2 to {size}, the number of samples."
-        )
-    return dataset.select([index for index in range(size) if (index % step == step - 1) == (key == "take_every")])
-
-
-def _varied(dataset, task: Mapping[str, Any], place: str):
-    if "variants" not in task:
-        return dataset
-    if not hasattr(dataset, "select"):
-        raise ValueError(f"{place}: variants are made of a set that is no stream.")
-    try:
-        return with_variants(dataset, task["variants"])
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
 
 
 def training_set(arguments: RecipeArguments):

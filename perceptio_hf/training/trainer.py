@@ -3,32 +3,35 @@
 import copy
 import logging
 import math
+import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import SFTTrainer
 
-from ..data.rows import as_rows
-from ..data.samples import REASONS
-from ..modeling.modeling_perceptio import PerceptioForConditionalGeneration
-from ..processing.processing_perceptio import PerceptioProcessor
+from perceptio_hf.data.form import REASONS
+from perceptio_hf.data.rows import as_rows
+from perceptio_hf.files import in_use
+from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
+from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
+from perceptio_hf.training.attention.targets import LOOKS, look_layer, looking_parts, places_to_look
+from perceptio_hf.training.losses.labels import LossCounts, loss_counts, read_labels
+from perceptio_hf.training.losses.meter import PartMeter
+
 from . import fsdp
 from .checkpoints import WholeCheckpoints, last_checkpoint
 from .collator import PerceptioDataCollator
 from .config import PerceptioSFTConfig
-from .curves import draw_losses
-from .looking import LOOKS, look_layer, looking_parts, places_to_look
-from .loss_labels import LossCounts, loss_counts, read_labels
-from .losses import composite_loss
-from .meter import PartMeter
-from .trainable import check_trains, choose_trainable, zero_of
+from .logging import draw_losses
+from .losses import PARTS, composite_loss
 
 _logger = logging.getLogger(__name__)
 _TARGETS = ("labels", "mask_targets", "depth_targets", "depth_valid", "depth_given_as_codes")
@@ -66,7 +69,7 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | torch.nn.Module,
+        model: str | PreTrainedModel | nn.Module,
         args: PerceptioSFTConfig | None = None,
         data_collator: Callable[[list[dict]], dict[str, Tensor]] | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -83,6 +86,8 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         source, model = _loaded(model, args)
         init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None  # used up; SFTTrainer would say ignored
         processing_class = processing_class or PerceptioProcessor.from_pretrained(source)
+        if model.config.picture_mark_token_ids is None and isinstance(processing_class, PerceptioProcessor):
+            model.config.picture_mark_token_ids = processing_class.picture_mark_token_ids()  # older checkpoints
         self._look_layer = look_layer(model.config.text_config, args.look_layer) if args.look_weight else None
         if not is_peft_model(model):
             choose_trainable(model, args)
@@ -114,8 +119,15 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         self._codec = self._perceptio.depth_model
         if self.is_fsdp_enabled:
             self._prepare_fsdp()
-        self._meters = {"train": PartMeter(), "eval": PartMeter()}
+        self._meters = {"train": _part_meter(), "eval": _part_meter()}
         self.skipped_samples: dict[str, int] = {}  # by reason, known when `train` ends
+        self._has_learnt: bool | None = None  # from any sample, on any process; None before the first step
+
+    def _send_telemetry(self) -> None:
+        """TRL tells its makers of every training. Here it does so only where the user has set the variable to 0 (or
+        false, or no): a training asks nothing of the network by itself."""
+        if os.environ.get("HF_HUB_DISABLE_TELEMETRY", "").strip().lower() in ("0", "false", "no", "off"):
+            super()._send_telemetry()
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -144,7 +156,9 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches: int, device) -> tuple[list, LossCounts]:
         """The micro batches of the next step, and what they and those of all other processes hold together."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, self._sum_over_processes(sum(map(self._counts, batches), LossCounts()))
+        counts = self._sum_over_processes(sum(map(self._counts, batches), LossCounts()))
+        self._has_learnt = bool(self._has_learnt) or counts.responses > 0
+        return batches, counts
 
     def _get_num_items_in_batch(self, batch_samples: list, device) -> None:
         """`get_batch_samples` counts; labels alone do not tell how many spans and masks there are."""
@@ -167,7 +181,7 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
 
     def compute_loss(
         self,
-        model: torch.nn.Module,
+        model: nn.Module,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: LossCounts | None = None,
@@ -295,7 +309,7 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
             f"and weights of that part, or try a lower learning_rate{self._last_good()}"
         )
 
-    def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor | float:
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | float:
         """As ever; stops before a gradient that is not finite ruins the weights. fp16's scaler skips such steps."""
         norm = super()._clip_grad_norm(model)
         if self.accelerator.scaler is None and not math.isfinite(float(norm)):
@@ -306,7 +320,7 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         return norm
 
     def _last_good(self) -> str:
-        last = last_checkpoint(self.args.output_dir)
+        last = last_checkpoint(self.args.output_dir, quiet=True)
         return f"; {last} is the last checkpoint before it." if last else "."
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -322,9 +336,11 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         Where processes times batch does not divide the samples, accelerate fills the last batches up with samples from
         the start, which then count twice.
         """
-        self._meters["eval"] = PartMeter()
+        self._meters["eval"] = _part_meter()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._meters["eval"].means(self._reduced)
+        if not means:
+            raise ValueError("Every sample of the evaluation set was left out, so there is no loss. Mend the data set.")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         weights = vars(self._weights) | dict.fromkeys(LOOKS, self.args.look_weight)
         output.metrics[f"{metric_key_prefix}_loss"] = sum(weights[name] * means[name] for name in means)
@@ -334,18 +350,24 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         """Train; see `Trainer.train`. `True` resumes from the last complete checkpoint of `output_dir`.
 
         Raises:
-            ValueError: if there is nothing to resume from, or the loss is not finite.
+            ValueError: if there is nothing to resume from, the checkpoint is damaged, another process trains into
+                `output_dir`, every sample was left out, or the loss is not finite.
             OSError: if a checkpoint cannot be saved.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no complete checkpoint in {self.args.output_dir} to resume from.")
-        if isinstance(resume_from_checkpoint, Path):
-            resume_from_checkpoint = str(resume_from_checkpoint)
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        self._report_skipped()
-        self.draw_losses()
+        with in_use(self.args.output_dir, "training") if self.is_world_process_zero() else nullcontext():
+            if resume_from_checkpoint:
+                self.prepare_to_resume(Path(resume_from_checkpoint))
+                resume_from_checkpoint = str(resume_from_checkpoint)
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            self._report_skipped()
+            if self.skipped_samples and self._has_learnt is False:
+                parts = ", ".join(f"{count} because of their {name}" for name, count in self.skipped_samples.items())
+                raise ValueError(f"Every sample was left out ({parts}), so nothing was learnt. Mend the data set.")
+            self.draw_losses()
         return output
 
     def draw_losses(self) -> None:
@@ -363,6 +385,10 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         if self.skipped_samples:
             parts = ", ".join(f"{count} for {reason}" for reason, count in self.skipped_samples.items())
             _logger.warning("%d samples could not be used and were left out: %s.", sum(map(int, counts)), parts)
+
+
+def _part_meter() -> PartMeter:
+    return PartMeter((*PARTS.values(), *LOOKS.values()))
 
 
 def _checked_args(model, args: PerceptioSFTConfig | None) -> PerceptioSFTConfig:
@@ -392,10 +418,41 @@ def _evaluation_sets(dataset):
     return _with_columns(dataset, "evaluation")
 
 
-def _loaded(model, args: PerceptioSFTConfig) -> tuple[str, torch.nn.Module]:
+def _loaded(model, args: PerceptioSFTConfig) -> tuple[str, nn.Module]:
     """The model, and where its processor is."""
     if isinstance(model, str):
         return model, PerceptioForConditionalGeneration.from_pretrained(model, **(args.model_init_kwargs or {}))
     if args.model_init_kwargs:
         raise ValueError("model_init_kwargs are for a model given by its path; this one has been made already.")
     return model.config.name_or_path, model
+
+
+def choose_trainable(model: PerceptioForConditionalGeneration, args: PerceptioSFTConfig) -> None:
+    """Set which parameters of `model` require gradients: what `args` does not freeze."""
+    model.requires_grad_(False)
+    model.seg_projector.requires_grad_(True)
+    for frozen, modules in (
+        (args.freeze_language_model, (model.model.language_model, model.lm_head)),
+        (args.freeze_projector, (model.model.multi_modal_projector,)),
+        (args.freeze_vision_tower, (model.model.vision_tower,)),
+        (args.freeze_mask_decoder, (model.mask_model.mask_decoder,)),
+    ):
+        for module in modules:
+            module.requires_grad_(not frozen)
+    model.mask_model.mask_decoder.pred_obj_score_head.requires_grad_(False)  # speaks of objects in videos; unused
+
+
+def check_trains(model: nn.Module) -> None:
+    """ValueError if no parameter requires a gradient."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "This trains nothing: no parameter of the model requires a gradient. Freeze less, or give a peft_config."
+        )
+
+
+def zero_of(modules: list[nn.Module]) -> Tensor:
+    """A zero that depends on all their trainable parameters, so that each gets a gradient in every micro batch, with
+    and without masks. FSDP exchanges the gradients there are, and waits for ever where processes differ in them; an
+    optimizer steps where there is one, and must do so however a batch is divided."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    return sum((parameter.sum() * 0 for parameter in parameters), 0.0)

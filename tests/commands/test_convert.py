@@ -68,7 +68,7 @@ def test_options_reach_the_codec_and_json_is_one_document(tmp_path, aurora, caps
 def test_a_sam2_of_a_folder(tmp_path, capsys):
     from transformers import Sam2Model
 
-    from perceptio_hf.training.tiny_model import tiny_mask_config
+    from perceptio_hf.lab.lessons.model import tiny_mask_config
 
     model = Sam2Model(tiny_mask_config())
     model.save_pretrained(tmp_path / "source")

@@ -8,7 +8,7 @@ from PIL import Image
 
 from perceptio_hf.commands import main
 from perceptio_hf.commands.demo import choose_scene
-from perceptio_hf.data.world import DEMO_SEED
+from perceptio_hf.world import DEMO_SEED
 
 
 def test_scenes_are_held_out_and_the_same_every_time():

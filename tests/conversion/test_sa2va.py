@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from perceptio_hf import DepthVQVAE, DepthVQVAEConfig, PerceptioForConditionalGeneration, PerceptioProcessor
 from perceptio_hf.conversion.keys import ConversionReport
 from perceptio_hf.conversion.sa2va import convert_sa2va, load_sa2va
-from perceptio_hf.training.tiny_model import tiny_mask_config
+from perceptio_hf.lab.lessons.model import tiny_mask_config
 
 TOKENS = ("[SEG]", "<p>", "</p>", "<vp>", "</vp>")
 TEXTS = ["Qwen2ForCausalLM", "InternLM2ForCausalLM"]

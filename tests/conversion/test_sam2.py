@@ -11,7 +11,7 @@ from transformers import Sam2Config, Sam2Model, Sam2VideoConfig, Sam2VideoModel
 
 from perceptio_hf.conversion.keys import ConversionReport
 from perceptio_hf.conversion.sam2 import infer_config, load_sam2, sam2_from_tensors
-from perceptio_hf.training.tiny_model import tiny_mask_config
+from perceptio_hf.lab.lessons.model import tiny_mask_config
 
 # What distinguishes the published sizes, from Meta's configuration files.
 PUBLISHED = {

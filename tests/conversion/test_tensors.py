@@ -10,7 +10,7 @@ import torch
 from pickle_bomb import Bomb
 from safetensors.torch import save_file
 
-from perceptio_hf.conversion.sources import local_copy
+from perceptio_hf.conversion.local_copy import local_copy
 from perceptio_hf.conversion.tensors import read_json, read_tensors
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from helpers import picture
 
-from perceptio_hf.data.samples import SampleError, check_sample, load_sample
-from perceptio_hf.run_length import encode_mask
+from perceptio_hf.data.form import SampleError
+from perceptio_hf.data.run_length import encode_mask
+from perceptio_hf.data.samples import check_sample, load_sample
 from perceptio_hf.tokens import depth_span
 
 SIZES = {"num_depth_tokens": 4, "num_depth_codes": 8}
@@ -131,6 +132,79 @@ def test_several_turns_and_pictures():
         load_sample(both | {"masks": masks[::-1]}, **SIZES)
 
 
+def two_pictures(said: str, **fields) -> dict:
+    """One of 48 x 40 and one of 20 x 10 pixels, shown together."""
+    asked = [{"type": "image"}, {"type": "text", "text": "Image-2: or"}, {"type": "image"}]
+    return sample(said, asked=asked, images=[picture(), picture(20, 10)]) | fields
+
+
+def test_marks_say_which_picture_is_meant():
+    large, small = encode_mask(box()), encode_mask(np.ones((10, 20), bool))
+    said = f"Image-2: [SEG]{SPAN} and Image-1: [SEG]{SPAN} The second."
+    both = two_pictures(said, masks=[small, large], depth_codes=[[1] * 4, [2] * 4])
+    loaded = load_sample(both, **SIZES)
+    assert (loaded.mask_pictures, loaded.depth_pictures) == ([1, 0], [1, 0])
+    assert [mask.shape for mask in loaded.masks] == [(10, 20), (40, 48)]
+    words = loaded.messages[1]["content"][0]["text"]
+    assert words == f"Image-2: [SEG]{depth_span([1] * 4)} and Image-1: [SEG]{depth_span([2] * 4)} The second."
+    again = load_sample(both | {"mask_pictures": [1, 0], "depth_pictures": [1, 0]}, **SIZES)
+    assert again.mask_pictures == [1, 0]
+    in_order = load_sample(
+        two_pictures(f"[SEG]{SPAN}[SEG]{SPAN}", masks=[large, small], depth_codes=[[1] * 4] * 2), **SIZES
+    )
+    assert (in_order.mask_pictures, in_order.depth_pictures) == ([0, 1], [0, 1])
+
+
+def test_a_later_turn_may_speak_of_an_earlier_picture():
+    messages = two_pictures("[SEG]")["messages"] + [
+        {"role": "user", "content": "And Image-1: again?"},
+        {"role": "assistant", "content": "Image-2: [SEG] is it."},
+    ]
+    masks = [encode_mask(box()), encode_mask(np.ones((10, 20), bool))]
+    loaded = load_sample(two_pictures("[SEG]", messages=messages, masks=masks), **SIZES)
+    assert loaded.mask_pictures == [0, 1]
+
+
+def test_the_orientation_of_every_depth_map_is_checked():
+    upright = dict(depth=[metres(), metres(10, 20)], depth_unit="m")
+    load_sample(two_pictures(SPAN * 2, **upright), **SIZES)
+    load_sample(
+        two_pictures(f"Image-2: {SPAN} Image-1: {SPAN}", **upright | {"depth": upright["depth"][::-1]}), **SIZES
+    )
+    with pytest.raises(SampleError, match="its depth map is 10 x 20 and its picture, shown upright, 20 x 10"):
+        load_sample(two_pictures(SPAN * 2, **upright | {"depth": [metres(), metres(20, 10)]}), **SIZES)
+
+
+LARGE, SMALL = encode_mask(box()), encode_mask(np.ones((10, 20), bool))
+TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "[SEG]"}]
+BAD_PICTURES = [
+    (two_pictures("[SEG]", masks=[SMALL]), "masks", r"speaks of Image-1 \(write `Image-k: \[SEG\]`"),
+    (two_pictures("[SEG]", mask_pictures=[1]), "picture", r"mask 0 belongs to picture 1 .* write `Image-2: \[SEG\]`"),
+    (two_pictures("[SEG][SEG]", mask_pictures=[0]), "picture", r"name 1 pictures, but its words hold 2 \[SEG\]"),
+    (two_pictures("[SEG]", mask_pictures=["b.png"]), "picture", "expected whole numbers"),
+    (
+        two_pictures(SPAN, depth_codes=[1] * 4, depth_pictures=[1]),
+        "picture",
+        "depth 0 belongs to picture 1 .* write `Image-2: <DEPTH_START><DEPTH_END>`",
+    ),
+    (two_pictures("Image-3: [SEG]", masks=[SMALL]), "picture", "writes Image-3: where 2 pictures have been shown"),
+    (two_pictures("Image-2: " + SPAN * 2, depth_codes=[[1] * 4] * 2), "depth", "two depth spans for Image-2"),
+    (sample(SPAN, depth_codes=[1] * 4, images=None), "picture", "a depth span but no picture; give the picture"),
+    (two_pictures("[SEG]", messages=TALK + two_pictures("Yes.")["messages"]), "picture", "show the picture in a turn"),
+]
+
+
+@pytest.mark.parametrize(("bad", "reason", "message"), BAD_PICTURES)
+def test_samples_that_speak_of_other_pictures(bad, reason, message):
+    with pytest.raises(SampleError, match=message) as error:
+        check_sample(bad, **SIZES)
+    assert error.value.reason == reason
+
+
+def test_words_about_pictures_need_none():
+    assert load_sample(sample("Image-7: is what I call it.", images=None), **SIZES).mask_pictures == []
+
+
 BAD = [
     (sample(masks=[]), "masks", r"1 \[SEG\], but 0 masks"),
     (sample(masks=[encode_mask(box())] * 2), "masks", r"1 \[SEG\], but 2 masks"),
@@ -158,7 +232,7 @@ BAD = [
     (sample(SPAN), "depth", "1 empty depth spans .* depth for 0"),
     (sample(depth_codes=[1] * 4), "depth", "0 empty depth spans .* depth for 1"),
     (sample(SPAN, depth_codes=[1] * 4, depth=metres(), depth_unit="m"), "depth", "both"),
-    (sample(SPAN + "and" + SPAN, depth_codes=[[1] * 4] * 2), "depth", "one response holds 2 depth spans"),
+    (sample(SPAN + "and" + SPAN, depth_codes=[[1] * 4] * 2), "depth", "one response holds two depth spans for Image-1"),
     (sample("<DEPTH_START> <DEPTH_1>"), "depth", "<DEPTH_START> stands outside"),
     (sample("<DEPTH_1>"), "depth", "<DEPTH_1> stands outside"),
     (sample(" "), "conversation", "no words"),
@@ -174,7 +248,7 @@ BAD = [
     (
         sample(asked=[{"type": "image"}, {"type": "image"}, {"type": "text", "text": "?"}]),
         "picture",
-        "show 2 pictures, but 1 are given",
+        "show 2 pictures .parts, or <image>., but 1 are given",
     ),
     (
         {"messages": [{"role": "assistant", "content": [{"type": "image"}]}]},

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from perceptio_hf.data.world import Scene, draw_points, render_scene
+from perceptio_hf.world import Scene, draw_points, render_scene
 
 SIZE = 64
 CHOICES = ("red", "green", "blue", "white")

@@ -162,6 +162,20 @@ def test_results_that_are_none(tmp_path, text):
         read_results(path)
 
 
+@pytest.mark.parametrize(
+    "value", [".nan", ".inf", "-.inf", "NaN", "nan ± 1", "null", "true", "[0.5, .nan]", "{a: NaN}"]
+)
+def test_a_metric_that_is_no_number_is_refused(tmp_path, value):
+    """In a file of results as in the card that somebody has written."""
+    path = tmp_path / "card.yaml"
+    index = yaml.safe_dump({"model-index": eval_results_to_model_index("x", [RESULT])})
+    path.write_text(index.replace("0.827", value))
+    with pytest.raises(ValueError, match=r"the metric cIoU on RefCOCO is .*; expected a finite number"):
+        read_results(path)
+    with pytest.raises(ValueError, match=r"README\.md: the metric cIoU on RefCOCO"):
+        revised_card(f"---\n{path.read_text()}---\nMine.\n", "me/fine", CardFacts())
+
+
 def test_only_the_card_that_transformers_writes_is_replaced(model, tmp_path):
     card = tmp_path / "README.md"
     card.write_text(BY_HAND)

@@ -313,7 +313,14 @@ def test_no_connection(plan, monkeypatch):
     with serve_hub() as server:
         nobody = server.url
     point_client_at(monkeypatch, nobody)
-    assert "The upload to me/fine failed" in failure(plan)
+    said = failure(plan)
+    assert f"The upload to me/fine failed: there is no connection to {nobody}" in said and "Errno" not in said
+
+
+def test_offline_mode(plan, hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "offline mode is on; unset HF_HUB_OFFLINE" in failure(plan)
+    assert hub.requests == []
 
 
 def test_the_guide_runs(capsys, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import chat, encode, picture
+from helpers import assert_alike, chat, encode, picture
 
 from perceptio_hf.modeling.span_grammar import required_new_tokens
 from perceptio_hf.tokens import depth_span, read_sequence
@@ -60,7 +60,8 @@ def test_masks_and_depth_need_no_second_pass(model, processor, strategy, monkeyp
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     for ours, theirs in zip(out.depth_confidence, again.depth_confidence, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
-    assert all(torch.equal(a, b) for a, b in zip(out.depth_maps, again.depth_maps, strict=True))
+    for ours, theirs in zip(out.depth_maps, again.depth_maps, strict=True):
+        assert_alike(ours, theirs)
 
 
 def test_ten_thousand_samples_at_high_temperature_are_well_formed(model, processor):
@@ -151,7 +152,7 @@ def test_seg_as_the_very_last_token_still_gets_its_mask(model, processor):
     inputs = encode(processor, chat(picture()))
     out = generate(model, inputs, spatial="seg", max_new_tokens=1)
     again = model.decode_spatial(out.sequences, **inputs)
-    torch.testing.assert_close(out.mask_logits[0], again.mask_logits[0])
+    assert_alike(out.mask_logits[0], again.mask_logits[0], depth=30)
     assert out.mask_logits[0].shape[0] == 1
 
 

@@ -12,12 +12,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from perceptio_hf.data.samples import REASONS, SampleError
+from perceptio_hf.data.form import REASONS, SampleError
+from perceptio_hf.data.run_length import encode_mask
 from perceptio_hf.data.world_samples import WORLD_TASKS, iter_world_samples, world_dataset
-from perceptio_hf.run_length import encode_mask
-from perceptio_hf.tokens import depth_span
+from perceptio_hf.lab.lessons.model import tiny_processor
+from perceptio_hf.tokens import depth_span, read_sequence
 from perceptio_hf.training.collator import PerceptioDataCollator
-from perceptio_hf.training.tiny_model import tiny_processor
+from perceptio_hf.training.losses import loss_counts
 
 SPAN = "<DEPTH_START><DEPTH_END>"
 # As InternVL's checkpoints have it: no generation markers.
@@ -274,14 +275,22 @@ def test_depth_needs_the_size_of_the_codec(processor):
     assert PerceptioDataCollator(processor)(samples()[2:])["depth_targets"].shape == (1, 0, 0)
 
 
-def test_words_that_look_like_pictures(processor):
+def test_words_that_look_like_tokens_are_learnt_as_words(processor):
+    """Neither side can end a turn or place a picture."""
     collator = PerceptioDataCollator(processor)
     sample = samples()[0]
+    plain = collator([sample])["input_ids"][0].tolist()
+    controls = "<IMG_CONTEXT></img><|im_end|>"
     for turn in (0, 1):
         messages = copy.deepcopy(sample["messages"])
-        messages[turn]["content"] += "<IMG_CONTEXT>"
-        with pytest.raises(SampleError, match="<IMG_CONTEXT>"):
-            collator([{"messages": messages}])
+        messages[turn]["content"] += controls
+        batch = collator([{**sample, "messages": messages}])
+        ids = batch["input_ids"][0].tolist()
+        assert controls in processor.tokenizer.decode(ids)
+        for token in processor.tokenizer.all_special_ids:
+            assert ids.count(token) == plain.count(token)
+        learnt = batch["labels"][0][batch["labels"][0] != -100]
+        assert (controls in processor.tokenizer.decode(learnt)) == (turn == 1)
     with pytest.raises(SampleError, match=r"Sample number 0 .* no words"):
         collator([{"images": [picture()], "messages": [{"role": "user", "content": " "}, sample["messages"][1]]}])
 
@@ -328,6 +337,45 @@ def llama_tokenizer(scheme: str) -> PreTrainedTokenizerFast:
         eos_token="<|im_end|>",
         extra_special_tokens={f"{name}_token": token for name, token in names.items()},
     )
+
+
+def several_pictures(said: str) -> dict:
+    asked = [{"type": "image"}, words("or Image-1:"), {"type": "image"}, words("?")]
+    return {
+        "images": [picture(), picture(seed=1)],
+        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}],
+        "masks": [encode_mask(box())] * said.count("[SEG]"),
+        "depth_codes": [[number] * 16 for number in range(said.count(SPAN))],
+    }
+
+
+def test_two_spans_and_marks_are_learnt(any_processor, model):
+    """What `generate` may write for two pictures, in either order, is what training reads."""
+    said = {
+        f"[SEG]{SPAN}[SEG]{SPAN}Both.": ([0, 1], [0, 1]),
+        f"Image-2: [SEG]{SPAN} Image-1: [SEG]{SPAN}Both.": ([1, 0], [1, 0]),
+        "Image-2:[SEG]\nImage-1:\n[SEG]": ([1, 0], []),
+    }
+    collator = PerceptioDataCollator(any_processor)
+    for text, (segs, spans) in said.items():
+        batch = collator([several_pictures(text)])
+        read = read_sequence(batch["input_ids"][0].tolist(), model.spatial_vocabulary())
+        assert ([seg.picture for seg in read.segs], [span.picture for span in read.spans]) == (segs, spans)
+        assert [span.codes for span in read.spans] == [(number,) * 16 for number in range(len(spans))]
+        parts = loss_counts(batch["labels"], model.spatial_vocabulary())
+        assert (parts.masks, parts.codes, parts.responses) == (2, 16 * len(spans), 1)
+
+
+def test_marks_that_a_tokenizer_hides_are_refused(processor):
+    collator = PerceptioDataCollator(processor)
+    other = copy.copy(processor)
+    other.picture_mark_token_ids = lambda: {"-": processor.picture_mark_token_ids()["-"]}
+    hidden = PerceptioDataCollator(other)
+    for text in ("Image-2: [SEG]", f"Image-2: {SPAN}"):
+        collator([several_pictures(text)])
+        with pytest.raises(SampleError, match="this tokenizer joins a mark"):
+            hidden([several_pictures(text)])
+    hidden([several_pictures("Image-1: [SEG]")])  # is what it speaks of without a mark, too
 
 
 def test_pictures_are_turned_upright_before_masks_are_checked(processor, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import sft_helpers as sft
 import torch
@@ -11,8 +12,8 @@ from helpers import random_model
 from PIL import Image
 
 from perceptio_hf import PerceptioSFTTrainer
-from perceptio_hf.training.loss_labels import loss_counts
 from perceptio_hf.training.losses import PARTS, composite_loss
+from perceptio_hf.training.losses.labels import loss_counts
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,14 @@ def largest_difference(one: dict, other: dict) -> float:
 
 def logged_parts(trainer: PerceptioSFTTrainer, entry: int = 0) -> dict[str, float]:
     return {name: value for name, value in trainer.state.log_history[entry].items() if name in (*PARTS, "loss")}
+
+
+def test_an_older_checkpoint_learns_which_tokens_marks_have(processor, tmp_path):
+    model = random_model(processor)
+    model.config.picture_mark_token_ids = None
+    trainer = sft.trainer(tmp_path / "out", processor=processor, model=model)
+    assert trainer.model.config.picture_mark_token_ids == processor.picture_mark_token_ids()
+    assert trainer._vocabulary.mark_pieces
 
 
 @pytest.mark.parametrize(("batch", "steps"), [(1, 8), (2, 4), (4, 2)])
@@ -225,6 +234,37 @@ def test_skipped_samples_are_counted(train, tmp_path, caplog):
     trainer = train(train=Dataset.from_list(rows), per_device_train_batch_size=5, on_error="skip")
     assert trainer.skipped_samples == {"masks": 1, "picture": 1}
     assert "2 samples could not be used" in caplog.text
+
+
+def test_a_run_that_learnt_from_nothing_has_not_finished(processor, tmp_path):
+    bad = Dataset.from_list([row | {"masks": []} for row in map(sft.sample, (0, 4, 8, 12))])
+    trainer = sft.trainer(tmp_path, processor=processor, train=bad, on_error="skip", per_device_train_batch_size=2)
+    with pytest.raises(
+        ValueError, match=r"Every sample was left out \(\d+ because of their masks\), so nothing was learnt"
+    ):
+        trainer.train()
+    trainer = sft.trainer(tmp_path, processor=processor, evaluation=bad, on_error="skip", per_device_eval_batch_size=2)
+    with pytest.raises(ValueError, match="Every sample of the evaluation set was left out"):
+        trainer.evaluate()
+
+
+def test_a_damaged_depth_file_is_one_sample_s_error(processor, tmp_path, train):
+    """Bits that turn, and a header that claims more than there is."""
+    files, rows = [tmp_path / f"{number}.npz" for number in range(5)], []
+    for number, file in enumerate(files):
+        np.savez_compressed(file, np.random.default_rng(number).random((40, 48)) + 1)
+        rows.append(sft.sample(1) | {"id": file.name, "depth": str(file)})
+    for file, place in zip(files, (30, 3000, 8000), strict=False):
+        data = bytearray(file.read_bytes())
+        data[place] ^= 8
+        file.write_bytes(data)
+    files[3] = tmp_path / "3.npy"
+    header = "{'descr': '<f8', 'fortran_order': False, 'shape': (1000000, 1000000), }".ljust(117) + "\n"
+    files[3].write_bytes(b"\x93NUMPY\x01\x00v\x00" + header.encode() + bytes(8000))
+    rows[3]["depth"] = str(files[3])
+    rows = [row | {"images": [_saved(row["images"][0], tmp_path / f"{row['id']}.png")]} for row in rows]
+    trainer = train(train=Dataset.from_list(rows), per_device_train_batch_size=5, on_error="skip")
+    assert trainer.skipped_samples["depth"] % 4 == 0 and set(trainer.skipped_samples) == {"depth"}
 
 
 def _saved(picture: Image.Image, path) -> str:

@@ -3,9 +3,11 @@
 `open_benchmark("hardblink", folder)` lists one; `BENCHMARKS` says which there are, `PROMPTS` how each is asked.
 """
 
-from .prompts import PROMPTS
-from .registry import BENCHMARKS, BenchmarkInfo, open_benchmark
+from .registration import BENCHMARKS, BenchmarkInfo, Prompt, Scoring, benchmark
+from .registry import open_benchmark
 from .sample import Benchmark, DepthSource, PictureSource, Sample
+
+PROMPTS = {name: info.prompt for name, info in BENCHMARKS.items()}
 
 __all__ = [
     "BENCHMARKS",
@@ -14,6 +16,9 @@ __all__ = [
     "BenchmarkInfo",
     "DepthSource",
     "PictureSource",
+    "Prompt",
     "Sample",
+    "Scoring",
+    "benchmark",
     "open_benchmark",
 ]

@@ -8,16 +8,28 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from ..answer_parsing import reference_letter
-from ..answer_statements import LETTERS
-from .hub_tables import HubTable, open_table, picture_bytes
+from perceptio_hf.evaluation.benchmarks.formats.hub_tables import HubTable, open_table, picture_bytes
+from perceptio_hf.evaluation.metrics.answer_parsing import reference_letter
+from perceptio_hf.evaluation.metrics.answer_statements import LETTERS
+
 from .prompts import ask
 from .reading import Request
+from .registration import Prompt, benchmark
 from .sample import PictureSource, Sample
 
 _COLUMNS = ("idx", "image_1", "prompt", "choices", "answer")
 
 
+@benchmark(
+    "blink-depth",
+    "BLINK's relative depth: which of two marked points is closer",
+    files="BLINK's folder Relative_Depth with .parquet files, or a Hub data set on disk",
+    prompt=Prompt("{question}", "BLINK's field `prompt`: question and choices"),
+    hub=("BLINK-Benchmark/BLINK", "BLINK, relative depth"),
+    task="relative_depth",
+    spatial="depth",
+    splits=("val",),
+)
 def read_blink_depth(request: Request) -> Iterator[Sample]:
     """One sample for each row.
 

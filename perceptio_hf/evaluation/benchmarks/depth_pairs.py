@@ -4,14 +4,25 @@ from collections.abc import Iterator
 
 from perceptio_hf.data.depth_maps import UNITS
 from perceptio_hf.data.sources import paired_files
+from perceptio_hf.world.questions import DEPTH_QUESTIONS
 
 from .prompts import ask
 from .reading import Request
+from .registration import Prompt, benchmark
 from .sample import DepthSource, PictureSource, Sample
 
 _PICTURES, _DEPTHS = "*.color.jpg", "*.depth.png"
 
 
+@benchmark(
+    "depth",
+    "Depth estimation on pictures with depth maps beside them",
+    files="a folder of pictures and depth maps, with --unit",
+    prompt=Prompt(DEPTH_QUESTIONS[0], "ours: the rendered world's first question of this kind"),
+    hub=("depth-pairs", "Pictures with depth maps"),
+    task="depth",
+    spatial="depth",
+)
 def read_depth_pairs(request: Request) -> Iterator[Sample]:
     """One sample for each picture with a depth map, in order of the names that they share.
 

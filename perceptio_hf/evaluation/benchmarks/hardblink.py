@@ -10,15 +10,27 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..answer_parsing import reference_letter
-from ..answer_statements import LETTERS
+from perceptio_hf.evaluation.metrics.answer_parsing import reference_letter
+from perceptio_hf.evaluation.metrics.answer_statements import LETTERS
+
 from .prompts import ask
 from .reading import Faults, Request
+from .registration import Prompt, benchmark
 from .sample import PictureSource, Sample
 
 _QUESTIONS = re.compile(r"blink_(\d+)(points\w*)_questions\.jsonl")
 
 
+@benchmark(
+    "hardblink",
+    "HardBLINK: which of 3 to 5 marked points is the closest to the camera",
+    files="the published folder with questions/, answers/ and images/",
+    prompt=Prompt("{question}", "the published question, as AURORA asks it"),
+    hub=("hardblink", "HardBLINK"),
+    task="relative_depth",
+    spatial="depth",
+    splits=("all", "3", "4", "5"),
+)
 def read_hardblink(request: Request) -> Iterator[Sample]:
     """Questions in order of the number of points; the split is that number, or "all".
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from .coco_masks import segmentation_mask
-from .hub_tables import HubTable, open_table, picture_bytes
+from perceptio_hf.evaluation.benchmarks.formats.coco_masks import segmentation_mask
+from perceptio_hf.evaluation.benchmarks.formats.hub_tables import HubTable, open_table, picture_bytes
+
 from .prompts import ask
 from .reading import Request
 from .sample import PictureSource, Sample

@@ -13,20 +13,56 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perceptio_hf.run_length import RunLengths
+from perceptio_hf.data.run_length import RunLengths
+from perceptio_hf.evaluation.benchmarks.formats.coco_masks import segmentation_mask
+from perceptio_hf.evaluation.benchmarks.formats.hub_tables import is_hub_table
+from perceptio_hf.evaluation.benchmarks.formats.plain_pickle import read_plain_pickle
 
 from . import hub_refcoco
-from .coco_masks import segmentation_mask
-from .hub_tables import is_hub_table
-from .plain_pickle import read_plain_pickle
 from .prompts import ask
 from .reading import Request, first_existing
+from .registration import Prompt, benchmark
 from .sample import PictureSource, Sample
 
 _RECORD = ("ref_id", "ann_id", "image_id", "split", "sentences")
 _PICTURE_FOLDERS = ("train2014", "images/mscoco/images/train2014", "images/train2014", "coco/train2014", "images")
 
 
+_FILES = "a folder with refs({by}).p, instances.json and COCO's train2014 pictures; or a Hub data set on disk"
+_SA2VA = "Sa2VA's evaluation of referring segmentation"
+_SEGMENT = Prompt("Please segment {expression} in this image.", _SA2VA)
+
+
+@benchmark(
+    "refcocog",
+    "RefCOCOg: the same with longer expressions",
+    files=_FILES.format(by="umd"),
+    prompt=_SEGMENT,
+    hub=("lmms-lab/RefCOCOg", "RefCOCOg"),
+    task="referring_segmentation",
+    spatial="seg",
+    splits=("val", "test"),
+)
+@benchmark(
+    "refcoco+",
+    "RefCOCO+: the same without words for places",
+    files=_FILES.format(by="unc"),
+    prompt=_SEGMENT,
+    hub=("lmms-lab/RefCOCOplus", "RefCOCO+"),
+    task="referring_segmentation",
+    spatial="seg",
+    splits=("val", "testA", "testB"),
+)
+@benchmark(
+    "refcoco",
+    "RefCOCO: segment what an expression refers to",
+    files=_FILES.format(by="unc"),
+    prompt=_SEGMENT,
+    hub=("lmms-lab/RefCOCO", "RefCOCO"),
+    task="referring_segmentation",
+    spatial="seg",
+    splits=("val", "testA", "testB"),
+)
 def read_refcoco(request: Request) -> Iterator[Sample]:
     """RefCOCO, RefCOCO+ or RefCOCOg: one object for each expression.
 
@@ -39,6 +75,16 @@ def read_refcoco(request: Request) -> Iterator[Sample]:
     return _read(request, files)
 
 
+@benchmark(
+    "grefcoco",
+    "gRefCOCO: expressions that refer to several objects, or to none",
+    files="a folder with grefs(unc).json, instances.json and COCO's train2014 pictures",
+    prompt=Prompt(_SEGMENT.template, f"{_SA2VA}, which has no other wording for expressions without a target"),
+    hub=("grefcoco", "gRefCOCO"),
+    task="referring_segmentation",
+    spatial="auto",
+    splits=("val", "testA", "testB"),
+)
 def read_grefcoco(request: Request) -> Iterator[Sample]:
     """gRefCOCO: any number of objects for each expression; ann_id [-1] stands for none. Errors as above."""
     return _read(request, ("grefs(unc).json", "grefs(unc).p"))

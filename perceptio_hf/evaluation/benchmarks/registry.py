@@ -1,141 +1,19 @@
-"""Which benchmarks there are, what each expects on disk, and the one way to open them."""
+"""The one way to open a benchmark. All readers in this folder are imported here, and so register themselves."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import importlib
+import pkgutil
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from . import blink, depth_pairs, hardblink, referring, tables, world
-from .prompts import PROMPTS
 from .reading import Faults, OnError, Request
-from .sample import Benchmark, Sample, Spatial, Task
+from .registration import BENCHMARKS, BenchmarkInfo
+from .sample import Benchmark, Sample
 
-
-@dataclass(frozen=True)
-class BenchmarkInfo:
-    """What is known of a benchmark before it is opened.
-
-    Args:
-        description: one line.
-        files: what `path` is; None for what is rendered.
-        task, spatial: as in `Benchmark`.
-        splits: the usual ones, the default first; empty where there are none.
-        read: the samples of a request, one by one.
-    """
-
-    description: str
-    files: str | None
-    task: Task
-    spatial: Spatial
-    splits: tuple[str, ...]
-    read: Callable[[Request], Iterator[Sample]]
-
-
-_REFS = "a folder with refs({by}).p, instances.json and COCO's train2014 pictures; or a Hub data set on disk"
-_TSV = "VLMEvalKit's table {name}.tsv, pictures in base64"
-
-BENCHMARKS: dict[str, BenchmarkInfo] = {
-    "refcoco": BenchmarkInfo(
-        "RefCOCO: segment what an expression refers to",
-        _REFS.format(by="unc"),
-        "referring_segmentation",
-        "seg",
-        ("val", "testA", "testB"),
-        referring.read_refcoco,
-    ),
-    "refcoco+": BenchmarkInfo(
-        "RefCOCO+: the same without words for places",
-        _REFS.format(by="unc"),
-        "referring_segmentation",
-        "seg",
-        ("val", "testA", "testB"),
-        referring.read_refcoco,
-    ),
-    "refcocog": BenchmarkInfo(
-        "RefCOCOg: the same with longer expressions",
-        _REFS.format(by="umd"),
-        "referring_segmentation",
-        "seg",
-        ("val", "test"),
-        referring.read_refcoco,
-    ),
-    "grefcoco": BenchmarkInfo(
-        "gRefCOCO: expressions that refer to several objects, or to none",
-        "a folder with grefs(unc).json, instances.json and COCO's train2014 pictures",
-        "referring_segmentation",
-        "auto",
-        ("val", "testA", "testB"),
-        referring.read_grefcoco,
-    ),
-    "hardblink": BenchmarkInfo(
-        "HardBLINK: which of 3 to 5 marked points is the closest to the camera",
-        "the published folder with questions/, answers/ and images/",
-        "relative_depth",
-        "depth",
-        ("all", "3", "4", "5"),
-        hardblink.read_hardblink,
-    ),
-    "blink-depth": BenchmarkInfo(
-        "BLINK's relative depth: which of two marked points is closer",
-        "BLINK's folder Relative_Depth with .parquet files, or a Hub data set on disk",
-        "relative_depth",
-        "depth",
-        ("val",),
-        blink.read_blink_depth,
-    ),
-    "mmbench": BenchmarkInfo(
-        "MMBench: multiple choice, with the rotated copies of each question",
-        _TSV.format(name="MMBench_DEV_EN"),
-        "multiple_choice",
-        "none",
-        ("all", "dev"),
-        tables.read_tsv,
-    ),
-    "scienceqa": BenchmarkInfo(
-        "ScienceQA: multiple choice, questions with a picture",
-        _TSV.format(name="ScienceQA_TEST"),
-        "multiple_choice",
-        "none",
-        ("all",),
-        tables.read_tsv,
-    ),
-    "ai2d": BenchmarkInfo(
-        "AI2D: multiple choice about diagrams",
-        _TSV.format(name="AI2D_TEST"),
-        "multiple_choice",
-        "none",
-        ("all",),
-        tables.read_tsv,
-    ),
-    "depth": BenchmarkInfo(
-        "Depth estimation on pictures with depth maps beside them",
-        "a folder of pictures and depth maps, with --unit",
-        "depth",
-        "depth",
-        (),
-        depth_pairs.read_depth_pairs,
-    ),
-    "world-refer": BenchmarkInfo(
-        "Rendered scenes: segment what an expression refers to",
-        None,
-        "referring_segmentation",
-        "seg",
-        (),
-        world.read_refer,
-    ),
-    "world-closest": BenchmarkInfo(
-        "Rendered scenes: which of 3 to 5 marked points is the closest; nothing but depth tells",
-        None,
-        "relative_depth",
-        "depth",
-        (),
-        world.read_closest,
-    ),
-    "world-plain": BenchmarkInfo(
-        "Rendered scenes: counts and attributes", None, "multiple_choice", "none", (), world.read_plain
-    ),
-    "world-depth": BenchmarkInfo("Rendered scenes: depth estimation", None, "depth", "depth", (), world.read_depths),
-}
+_FIRST = ("referring", "hardblink", "blink", "tables", "depth_pairs", "world")  # in the order in which they are listed
+_found = sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
+for _name in dict.fromkeys((*_FIRST, *_found)):
+    importlib.import_module(f".{_name}", __package__)
 
 
 def open_benchmark(
@@ -181,7 +59,7 @@ def open_benchmark(
         raise ValueError(
             f"{name}{f', split {chosen}' if chosen else ''}: no sample can be used. " + "; ".join(faults.notes[:3])
         )
-    template = PROMPTS[name].template
+    template = info.prompt.template
     return Benchmark(name, info.task, info.spatial, template, chosen or "all", samples, tuple(faults.notes))
 
 

@@ -76,7 +76,7 @@ class DepthSource:
 
     Args:
         name: as in `PictureSource`.
-        content: a .png, .npy or .npz file, or a function without arguments that gives the depth map.
+        content: a .png, .tif, .npy or .npz file, or a function without arguments that gives the depth map.
         unit: of a file: "mm", "m", "disparity" or "relative" (see `perceptio_hf.data.depth_maps`).
     """
 
@@ -108,7 +108,8 @@ class Sample:
             referring_segmentation: "masks", COCO run lengths at the size of the upright picture, as many as the
                 expression refers to; "no_target", whether there are none; "size", [height, width] of the picture.
             relative_depth: "answer", the letter of the nearest point; "choices", all letters; "points", how many.
-            multiple_choice: "answer", a letter; "choices", all letters; "texts", what they stand for; "category",
+            multiple_choice: "answer", a letter; "choices", the letters that are listed; "texts", what A, B, ... stand
+                for, "" for one that is not listed; "category",
                 "l2_category", or None; "index", the number of the row in the published table, or None; "group", what
                 rotated rows of one question share.
             depth: "depth", the depth map's path in the benchmark's folder, or None where it is rendered.

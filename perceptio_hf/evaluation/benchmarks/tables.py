@@ -3,6 +3,9 @@
 One row is one question: `index`, `image` (base64), `question`, `hint`, `A`, `B`, ..., `answer`, `category`,
 `l2-category`, `split`. A picture is given once; rows that ask about it again hold the index of its row instead. In
 MMBench the rotated copies of a question have its index plus multiples of one million.
+
+A choice that is empty is not listed, as VLMEvalKit lists none, and the others keep their letters. Where the right
+answer is empty, the row stays, as it does in published figures: it can only be right by its letter.
 """
 
 import base64
@@ -13,16 +16,55 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..answer_parsing import reference_letter
-from ..answer_statements import LETTERS
-from ..multiple_choice import INDEX_PERIOD
+from perceptio_hf.evaluation.metrics.answer_parsing import reference_letter
+from perceptio_hf.evaluation.metrics.answer_statements import LETTERS
+from perceptio_hf.evaluation.metrics.multiple_choice import INDEX_PERIOD
+
 from .prompts import ask, listed_options
 from .reading import Request
+from .registration import Prompt, benchmark
 from .sample import PictureSource, Sample
 
 _NEEDED = ("index", "image", "question", "A", "B", "answer")
 
 
+_FILES = "VLMEvalKit's table {name}.tsv, pictures in base64"
+_CHOOSE = Prompt(
+    "{hint}{question}\n{options}\nAnswer with the option's letter from the given choices directly.",
+    "InternVL's prompt for multiple choice in VLMEvalKit; the hint, if any, stands on a line of its own",
+)
+
+
+@benchmark(
+    "ai2d",
+    "AI2D: multiple choice about diagrams",
+    files=_FILES.format(name="AI2D_TEST"),
+    prompt=_CHOOSE,
+    hub=("ai2d", "AI2D"),
+    task="multiple_choice",
+    spatial="none",
+    splits=("all",),
+)
+@benchmark(
+    "scienceqa",
+    "ScienceQA: multiple choice, questions with a picture",
+    files=_FILES.format(name="ScienceQA_TEST"),
+    prompt=_CHOOSE,
+    hub=("scienceqa", "ScienceQA"),
+    task="multiple_choice",
+    spatial="none",
+    splits=("all",),
+)
+@benchmark(
+    "mmbench",
+    "MMBench: multiple choice, with the rotated copies of each question",
+    files=_FILES.format(name="MMBench_DEV_EN"),
+    prompt=_CHOOSE,
+    hub=("mmbench", "MMBench"),
+    task="multiple_choice",
+    spatial="none",
+    splits=("all", "dev"),
+)
 def read_tsv(request: Request) -> Iterator[Sample]:
     """The rows of a table in order, those of the split where one is given.
 
@@ -122,20 +164,21 @@ class _Pictures:
 def _sample(benchmark: str, row: dict[str, str], pictures: _Pictures) -> Sample:
     if not str(row["index"]).isdigit():
         raise ValueError(f"its index {row['index']!r} is no number.")
-    choices = [(letter, row[letter].strip()) for letter in LETTERS if (row.get(letter) or "").strip()]
-    letters, texts = [letter for letter, _ in choices], [text for _, text in choices]
-    if letters != list(LETTERS[: len(letters)]) or len(letters) < 2:
-        raise ValueError(f"its choices are {', '.join(letters) or 'missing'}; they should be A, B and so on.")
+    texts = [(row.get(letter) or "").strip() for letter in LETTERS]
+    texts = texts[: max((place for place, text in enumerate(texts, 1) if text), default=0)]
+    letters = [letter for letter, text in zip(LETTERS, texts, strict=False) if text]  # of AI2D's rows some have no A
+    if len(letters) < 2:
+        raise ValueError(f"its choices are {', '.join(letters) or 'missing'}; there should be two or more.")
     hint = (row.get("hint") or "").strip()
     question = ask(
         benchmark,
         hint=f"{hint}\n" if hint else "",
         question=(row["question"] or "").strip(),
-        options=listed_options(letters, texts),
+        options=listed_options(letters, [text for text in texts if text]),
     )
     index = int(row["index"])
     target = {
-        "answer": reference_letter(row["answer"] or "", len(letters)),
+        "answer": reference_letter(row["answer"] or "", len(texts)),
         "choices": letters,
         "texts": texts,
         "category": row.get("category") or None,

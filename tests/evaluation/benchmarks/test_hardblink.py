@@ -7,7 +7,7 @@ import pytest
 from evaluation.published_formats import scenes_of, write_hardblink
 
 from perceptio_hf.evaluation.benchmarks import open_benchmark
-from perceptio_hf.evaluation.relative_depth import relative_depth_accuracy
+from perceptio_hf.evaluation.metrics.relative_depth import relative_depth_accuracy
 
 
 @pytest.fixture

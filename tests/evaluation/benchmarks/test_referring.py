@@ -16,8 +16,8 @@ from evaluation.published_formats import (
 )
 from PIL import Image
 
+from perceptio_hf.data.run_length import decode_mask
 from perceptio_hf.evaluation.benchmarks import open_benchmark
-from perceptio_hf.run_length import decode_mask
 
 coco = pytest.importorskip("pycocotools.mask")
 

@@ -6,7 +6,8 @@ import pytest
 from evaluation.published_formats import CHOICES, mmbench_rows, png, scenes_of, write_tsv
 
 from perceptio_hf.evaluation.benchmarks import open_benchmark
-from perceptio_hf.evaluation.multiple_choice import multiple_choice_accuracy
+from perceptio_hf.evaluation.metrics.multiple_choice import multiple_choice_accuracy
+from perceptio_hf.evaluation.run.scoring import read_choice
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,26 @@ def test_two_to_eight_choices_and_words_that_look_empty(tmp_path, rows):
     assert opened(tmp_path, narrow, "scienceqa").samples[0].target["choices"] == ["A", "B"]
 
 
+@pytest.mark.parametrize("empty", ["A", "B", "AC"])
+def test_choices_that_are_empty_are_not_listed_and_the_others_keep_their_letters(tmp_path, rows, empty):
+    """AI2D's published table has rows without a text of A."""
+    row = rows[0] | dict.fromkeys(empty, "") | {"answer": "D"}
+    sample = opened(tmp_path, [row], "ai2d").samples[0]
+    listed = [letter for letter in "ABCD" if letter not in empty]
+    assert sample.target["choices"] == listed and sample.target["answer"] == "D"
+    assert [line[0] for line in sample.question.splitlines() if line[1:3] == ". "] == listed
+    assert read_choice("multiple_choice", sample.target, row["D"]) == "D"
+    assert read_choice("multiple_choice", sample.target, "") is None
+    assert multiple_choice_accuracy(["D"], ["D"], choices=[sample.target["texts"]])["accuracy"] == 1.0
+
+
+def test_a_right_answer_that_is_empty_stays_in_the_count(tmp_path, rows):
+    """As in published figures: it can be right by its letter only."""
+    target = opened(tmp_path, [rows[0] | {"A": "", "answer": "A"}], "ai2d").samples[0].target
+    assert read_choice("multiple_choice", target, "A") == target["answer"] == "A"
+    assert read_choice("multiple_choice", target, "...") is None
+
+
 def test_tables_with_fewer_columns(tmp_path, rows):
     plain = [{key: row[key] for key in ("index", "image", "question", *"ABCD", "answer")} for row in rows]
     target = opened(tmp_path, plain, "ai2d").samples[0].target
@@ -108,8 +129,8 @@ def test_broken_pictures_are_named_and_left_out_only_if_asked(tmp_path, rows, ca
 FAULTS = {
     "a letter beyond the choices": ({"answer": "E"}, r"row 2 .*'E' is no right answer among 4 choices"),
     "no answer": ({"answer": ""}, r"row 2 .*'' is no right answer"),
-    "a gap in the choices": ({"B": ""}, "its choices are A, C, D; they should be A, B and so on"),
     "one choice": ({"B": "", "C": "", "D": "", "answer": "A"}, "its choices are A;"),
+    "no choice": ({"A": "", "B": "", "C": "", "D": "", "answer": "A"}, "its choices are missing;"),
     "an index that is no number": ({"index": "x7"}, "its index 'x7' is no number"),
     "an index that occurs twice": ({"index": "1000002"}, "1000002: this id occurs twice"),
 }

@@ -5,10 +5,10 @@ import re
 import numpy as np
 import pytest
 
-from perceptio_hf.data.world import HELD_OUT_SEED, render_scene
-from perceptio_hf.evaluation.answer_parsing import answer_choice
+from perceptio_hf.data.run_length import decode_mask
 from perceptio_hf.evaluation.benchmarks import open_benchmark
-from perceptio_hf.run_length import decode_mask
+from perceptio_hf.evaluation.metrics.answer_parsing import answer_choice
+from perceptio_hf.world import HELD_OUT_SEED, render_scene
 
 
 def scene_of(sample):

@@ -1,0 +1,86 @@
+"""Results in the form of the Hub's model cards, in a file that `perceptio push --eval-results` merges into a card."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+
+from perceptio_hf.evaluation.benchmarks import BENCHMARKS
+from perceptio_hf.evaluation.run.scoring import SCORINGS
+from perceptio_hf.files import in_use, write_text
+
+
+def card_results(summary: dict[str, Any]) -> list[EvalResult]:
+    """The scores of a run that belong on a card; shares are 0 to 1, as in the summary."""
+    (kind, name), scoring = BENCHMARKS[summary["benchmark"]].hub, SCORINGS[summary["task"]]
+    count = summary["samples"]
+    return [
+        EvalResult(
+            task_type=scoring.hub_task,
+            dataset_type=kind,
+            dataset_name=name,
+            dataset_config=summary["benchmark"],
+            dataset_split=summary["split"],
+            dataset_args={"samples": count, "spatial": summary["generation"]["spatial"]},
+            metric_type=metric,
+            metric_name=label,
+            metric_value=round(summary["scores"][metric], 4),
+        )
+        for metric, label in scoring.metrics.items()
+        if summary["scores"].get(metric) is not None
+    ]
+
+
+def write_card(path: Path, summary: dict[str, Any], *, overwrite: bool = False) -> None:
+    """Write the results of a run to a YAML file, beside those of other benchmarks that it has.
+
+    Args:
+        overwrite: begin anew where the file has results of another model.
+
+    Raises:
+        ValueError: for a file that holds something else, or results of another model.
+    """
+    name = Path(summary["model"]["name"]).name
+    results = card_results(summary)
+    new = {_measured(item) for item in results}
+    with in_use(path.with_suffix(""), "writing a card of results", patience=60):  # of two that read, one would be lost
+        old = [] if overwrite and not _is_of(path, name) else _read_old(path, name)
+        kept = [item for item in old if _measured(item) not in new]
+        index = eval_results_to_model_index(name, [*kept, *results])
+        write_text(path, yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True))
+
+
+def _measured(result: EvalResult) -> tuple[str | None, ...]:
+    return result.dataset_config, result.dataset_split, result.metric_type
+
+
+def check_card(path: Path, model: str, *, overwrite: bool = False) -> None:
+    """Raise before long work what `write_card` would raise after it."""
+    if not overwrite:
+        _read_old(path, Path(model).name)
+
+
+def _read_old(path: Path, name: str) -> list[EvalResult]:
+    if not path.exists():
+        return []
+    found, results = _parse(path)
+    if found != name:
+        raise ValueError(f"{path} has results of the model {found}, not {name}; name another file, or --overwrite.")
+    return results
+
+
+def _is_of(path: Path, name: str) -> bool:
+    try:
+        return path.exists() and _parse(path)[0] == name
+    except ValueError:
+        return False
+
+
+def _parse(path: Path) -> tuple[str, list[EvalResult]]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return model_index_to_eval_results(document["model-index"])
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} is there and is no card of results; name another file, or --overwrite.") from None

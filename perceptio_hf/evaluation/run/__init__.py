@@ -1,0 +1,4 @@
+"""Asking a model all questions of a benchmark: batches, journal, scores, summary.
+
+Imports metrics, benchmarks and replacement.
+"""

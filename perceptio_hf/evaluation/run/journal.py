@@ -1,0 +1,101 @@
+"""Results line by line, so that a run that was killed goes on where it stopped."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from perceptio_hf.files import write_json
+
+
+class Journal:
+    """A file of JSON lines, one for each item of a run, in their order; every line reaches the disk before the next.
+
+    Beside NAME.jsonl lies NAME.claim.json: what the lines are results of. A last line that was cut off is dropped.
+
+    Args:
+        path: the file; its folder is made.
+        claim: what the results depend on; they are never mixed with those of another claim.
+        ids: the items, in order.
+        overwrite: start anew over the results of another claim, or over lines that cannot be used.
+
+    Raises:
+        ValueError: for results of another claim, or lines that are damaged or about other items.
+    """
+
+    def __init__(self, path: Path, claim: dict[str, Any], ids: Sequence[str], *, overwrite: bool = False):
+        self.path, self.ids = path, ids
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._check_claim(claim_path(path), claim)
+            self.records = self._read()
+        except ValueError:
+            if not overwrite:
+                raise
+            path.unlink(missing_ok=True)
+            self.records = []
+        write_json(claim_path(path), claim)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add the next item's result."""
+        assert record["id"] == self.ids[len(self.records)], "results come in the order of the items"
+        with open(self.path, "ab") as file:
+            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.records.append(record)
+
+    def _check_claim(self, path: Path, claim: dict[str, Any]) -> None:
+        if not path.exists():
+            if self.path.exists():
+                raise ValueError(f"{self.path} is there without {path.name}; {_WAY_OUT}")
+            return
+        try:
+            old = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, UnicodeDecodeError):
+            old = None
+        if not isinstance(old, dict):
+            raise ValueError(f"{path} is damaged; {_WAY_OUT}")
+        changed = [key for key in {**claim, **old} if old.get(key) != claim.get(key)]
+        if changed:
+            key = changed[0]
+            raise ValueError(
+                f"{self.path} holds results of another {key.replace('_', ' ')}: {_short(old.get(key))} there, "
+                f"{_short(claim.get(key))} now; {_WAY_OUT}"
+            )
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):  # the last line was being written
+            os.truncate(self.path, len(whole))
+        records = []
+        for number, line in enumerate(whole.splitlines(), start=1):
+            records.append(self._parse(line, number))
+        return records
+
+    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        expected = self.ids[number - 1] if number <= len(self.ids) else None
+        if not isinstance(record, dict) or expected is None or record.get("id") != expected:
+            raise ValueError(f"{self.path}, line {number} is not the result of {expected}; {_WAY_OUT}")
+        return record
+
+
+def claim_path(path: Path) -> Path:
+    """Where the claim of a journal lies."""
+    return path.with_suffix(".claim.json")
+
+
+_WAY_OUT = "name another --out, or give --overwrite to start anew."
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

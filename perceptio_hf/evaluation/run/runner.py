@@ -1,0 +1,307 @@
+"""Runs a model over a benchmark, batch by batch, into a folder of results that a killed run goes on in.
+
+The folder holds samples.jsonl, one line for each sample, and with replaced spans replaced.jsonl. Batches begin at the
+same samples however often a run was stopped, so that the lines come out the same.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from perceptio_hf.evaluation.benchmarks.sample import Benchmark, Sample
+from perceptio_hf.evaluation.replacement.oracle import DepthOf, encode_oracle, lacks_depth, open_oracle
+from perceptio_hf.evaluation.replacement.token_replacement import (
+    answers_with_codes,
+    check_replacements,
+    lacks_pictures,
+    replaced_codes,
+)
+from perceptio_hf.files import in_use
+
+from .answering import answer_questions, encode_questions, token_budget
+from .journal import Journal, claim_path
+from .scoring import SCORINGS, Record, score_answer, score_text
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
+    from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
+
+SAMPLES_FILE, REPLACED_FILE, SUMMARY_FILE = "samples.jsonl", "replaced.jsonl", "summary.json"
+Watch = Callable[[str, int, int, str], None]  # what is done, how many of how many, the score so far
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How a benchmark is run.
+
+    Args:
+        spatial: as in `model.generate`.
+        max_new_tokens: longest answer in tokens, spans included; None leaves it to `answering.token_budget`.
+        batch_size: samples that go through the model together.
+        skip_broken: leave out samples whose picture or target cannot be read, instead of stopping.
+        replacements: names of `replacement.REPLACEMENTS`; with any, identity is among them.
+        as_possible: leave out replacements that cannot be had, with a note, instead of stopping: the oracle where no
+            true depth is known, another picture where there are too few.
+        oracle, oracle_unit: see `oracle.open_oracle`.
+        seed: of replacements that are drawn.
+
+    Raises:
+        ValueError: for a batch size below 1, an unknown replacement, or replacements without a depth span.
+    """
+
+    spatial: str
+    max_new_tokens: int | None = None
+    batch_size: int = 8
+    skip_broken: bool = False
+    replacements: tuple[str, ...] = ()
+    as_possible: bool = False
+    oracle: str | None = None
+    oracle_unit: str | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be 1 or more.")
+        if not self.replacements:
+            if self.oracle is not None or self.oracle_unit is not None:
+                raise ValueError("--oracle is for the replacement `oracle`; add --replace-depth identity,oracle.")
+            return
+        object.__setattr__(self, "replacements", check_replacements(self.replacements))
+        if self.spatial not in ("auto", "depth", "seg+depth"):
+            raise ValueError(
+                f"with spatial={self.spatial!r} there is no depth span to replace; use depth or seg+depth."
+            )
+
+
+@dataclass
+class Run:
+    """What came out of a run.
+
+    Args:
+        settings: that it was run with, `max_new_tokens` resolved.
+        records: one for each sample that was answered, with its "target" (see `scoring.score_answer`).
+        left_out: samples that could not be used, one line each.
+        replaced: one for each record with a span, {"id": ..., replacement: {"answer", "read", "score"}}; None where
+            no span was replaced.
+        seconds, answered: what this process itself took and answered, replaced spans aside.
+    """
+
+    settings: RunSettings
+    records: list[Record]
+    left_out: list[str]
+    replaced: list[Record] | None = None
+    seconds: float = 0.0
+    answered: int = 0
+
+
+def run_benchmark(
+    model: "PerceptioForConditionalGeneration",
+    processor: "PerceptioProcessor",
+    benchmark: Benchmark,
+    folder: Path,
+    settings: RunSettings,
+    *,
+    weights: str,
+    overwrite: bool = False,
+    watch: Watch | None = None,
+) -> Run:
+    """Answer every sample that the folder has no result of yet.
+
+    Args:
+        folder: of the results; it is made.
+        weights: what tells the model from others (see `summary.digest_weights`).
+        overwrite: replace results of another model, data or setting.
+        watch: told after every batch.
+
+    Raises:
+        ValueError: a folder with results of another model, data or setting; a sample that cannot be used (named).
+    """
+    if settings.replacements and not SCORINGS[benchmark.task].choices:
+        raise ValueError(f"Replaced spans are scored by answers in words; {benchmark.name} has masks or depth.")
+    settings = replace(settings, max_new_tokens=token_budget(model, settings.max_new_tokens))
+    claim = _claim(benchmark, settings, weights)
+    ids = [sample.id for sample in benchmark.samples]
+    oracle = replaced = None
+    notes: list[str] = []
+    if "oracle" in settings.replacements:  # what it lacks is said before the work
+        lacking = settings.oracle is None and lacks_depth(benchmark.samples)
+        if lacking and settings.as_possible:
+            settings = _without(settings, "oracle", lacking, notes)
+        else:
+            oracle = open_oracle(settings.oracle, settings.oracle_unit, benchmark.samples, str(model.device))
+    with in_use(folder, f"evaluation of {benchmark.name}"):
+        journal = Journal(folder / SAMPLES_FILE, claim, ids, overwrite=overwrite)
+        if not journal.records:
+            _remove_results(folder)
+        runner = _Runner(model, processor, benchmark, settings, watch or _ignore)
+        seconds, answered = runner.answer(journal)
+        if settings.replacements:
+            replaced = runner.replace(journal, folder / REPLACED_FILE, claim, overwrite, oracle, notes)
+    records = [
+        record | {"target": sample.target}
+        for record, sample in zip(journal.records, benchmark.samples, strict=True)
+        if "left_out" not in record
+    ]
+    left_out = [f"left out {record['id']}: {record['left_out']}" for record in journal.records if "left_out" in record]
+    return Run(runner.settings, records, notes + left_out, replaced, seconds=seconds, answered=answered)
+
+
+def _without(settings: RunSettings, replacement: str, why: str, notes: list[str]) -> RunSettings:
+    notes.append(f"left out the replacement {replacement}: {why}")
+    return replace(settings, replacements=tuple(name for name in settings.replacements if name != replacement))
+
+
+def _claim(benchmark: Benchmark, settings: RunSettings, weights: str) -> dict[str, Any]:
+    return {
+        "benchmark": benchmark.name,
+        "split": benchmark.split,
+        "model": weights,
+        "data": benchmark.data_hash,
+        "prompt": benchmark.prompt,
+        "spatial": settings.spatial,
+        "max_new_tokens": settings.max_new_tokens,
+    }
+
+
+def _remove_results(folder: Path) -> None:
+    """What an earlier run left beside the lines that are written anew; a summary must not outlive its lines."""
+    replaced = folder / REPLACED_FILE
+    for path in (folder / SUMMARY_FILE, replaced, claim_path(replaced)):
+        path.unlink(missing_ok=True)
+
+
+def _ignore(*_: object) -> None:
+    """Nobody watches."""
+
+
+class _Runner:
+    """The two passes over a benchmark: own answers, and answers behind replaced spans."""
+
+    def __init__(self, model, processor, benchmark: Benchmark, settings: RunSettings, watch: Watch):
+        self.model, self.processor, self.settings, self.watch = model, processor, settings, watch
+        self.task, self.samples = benchmark.task, benchmark.samples
+
+    def answer(self, journal: Journal) -> tuple[float, int]:
+        """Fill the journal. Returns seconds and samples of this process."""
+        begin, known = time.perf_counter(), len(journal.records)
+        for start in self._starts(journal, len(self.samples)):
+            chunk = self.samples[start : start + self.settings.batch_size]
+            # A batch that was cut short is answered as a whole once more, so that its rows are computed as ever.
+            for record in self._answer_chunk(chunk)[len(journal.records) - start :]:
+                journal.append(record)
+            scores = [record["score"] for record in journal.records if "score" in record]
+            shown = f"{SCORINGS[self.task].running} {np.mean(scores):.3f}" if scores else ""
+            self.watch("answering", len(journal.records), len(self.samples), shown)
+        return time.perf_counter() - begin, len(journal.records) - known
+
+    def _starts(self, journal: Journal, count: int) -> Sequence[int]:
+        size = self.settings.batch_size
+        return range(len(journal.records) // size * size, count, size) if len(journal.records) < count else ()
+
+    def _answer_chunk(self, chunk: Sequence[Sample]) -> list[Record]:
+        records: dict[str, Record] = {}
+        usable: list[tuple[Sample, Image.Image]] = []
+        for sample in chunk:
+            try:
+                usable.append((sample, sample.picture.open()))
+            except ValueError as error:
+                records[sample.id] = self._broken(sample, error)
+        if usable:
+            responses = answer_questions(
+                self.model,
+                self.processor,
+                [picture for _, picture in usable],
+                [sample.question for sample, _ in usable],
+                spatial=self.settings.spatial,
+                max_new_tokens=self.settings.max_new_tokens,
+                masks=self.task == "referring_segmentation",
+            )
+            for (sample, _), response in zip(usable, responses, strict=True):
+                try:
+                    scored = score_answer(self.task, sample, response.answer)
+                except ValueError as error:
+                    records[sample.id] = self._broken(sample, error)
+                else:
+                    head = {"id": sample.id, "picture": sample.picture.name, "question": sample.question}
+                    records[sample.id] = head | scored | {"before_depth": response.before_depth}
+        return [records[sample.id] for sample in chunk]
+
+    def _broken(self, sample: Sample, error: ValueError) -> Record:
+        if not self.settings.skip_broken:
+            raise ValueError(f"{error} (sample {sample.id}; --on-error skip leaves such samples out.)") from None
+        return {"id": sample.id, "left_out": str(error)}
+
+    def replace(
+        self,
+        answers: Journal,
+        path: Path,
+        claim: dict[str, Any],
+        overwrite: bool,
+        oracle: DepthOf | None,
+        notes: list[str],
+    ) -> list[Record]:
+        """Answer behind replaced spans, for every sample whose own answer has one."""
+        spans = [
+            (sample, record)
+            for sample, record in zip(self.samples, answers.records, strict=True)
+            if record.get("depth_codes")
+        ]
+        if not spans:
+            raise ValueError("no answer has a depth span, so there is nothing to replace; use --spatial depth.")
+        pictures = [sample.picture.name for sample, _ in spans]
+        lacking = "other-image" in self.settings.replacements and lacks_pictures(pictures)
+        if lacking and self.settings.as_possible:
+            self.settings = _without(self.settings, "other-image", lacking, notes)
+        settings = self.settings
+        claim = claim | {
+            "set_of_replacements": list(settings.replacements),
+            "oracle": settings.oracle,
+            "seed": settings.seed,
+        }
+        journal = Journal(path, claim, [sample.id for sample, _ in spans], overwrite=overwrite)
+        own = np.array([record["depth_codes"] for _, record in spans])
+        codes = replaced_codes(settings.replacements, own, pictures, seed=settings.seed)
+        for start in self._starts(journal, len(spans)):
+            part = slice(start, start + settings.batch_size)
+            records = self._replace_chunk(spans[part], {name: table[part] for name, table in codes.items()}, oracle)
+            for record in records[len(journal.records) - start :]:
+                journal.append(record)
+            shown = " ".join(
+                f"{name} {np.mean([record[name]['score'] for record in journal.records]):.3f}"
+                for name in settings.replacements[:3]
+            )
+            self.watch("replacing", len(journal.records), len(spans), shown)
+        return journal.records
+
+    def _replace_chunk(
+        self, chunk: list[tuple[Sample, Record]], codes: dict[str, np.ndarray], oracle: DepthOf | None
+    ) -> list[Record]:
+        samples = [sample for sample, _ in chunk]
+        if oracle is not None:
+            true = [encode_oracle(self.model.depth_model, oracle(sample)) for sample in samples]
+            codes = codes | {"oracle": np.array(true)}
+        pictures = [sample.picture.open() for sample in samples]
+        inputs = encode_questions(self.processor, pictures, [sample.question for sample in samples])
+        texts = answers_with_codes(
+            self.model,
+            self.processor,
+            inputs.to(self.model.device),
+            [record["before_depth"] for _, record in chunk],
+            {name: codes[name] for name in self.settings.replacements},
+            spatial=self.settings.spatial,
+            max_new_tokens=self.settings.max_new_tokens,
+        )
+        return [
+            {"id": sample.id} | {name: _scored(self.task, sample, found[row]) for name, found in texts.items()}
+            for row, sample in enumerate(samples)
+        ]
+
+
+def _scored(task: str, sample: Sample, text: str) -> Record:
+    return {"answer": text} | score_text(task, sample.target, text)

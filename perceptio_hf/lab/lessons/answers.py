@@ -1,0 +1,154 @@
+"""What the tiny model is taught to answer: masks, spans, steps in words and conclusions about one scene."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from perceptio_hf.world import Question, Scene
+from perceptio_hf.world.cells import cell_at, cell_word, nearness_word
+
+LETTERS = "ABCDE"
+_LOOKED_UP = 8  # cells in one question about nearness
+_CROWD = 14
+_NEARNESS = ("How near are {cells}?", "Look up {cells}.", "Tell me how near {cells} are.")
+_LOCATE = ("Where are the marked points?", "Which cells hold the circled points?", "Locate the labeled points.")
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """What answers are made of; the variants of an ablation differ here.
+
+    Args:
+        masks: [SEG] tokens for what is named, and referring questions.
+        depth: depth spans where distance matters, questions about depth and nearness.
+        steps: the cells a question is about, and their nearness if there is a span, in words before the conclusion.
+        words: questions that are answered in words.
+    """
+
+    masks: bool = True
+    depth: bool = True
+    steps: bool = True
+    words: bool = True
+
+
+@dataclass(frozen=True)
+class Response:
+    """What the assistant is to write: a mask for each of `masks` (instance ids), a depth span if asked, words.
+
+    `found` are the cells that the answer must find in the picture (those that only repeat the question are not).
+    """
+
+    question: str
+    masks: tuple[int, ...]
+    depth: bool
+    words: str
+    kind: str
+    found: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The points drawn into a picture, (x, y) each, and their letters."""
+
+    points: tuple[tuple[int, int], ...]
+    letters: tuple[str, ...]
+
+    def cells(self, size: int, grid: int) -> tuple[int, ...]:
+        """The cell of each."""
+        return tuple(cell_at(point, (size, size), grid) for point in self.points)
+
+    @classmethod
+    def crowd(cls, size: int, grid: int, rng: np.random.Generator) -> "Marks":
+        """A dozen points with letters that repeat, for learning to read them."""
+        cells = rng.choice(grid**2, _CROWD, replace=False)
+        letters = rng.choice(list(LETTERS), _CROWD).tolist()
+        spots = (np.column_stack([cells % grid, cells // grid]) + rng.uniform(0.15, 0.85, (_CROWD, 2))) * size / grid
+        return cls(tuple((int(x), int(y)) for x, y in spots), tuple(letters))
+
+    @classmethod
+    def anywhere(cls, size: int, grid: int, rng: np.random.Generator) -> "Marks":
+        """Three to five points in cells of their own, off the border."""
+        letters = LETTERS[: rng.integers(3, 6)]
+        side, inner = size / grid, [cell for cell in range(grid**2) if 0 < cell % grid < grid - 1]
+        cells = rng.choice([cell for cell in inner if grid <= cell < grid * (grid - 1)], len(letters), replace=False)
+        spots = rng.uniform(0.15, 0.85, (len(letters), 2))
+        points = tuple(
+            (int((cell % grid + x) * side), int((cell // grid + y) * side))
+            for cell, (x, y) in zip(cells, spots, strict=True)
+        )
+        return cls(points, tuple(letters))
+
+
+def steps_in_words(cells: Sequence[int], letters: Sequence[str] = (), *, nearness: bool) -> str:
+    """`A p27 d00 B p03 d00`: cells, each behind its letter; the nearness is blank, the codec fills it in.
+
+    Without letters the text begins with a space, since the words of cells hold the one before them.
+    """
+    near = f" {nearness_word(0)}" if nearness else ""
+    heads = [f" {letter}" for letter in letters] or [""] * len(cells)
+    text = "".join(f"{head} {cell_word(cell)}{near}" for head, cell in zip(heads, cells, strict=True))
+    return text[1:] if letters else text
+
+
+class Responder:
+    """Makes responses to the questions about one scene."""
+
+    def __init__(self, form: AnswerForm, grid: int):
+        self.form, self.grid = form, grid
+
+    def respond(self, scene: Scene, question: Question, *, masks: bool, depth: bool) -> Response:
+        """The response with the spans asked for, as far as the form allows them."""
+        masks, depth = masks and self.form.masks, depth and self.form.depth
+        if question.points:
+            places, letters = question.points, question.letters
+        elif question.kind == "closer_object":
+            places, letters = [scene.objects[k - 1].center for k in question.targets], ()
+        else:
+            places, letters = (), ()
+        cells = tuple(cell_at(place, scene.instances.shape, self.grid) for place in places)
+        words = question.answer
+        if cells and self.form.steps:
+            words = f"{steps_in_words(cells, letters, nearness=depth)}: {words}"
+        found = cells if self.form.steps else ()
+        return Response(question.text, question.targets if masks else (), depth, words, question.kind, found)
+
+    def choose(self, scene: Scene, questions: list[Question], marks: Marks, rng: np.random.Generator) -> list[Response]:
+        """A response to every question, and those that only training asks: cells of marks, nearness of cells.
+
+        A span costs as many tokens as four questions, so that only questions that rest on it get one: the closest
+        mark, one about two objects, one about depth or nearness, now and then a referring one.
+        """
+        responses, compared = [], False
+        for question in questions:
+            if question.kind == "refer" and self.form.masks:
+                responses.append(self.respond(scene, question, masks=True, depth=rng.random() < 0.06))
+            elif question.kind == "depth" and self.form.depth:
+                responses.append(self._depth(scene, question, marks, rng))
+            elif question.kind == "closest_point" and self.form.words:
+                responses.append(self.respond(scene, question, masks=False, depth=True))
+            elif question.kind == "closer_object" and self.form.words and not compared:
+                responses.append(self.respond(scene, question, masks=rng.random() < 0.5, depth=True))
+                compared = True
+            elif question.kind in ("count", "attribute") and self.form.words:
+                responses.append(self.respond(scene, question, masks=False, depth=False))
+        if marks.points and self.form.words and self.form.steps:
+            cells = marks.cells(scene.size, self.grid)
+            words = steps_in_words(cells, marks.letters, nearness=False)
+            responses.append(Response(str(rng.choice(_LOCATE)), (), False, words, "locate", cells))
+        return responses
+
+    def _depth(self, scene: Scene, question: Question, marks: Marks, rng: np.random.Generator) -> Response:
+        """The question about depth itself, or about the nearness of cells or marks."""
+        draw = rng.random()
+        if not (self.form.words and self.form.steps) or draw < 0.4:
+            return self.respond(scene, question, masks=False, depth=True)
+        if draw < 0.7 or not marks.points:
+            cells = rng.choice(self.grid**2, _LOOKED_UP, replace=False).tolist()
+            named = ", ".join(map(cell_word, cells[:-1])) + f" and {cell_word(cells[-1])}"
+            found, letters = (), ()
+        else:
+            cells = found = marks.cells(scene.size, self.grid)
+            named, letters = "the marked points", marks.letters
+        text = str(rng.choice(_NEARNESS)).format(cells=named)
+        return Response(text, (), True, steps_in_words(cells, letters, nearness=True), "nearness", found)

@@ -1,0 +1,101 @@
+"""Looking cells up in a depth span, without a picture: the first lesson of the language model.
+
+Sequences hold a span of true codes and, behind it, chains of cells with their nearness, some with a conclusion about
+the nearest. They are short and every word of them says something about the span, so that what takes hours among
+pictures takes minutes here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
+from perceptio_hf.training.losses.labels import IGNORED_LABEL
+from perceptio_hf.world.cells import cell_words, nearness_words
+
+from .answers import LETTERS
+
+_CHAINS, _CHAIN_CELLS = 6, 8  # chains of cells behind each span, and their length
+_CONCLUSIONS = 6
+
+
+@dataclass(frozen=True)
+class LookupBatch:
+    """`prefix_ids` (b, N + 2) the spans; `input_ids`, `labels` (n, L) and `looks` (n, L, N + 2 + L) chains behind them,
+    of the span `rows` (n,)."""
+
+    prefix_ids: Tensor
+    input_ids: Tensor
+    labels: Tensor
+    looks: Tensor
+    rows: Tensor
+
+
+class LookupAsker:
+    """Makes batches out of codes for one processor; `nearness` (K,) is the level of each code."""
+
+    def __init__(self, processor: PerceptioProcessor, nearness: Tensor):
+        self.nearness = nearness
+        self.num_cells = processor.num_depth_tokens
+        to_ids = processor.tokenizer.convert_tokens_to_ids
+        ids = processor.spatial_token_ids()
+        self.start, self.end = ids["depth_start_token_id"], ids["depth_end_token_id"]
+        self.codes = torch.tensor(ids["depth_token_ids"])
+        self.cells = torch.tensor(to_ids(cell_words(int(self.num_cells**0.5))))
+        self.levels = torch.tensor(to_ids(nearness_words()))
+        tokens = [processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in _letter_texts()]
+        self.first_letter, self.letters = tokens[0][0], torch.tensor([row[0] for row in tokens[1:]])
+        self.colon, self.stop = tokens[0][1], processor.tokenizer.eos_token_id
+
+    def batch(self, codes: Tensor, generator: torch.Generator) -> LookupBatch:
+        """Questions about spans of `codes` (b, N)."""
+        levels = self.nearness[codes]  # (b, N)
+        marker = torch.ones(len(codes), 1, dtype=torch.long)
+        prefix = torch.cat([marker * self.start, self.codes[codes], marker * self.end], 1)
+        chains = [self._chain(row, generator) for row in levels for _ in range(_CHAINS)]
+        rows = torch.arange(len(codes)).repeat_interleave(_CHAINS).tolist()
+        for row, of in enumerate(levels):
+            ends = [self._conclusion(of, generator) for _ in range(_CONCLUSIONS)]
+            chains += [chain for chain in ends if chain is not None]
+            rows += [row] * (len(chains) - len(rows))
+        return self._stack(prefix, chains, torch.tensor(rows))
+
+    def _draw(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.randperm(self.num_cells, generator=generator)[:count]
+
+    def _chain(self, levels: Tensor, generator: torch.Generator) -> list[tuple[int, bool, int]]:
+        """Tokens of one chain, each with whether it is learnt and the cell it names (-1: none)."""
+        cells = self._draw(_CHAIN_CELLS, generator).tolist()
+        return [item for cell in cells for item in self._named(cell, levels)]
+
+    def _named(self, cell: int, levels: Tensor) -> list[tuple[int, bool, int]]:
+        return [(int(self.cells[cell]), False, cell), (int(self.levels[levels[cell]]), True, -1)]
+
+    def _conclusion(self, levels: Tensor, generator: torch.Generator) -> list[tuple[int, bool, int]] | None:
+        """A chain with letters and the letter of the nearest cell, None where two are equally near."""
+        count = int(torch.randint(2, len(LETTERS) + 1, (), generator=generator))
+        cells = self._draw(count, generator)
+        near = levels[cells]
+        nearest = int(near.argmax())
+        if int((near == near[nearest]).sum()) > 1:
+            return None
+        heads = [self.first_letter, *self.letters[1:].tolist()]
+        tokens: list[tuple[int, bool, int]] = []
+        for head, cell in zip(heads, cells.tolist(), strict=False):
+            tokens += [(head, False, -1), *self._named(cell, levels)]
+        return [*tokens, (self.colon, False, -1), (int(self.letters[nearest]), True, -1), (self.stop, True, -1)]
+
+    def _stack(self, prefix: Tensor, chains: list[list[tuple[int, bool, int]]], rows: Tensor) -> LookupBatch:
+        length = max(map(len, chains))
+        padded = torch.tensor([chain + [(self.stop, False, -1)] * (length - len(chain)) for chain in chains])
+        ids, learnt, cells = padded.unbind(-1)
+        looks = torch.zeros(*ids.shape, prefix.shape[1] + length, dtype=torch.bool)
+        index = (cells >= 0).nonzero(as_tuple=True)
+        looks[(*index, cells[index] + 1)] = True  # the start marker comes first
+        return LookupBatch(prefix, ids, torch.where(learnt.bool(), ids, IGNORED_LABEL), looks, rows)
+
+
+def _letter_texts() -> list[str]:
+    """The first letter as an answer begins with it, before the colon, and every letter behind a space."""
+    return [f"{LETTERS[0]}:", *[f" {letter}" for letter in LETTERS]]

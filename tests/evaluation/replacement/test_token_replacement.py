@@ -1,0 +1,177 @@
+"""What takes the place of a span's codes, where true codes come from, and what the test concludes."""
+
+from dataclasses import replace
+
+import benchmark_helpers
+import numpy as np
+import pytest
+import torch
+
+from perceptio_hf.data.depth_maps import write_depth_png
+from perceptio_hf.evaluation.replacement.oracle import encode_oracle, open_oracle
+from perceptio_hf.evaluation.replacement.token_replacement import REPLACEMENTS, check_replacements, replaced_codes
+from perceptio_hf.evaluation.run.summary import summarise_replacements
+
+RNG = np.random.default_rng(0)
+OWN = RNG.choice(16, (40, 9), p=np.arange(1, 17) / 136)
+PICTURES = [f"picture {index // 3}" for index in range(40)]
+
+
+def test_every_replacement_is_what_its_definition_says():
+    found = replaced_codes(list(REPLACEMENTS), OWN, PICTURES, seed=3)
+    assert list(found) == [name for name in REPLACEMENTS if name != "oracle"]
+    assert all(table.shape == OWN.shape and table.dtype.kind == "i" for table in found.values())
+    assert (found["identity"] == OWN).all()
+    assert (found["first-repeat"] == OWN[:, :1]).all()
+    counts = np.bincount(OWN.ravel(), minlength=16)
+    assert (found["constant"] == counts.argmax()).all()
+    assert (np.sort(found["random-matched"]) == np.sort(OWN)).all() and (found["random-matched"] != OWN).any(1).all()
+    drawn = np.bincount(found["random"].ravel(), minlength=16)
+    assert np.abs(drawn - counts).sum() < 0.35 * counts.sum(), "drawn as often as in the own spans"
+    assert (found["random"] == OWN).mean() < 0.25
+
+
+def test_another_pictures_span_is_never_of_the_same_picture_and_each_serves_once():
+    for pictures in (PICTURES, [f"{index % 5}" for index in range(40)], ["a"] * 20 + ["b"] * 20, list(range(40))):
+        own = np.arange(40)[:, None] * np.ones(2, int)  # every span tells its sample
+        giver = replaced_codes(["other-image"], own, pictures)["other-image"][:, 0]
+        assert sorted(giver) == list(range(40))
+        assert all(pictures[index] != pictures[other] for index, other in enumerate(giver))
+    with pytest.raises(ValueError, match="21 of 40"):
+        replaced_codes(["other-image"], OWN, ["a"] * 21 + ["b"] * 19)
+
+
+def test_what_is_drawn_hangs_on_seed_and_place_only():
+    first = replaced_codes(["random", "random-matched"], OWN, PICTURES, seed=1)
+    again = replaced_codes(["random-matched", "random"], OWN, PICTURES, seed=1)
+    other = replaced_codes(["random", "random-matched"], OWN, PICTURES, seed=2)
+    for name in ("random", "random-matched"):
+        assert (first[name] == again[name]).all() and (first[name] != other[name]).any()
+
+
+def test_identity_always_comes_first():
+    assert check_replacements(["random", "oracle", "random"]) == ("identity", "random", "oracle")
+    with pytest.raises(ValueError, match=r"'zero'.*first-repeat"):
+        check_replacements(["zero"])
+
+
+@pytest.fixture
+def samples(tmp_path):
+    """Two sets of pictures with the same names, as HardBLINK has them."""
+    made = []
+    for index, sample in enumerate(benchmark_helpers.points(4).samples):
+        picture = replace(sample.picture, name=f"set{index // 2}/{index % 2}.jpg")
+        made.append(replace(sample, picture=picture, depth=None))
+    return made
+
+
+def test_true_depth_from_a_folder_of_maps(tmp_path, samples, model):
+    maps = [benchmark_helpers.true_depth(index + 1) for index in range(4)]
+    for index in range(4):
+        (tmp_path / f"set{index // 2}").mkdir(exist_ok=True)
+        write_depth_png(tmp_path / f"set{index // 2}" / f"{index % 2}.png", maps[index].relative)
+    depth_of = open_oracle(str(tmp_path), "relative", samples, "cpu")
+    for sample, expected in zip(samples, maps, strict=True):
+        assert np.abs(depth_of(sample).relative - expected.relative).max() < 1e-4
+    codes = encode_oracle(model.depth_model, depth_of(samples[0]))
+    with torch.no_grad():
+        assert codes == model.depth_model.encode(torch.from_numpy(depth_of(samples[0]).relative)).flatten().tolist()
+    assert len(codes) == model.config.num_depth_tokens
+
+
+def test_maps_without_their_set_serve_only_names_that_are_not_shared(tmp_path, samples):
+    for name in ("0", "1"):
+        write_depth_png(tmp_path / f"{name}.png", benchmark_helpers.true_depth(1).relative)
+    with pytest.raises(ValueError, match=r"no depth map of points 0.*set0"):
+        open_oracle(str(tmp_path), "relative", samples, "cpu")
+    assert open_oracle(str(tmp_path), "relative", samples[:2], "cpu")(samples[1]).valid.all()
+
+
+def test_true_depth_from_the_benchmark_or_none(samples):
+    own = benchmark_helpers.points(2).samples
+    assert (open_oracle(None, None, own, "cpu")(own[1]).relative == benchmark_helpers.true_depth(1).relative).all()
+    with pytest.raises(ValueError, match=r"no true depth of points 0.*--oracle"):
+        open_oracle(None, None, samples, "cpu")
+
+
+def test_true_depth_from_a_teacher(tmp_path):
+    from transformers import (
+        AutoImageProcessor,
+        DepthAnythingConfig,
+        DepthAnythingForDepthEstimation,
+        Dinov2Config,
+        DPTImageProcessor,
+    )
+
+    backbone = Dinov2Config(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        out_features=[f"stage{index}" for index in range(1, 5)],
+        reshape_hidden_states=False,
+    )
+    config = DepthAnythingConfig(
+        backbone_config=backbone, reassemble_hidden_size=16, neck_hidden_sizes=[8] * 4, fusion_hidden_size=8
+    )
+    torch.manual_seed(0)
+    teacher = DepthAnythingForDepthEstimation(config).eval()
+    teacher.head.conv3.bias.data.fill_(1.0)  # inverse depth is not negative
+    teacher.save_pretrained(tmp_path)
+    processor = DPTImageProcessor(size={"height": 28, "width": 42}, ensure_multiple_of=14)
+    processor.save_pretrained(tmp_path)
+    try:
+        AutoImageProcessor.from_pretrained(tmp_path)
+    except ImportError:
+        pytest.skip("this release of transformers needs torchvision for AutoImageProcessor")
+    sample = benchmark_helpers.points(1).samples[0]
+    found = open_oracle(str(tmp_path), None, [sample], "cpu")(sample)
+    with torch.no_grad():
+        inverse = teacher(**processor(images=sample.picture.open(), return_tensors="pt")).predicted_depth[0].numpy()
+    expected = (inverse - inverse.min()) / (inverse.max() - inverse.min())
+    assert np.abs(found.relative - expected).max() < 1e-5 and found.metric is None
+
+
+def test_what_is_no_place_for_depth_is_refused(tmp_path, samples, tiny_folder):
+    with pytest.raises(ValueError, match="--oracle-unit"):
+        open_oracle(str(tmp_path), None, samples, "cpu")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is a file"):
+        open_oracle(str(tmp_path / "file"), "mm", samples, "cpu")
+    with pytest.raises(ValueError, match="neither a folder of depth maps nor a depth model"):
+        open_oracle(str(tiny_folder), None, samples, "cpu")
+    with pytest.raises(ValueError, match="--oracle-unit is for a folder"):
+        open_oracle(str(tiny_folder), "mm", samples, "cpu")
+
+
+def record(index: int | str, score: int, read: str | None = "A") -> dict:
+    return {"id": str(index), "score": float(score), "read": read, "target": {"answer": "A", "choices": ["A", "B"]}}
+
+
+def test_the_conclusion_is_counted_from_the_same_samples():
+    own = [record(index, index < 8) for index in range(10)]
+    replaced = [
+        {
+            "id": str(index),
+            "identity": {"score": float(index < 8), "read": "A" if index < 8 else "B"},
+            "random": {"score": float(index % 2), "read": "A" if index % 2 else None},
+        }
+        for index in range(10)
+    ]
+    told = summarise_replacements("relative_depth", own, replaced)
+    assert told["own"] == 0.8 and told["chance"] == 0.5
+    random = told["replacements"]["random"]
+    assert random["accuracy"] == 0.5 and random["points"] == pytest.approx(-30)
+    assert random["changed"] == pytest.approx(np.mean([index % 2 != (index < 8) or index == 8 for index in range(10)]))
+    differences = np.array([index % 2 for index in range(10)]) - np.array([index < 8 for index in range(10)])
+    spread = 1.959964 * 100 * differences.std() / np.sqrt(10)
+    assert random["points_interval"] == pytest.approx([-30 - spread, -30 + spread], abs=1e-3)
+    assert told["content_points"] == pytest.approx(30)
+    assert told["content_share"] is None, "8 of 10 may still be chance"
+    many = [row | {"id": f"{row['id']} {copy}"} for copy in range(10) for row in replaced]
+    answers = [record(f"{row['id']} {copy}", row["id"] < "8") for copy in range(10) for row in replaced]
+    assert summarise_replacements("relative_depth", answers, many)["content_share"] == pytest.approx(1.0)
+    half = [{name: row[name] for name in ("id", "identity")} for row in replaced[8:]]
+    told = summarise_replacements("relative_depth", own, half)
+    assert (told["content_points"], told["content_share"], told["without_span"]) == (None, None, 8)

@@ -1,0 +1,230 @@
+"""The tiny training: its sequences are ordinary conversations, its stages learn, and a stopped run goes on."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, DynamicCache
+
+from perceptio_hf import DepthVQVAE, PerceptioForConditionalGeneration
+from perceptio_hf.lab.lessons.answers import AnswerForm
+from perceptio_hf.lab.lessons.batches import SceneAsker, collate, scene_batches
+from perceptio_hf.lab.lessons.model import tiny_processor, tiny_tokenizer
+from perceptio_hf.lab.lessons.stages import STAGES, TinyRecipe, fresh_model, schedule, train_tiny
+from perceptio_hf.modeling.modeling_perceptio import CACHE
+from perceptio_hf.world import render_scene, text_corpus
+from perceptio_hf.world.cells import cell_at
+
+CODEC = {"image_size": 64, "downsample": 8, "num_codes": 16, "code_dim": 8, "base_channels": 4}
+
+
+@pytest.fixture(scope="module")
+def codec():
+    from perceptio_hf import DepthVQVAEConfig
+
+    return DepthVQVAE(DepthVQVAEConfig(**CODEC)).eval()
+
+
+@pytest.fixture(scope="module")
+def scene_processor(codec):
+    return tiny_processor(tiny_tokenizer(text_corpus(50)), codec.config)
+
+
+@pytest.fixture(scope="module")
+def fresh(scene_processor, codec) -> PerceptioForConditionalGeneration:
+    torch.manual_seed(0)
+    return fresh_model(scene_processor, codec).eval()
+
+
+def test_a_turn_behind_its_prefix_equals_a_conversation(fresh, scene_processor):
+    """Same states as the chat template's text in one row, which is what users will ask."""
+    asker = SceneAsker(scene_processor, 128)
+    scenes = [asker.scene(seed) for seed in (1, 2)]
+    batch = collate(scenes, asker)
+    prefix = DynamicCache()
+    fresh.model(input_ids=batch.prefix_ids, pixel_values=batch.pixel_values, **{CACHE: prefix})
+    turns = batch.turns[1]
+    cache = DynamicCache([(layer.keys[turns.rows], layer.values[turns.rows]) for layer in prefix.layers])
+    states = fresh.model(input_ids=turns.input_ids, **{CACHE: cache}).last_hidden_state
+    number = 0
+    for scene in scenes:
+        for asked, answer, response in scene.turns:
+            if response.depth:
+                continue
+            question = [
+                {"type": "image", "image": scene.image},
+                {"type": "text", "text": response.question},
+            ]
+            text = "[SEG]" * len(response.masks) + response.words
+            inputs = scene_processor.apply_chat_template(
+                [{"role": "user", "content": question}, {"role": "assistant", "content": text}],
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+            count = len(asked) + len(answer)
+            assert inputs.input_ids[0, len(asker.prefix) :][:count].tolist() == asked + answer
+            with torch.no_grad():
+                alone = fresh.model(input_ids=inputs.input_ids, pixel_values=inputs.pixel_values).last_hidden_state
+            torch.testing.assert_close(
+                states[number, :count], alone[0, len(asker.prefix) :][:count], atol=2e-2, rtol=2e-2
+            )
+            number += 1
+    assert number == len(turns.rows)
+
+
+def test_the_pixels_are_the_processor_s(scene_processor):
+    asker = SceneAsker(scene_processor, 128)
+    scene = asker.scene(3)
+    batch = collate([scene], asker)
+    inputs = scene_processor(images=[scene.image], text="<IMG_CONTEXT>", return_tensors="pt")
+    torch.testing.assert_close(batch.pixel_values, inputs.pixel_values, atol=2e-2, rtol=0)
+    torch.testing.assert_close(batch.mask_pixel_values, inputs.mask_pixel_values)
+
+
+def test_targets_belong_to_their_scene(scene_processor):
+    batch = next(scene_batches(scene_processor, size=128, batch_size=3, first_seed=5, workers=0))
+    targets = batch.mask_targets((48, 48))
+    for row, instance, target in zip(batch.mask_rows.tolist(), batch.mask_instances.tolist(), targets, strict=True):
+        mask = render_scene(5 + row).instances == instance
+        assert abs(target.mean().item() - mask.mean()) < 1e-3
+    for turns in batch.turns:
+        answered = turns.labels != -100
+        assert torch.equal(turns.labels[answered], turns.input_ids[answered])
+        assert (turns.labels == scene_processor.seg_token_id).sum() == len(turns.mask_rows)
+
+
+def test_processes_share_scenes_without_overlap(scene_processor):
+    def images(rank: int, processes: int, batch_size: int, steps: int) -> list[torch.Tensor]:
+        options = {"rank": rank, "processes": processes, "batch_size": batch_size}
+        stream = scene_batches(scene_processor, size=64, first_seed=9, workers=0, **options)
+        return [next(stream).instances for _ in range(steps)]
+
+    one = torch.cat(images(0, 1, 4, 2))
+    first, second = images(0, 2, 2, 2), images(1, 2, 2, 2)
+    assert torch.equal(one, torch.cat([first[0], second[0], first[1], second[1]]))
+
+
+def test_answers_take_the_form_asked_for(scene_processor):
+    forms = {
+        "full": AnswerForm(),
+        "words": AnswerForm(masks=False, depth=False),
+        "answers": AnswerForm(masks=False, depth=False, steps=False),
+        "masks": AnswerForm(depth=False, steps=False, words=False),
+    }
+    for name, form in forms.items():
+        asker = SceneAsker(scene_processor, 128, form)
+        responses = [turn[2] for seed in range(12) for turn in asker.scene(seed).turns]
+        kinds = {response.kind for response in responses}
+        assert any(response.depth for response in responses) == form.depth
+        assert any(response.masks for response in responses) == form.masks
+        assert ({"closest_point", "count", "attribute"} <= kinds) == form.words
+        assert any(re.search(r"\bp\d\d\b", response.words) for response in responses) == form.steps
+        assert any(" d00" in response.words for response in responses) == form.depth, name
+
+
+def test_tokens_are_told_to_look_where_their_answer_is(scene_processor):
+    asker = SceneAsker(scene_processor, 128)
+    scenes = [asker.scene(seed) for seed in range(6)]
+    batch = collate(scenes, asker)
+    picture, words = asker.prefix.index(scene_processor.image_token_id), scene_processor.tokenizer
+    checked = {"span": 0, "read": 0, "found": 0, "seg": 0}
+    for group in batch.turns:
+        turns = [(row, turn) for row, scene in enumerate(scenes) for turn in scene.turns]
+        turns = [(row, turn) for row, turn in turns if turn[2].depth == bool((group.labels == asker.start_id).any())]
+        for ids, looks, (row, (asked, answer, response)) in zip(group.input_ids, group.looks, turns, strict=True):
+            sequence = asker.prefix + ids.tolist()
+            for place in range(len(asked), len(asked) + len(answer)):
+                keys = looks[place].nonzero()[:, 0].tolist()
+                token, following = ids[place].item(), words.decode(ids[place + 1 : place + 2])
+                if token == asker.seg_id:
+                    checked["seg"] += 1
+                    assert [key - picture for key in keys] == np.flatnonzero(
+                        np.isin(scenes[row].cells, response.masks[: 1 + (ids[:place] == asker.seg_id).sum()])
+                        & np.isin(scenes[row].cells, [response.masks[(ids[:place] == asker.seg_id).sum()]])
+                    ).tolist()
+                elif following.startswith(" p") and following[2:].isdecimal() and response.found:
+                    checked["found"] += 1
+                    assert keys == [picture + int(following[2:])]
+                elif token in asker.cell_ids and response.depth:
+                    checked["read"] += 1
+                    start = sequence.index(asker.start_id)
+                    assert keys == [start + 1 + asker.cell_ids[token]]
+                elif response.depth and token == asker.start_id:
+                    checked["span"] += 1
+                    assert keys == [picture]
+                assert all(key <= len(asker.prefix) + place for key in keys)  # nobody looks ahead
+    assert all(checked.values()), checked
+
+
+def test_no_marked_cell_is_shared(scene_processor):
+    asker = SceneAsker(scene_processor, 128)
+    marked = 0
+    for seed in range(30):
+        letters = asker.scene(seed).letters
+        marked += bool(letters.any())
+        assert not letters.any() or sorted(letters[letters > 0]) == list(range(1, (letters > 0).sum() + 1))
+    assert 10 < marked < 30
+    assert cell_at((127, 0), (128, 128), 8) == 7 and cell_at((0, 127), (128, 128), 8) == 56
+
+
+def test_schedule():
+    values = [schedule(step, 1000) for step in range(1000)]
+    assert max(values) == 1.0 and values[0] == 0.01 and 0.02 <= values[-1] < 0.021
+    assert values[100:] == sorted(values[100:], reverse=True)
+
+
+@pytest.mark.slow
+def test_all_stages_run_resume_and_load(tmp_path):
+    steps = {f"{stage}_steps": 2 for stage in STAGES} | {f"{stage}_batch": 2 for stage in STAGES}
+    recipe = TinyRecipe(codec=CODEC, codec_scenes=20, codec_steps=10, corpus_scenes=30, checkpoint_every=1, **steps)
+    folder = train_tiny(recipe, tmp_path / "run", processes=2, workers=0)
+    model = AutoModel.from_pretrained(folder)
+    start = fresh_model_of(recipe, tmp_path / "run")
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, start[name])}
+    frozen = set(start) - moved
+    for part in ("model.vision_tower.encoder.layer.0", "model.language_model.layers.0", "seg_projector", "mask_model"):
+        assert any(name.startswith(part) for name in moved), part
+    assert all(name.startswith(("depth_model", "mask_model")) for name in frozen)
+    assert {name for name in start if name.startswith("depth_model")} <= frozen
+
+    assert (tmp_path / "run" / "losses.png").is_file() and (tmp_path / "run" / "losses_vision.png").is_file()
+    before = model.state_dict()
+    (tmp_path / "run" / "language.done").unlink()  # as if stopped right after the last checkpoint
+    again = AutoModel.from_pretrained(train_tiny(recipe, tmp_path / "run", processes=2, workers=0)).state_dict()
+    assert all(torch.equal(before[name], again[name]) for name in before)
+    with pytest.raises(ValueError, match="another recipe"):
+        train_tiny(TinyRecipe(seed=1), tmp_path / "run")
+    with pytest.raises(ValueError, match="cannot share"):
+        train_tiny(recipe, tmp_path / "run", processes=3)
+
+
+def fresh_model_of(recipe: TinyRecipe, out) -> dict[str, torch.Tensor]:
+    codec = DepthVQVAE.from_pretrained(out / "codec")
+    processor = tiny_processor(tiny_tokenizer(text_corpus(recipe.corpus_scenes, recipe.seed)), codec.config)
+    torch.manual_seed(recipe.seed)
+    return fresh_model(processor, codec).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sed: 1", "unknown key 'sed'"),
+        ("- 1", "keys and values"),
+        ("language_steps: -1", "0 or more"),
+        ("language_steps: many", "0 or more"),
+        ("recipe: tiny\nlookup: 3", "unknown key 'lookup'"),
+    ],
+)
+def test_recipes_with_mistakes(tmp_path, text, message):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        TinyRecipe.read(tmp_path / "recipe.yaml")
+
+
+def test_the_shipped_recipe_is_read():
+    from pathlib import Path
+
+    recipe = TinyRecipe.read(Path(__file__).parents[3] / "recipes" / "tiny.yaml")
+    assert recipe.codec["image_size"] == 128

@@ -1,0 +1,102 @@
+"""Folders appear complete or not at all."""
+
+import errno
+import os
+import shutil
+
+import pytest
+
+from perceptio_hf.files import check_new_folder, new_folder
+
+
+def saved(folder, text="old"):
+    """Something that looks like a saved model."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(text)
+    return folder
+
+
+def files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_a_new_folder_with_its_parents(tmp_path):
+    target = tmp_path / "a" / "b"
+    with new_folder(target) as folder:
+        (folder / "config.json").write_text("new")
+        assert not target.exists() and folder.parent == target.parent  # same disk: renaming cannot fail half-way
+    assert files(tmp_path) == ["a", "a/b", "a/b/config.json"]
+
+
+def test_an_empty_folder_is_taken(tmp_path):
+    (tmp_path / "out").mkdir()
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "x").write_text("new")
+    assert files(tmp_path) == ["out", "out/x"]
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError()]
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_failure_leaves_everything_as_it_was(tmp_path, failure, overwrite):
+    if overwrite:
+        saved(tmp_path / "out")
+    before = files(tmp_path)
+    with pytest.raises(type(failure)), new_folder(tmp_path / "out", overwrite) as folder:
+        (folder / "half").write_text("half")
+        raise failure
+    assert files(tmp_path) == before
+
+
+def test_overwriting_replaces_the_whole_folder(tmp_path):
+    (saved(tmp_path / "out") / "stale.bin").write_text("old")
+    with new_folder(tmp_path / "out", overwrite=True) as folder:
+        (folder / "config.json").write_text("new")
+        assert (tmp_path / "out" / "config.json").read_text() == "old"
+    assert files(tmp_path) == ["out", "out/config.json"]
+    assert (tmp_path / "out" / "config.json").read_text() == "new"
+
+
+def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_place(tmp_path):
+    saved(tmp_path / "out")
+    with pytest.raises(FileNotFoundError), new_folder(tmp_path / "out", overwrite=True) as folder:
+        shutil.rmtree(folder)  # so that the last step fails, after the old folder has been moved away
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+    assert files(tmp_path) == ["out", "out/config.json"]
+
+
+def test_a_folder_that_is_not_empty_is_refused(tmp_path):
+    saved(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"out exists and is not empty.*--overwrite"), new_folder(tmp_path / "out"):
+        raise AssertionError("the block must not run")
+    assert files(tmp_path) == ["out", "out/config.json"]
+
+
+def test_overwriting_spares_what_is_no_model(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter-1.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"is not replaced: it holds no config\.json"):
+        check_new_folder(tmp_path / "thesis", overwrite=True)
+
+
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(ValueError, match="is a file"):
+        check_new_folder(tmp_path / "out", overwrite=True)
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    saved(tmp_path / "disk" / "model")
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "model")
+    with new_folder(tmp_path / "out", overwrite=True) as folder:
+        (folder / "config.json").write_text("new")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "model" / "config.json").read_text() == "new"
+
+
+def test_others_may_read_what_they_may_read_elsewhere(tmp_path):
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "x").write_text("x")
+    (tmp_path / "plain").mkdir()
+    assert os.stat(tmp_path / "out").st_mode == os.stat(tmp_path / "plain").st_mode
