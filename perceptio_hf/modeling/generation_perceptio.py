@@ -12,6 +12,7 @@ from transformers import (
     LogitsProcessorList,
     MaxTimeCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
@@ -93,7 +94,10 @@ class SpatialGenerationMixin(SpatialReadingMixin):
             generation_config.max_new_tokens, generation_config.max_length = request.new_tokens, None
 
         def setting(name: str):
-            return generation_setting(name, kwargs.get(name), generation_config, self.generation_config)
+            given = kwargs.get(name)
+            return (
+                given if name in kwargs else generation_setting(name, given, generation_config, self.generation_config)
+            )
 
         grammar = request.grammar()
         processors = LogitsProcessorList([*(logits_processor or []), grammar])
@@ -176,10 +180,13 @@ class SpatialGenerationMixin(SpatialReadingMixin):
 
 def _spare_spans(kwargs: dict, setting: Callable[[str], Any], grammar: SpanGrammar) -> None:
     """Let no stopping criterion cut a span: the caller's own, time and stop strings are asked again behind it."""
-    given = list(kwargs.get("stopping_criteria") or [])
+    given, mine = list(kwargs.get("stopping_criteria") or []), {}
     if setting("max_time") is not None:
-        given.append(MaxTimeCriteria(setting("max_time")))
-        kwargs["max_time"] = None
+        mine["max_time"] = MaxTimeCriteria(setting("max_time"))
+    if setting("stop_strings") is not None and kwargs.get("tokenizer") is not None:
+        mine["stop_strings"] = StopStringCriteria(kwargs["tokenizer"], setting("stop_strings"))
+    kwargs |= dict.fromkeys(mine)
+    given += mine.values()
     if given:
         kwargs["stopping_criteria"] = StoppingCriteriaList([WholeSpans(item, grammar) for item in given])
 

@@ -25,7 +25,7 @@ SPATIAL_DECODINGS = ("parallel", "sequential")
 
 # Places of all rows that one pass may guess. A GPU reads the weights once for all of them and has arithmetic to spare;
 # on a CPU every place costs (docs/generation.md has the measurements).
-_PLACES = {"cpu": 64}
+_PLACES = {"cpu": 24}
 _PLACES_ELSEWHERE = 4096
 
 # Settings of transformers that choose another strategy than greedy or sampling, and what that is called.
@@ -37,7 +37,6 @@ _OTHER_STRATEGIES = {
     "custom_generate": "custom_generate",
     "output_attentions": "output_attentions",
     "output_hidden_states": "output_hidden_states",
-    "stop_strings": "stop_strings",
     "synced_gpus": "processes that share one model",
 }
 
