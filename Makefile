@@ -13,7 +13,7 @@ STAMP := $(VENV)/.perceptio-installed
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-oldest test-newest test-arithmetic test-arithmetic-quick test-sam2 test-lmms-eval plan lint clean
+.PHONY: help env demo test test-oldest test-newest test-arithmetic test-arithmetic-quick test-sam2 test-lmms-eval test-app plan lint clean
 
 help:
 	@echo "make demo   render a scene, ask the embedded model about it, write pictures to perceptio-demo/"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-arithmetic   the numerical tests with other kernels and threads; test-arithmetic-quick: some of them"
 	@echo "make test-sam2     converted SAM2 weights beside Meta's own code, which this installs"
 	@echo "make test-lmms-eval   the plug-in inside lmms-eval, which this installs"
+	@echo "make test-app      the page in a real browser, which this installs; SCREENSHOTS=docs/images takes README's pictures"
 	@echo "make plan   draw docs/images/architecture.png from the imports"
 	@echo "make lint   ruff check and ruff format --check"
 	@echo "make env    only make the environment in $(VENV)"
@@ -95,6 +96,13 @@ test-lmms-eval: $(STAMP)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) $(LMMS_EVAL_NEEDS)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) --no-deps lmms-eval
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/integrations
+
+# Debian's Chromium, driven by Playwright: no browser is downloaded from elsewhere.
+SCREENSHOTS ?=
+test-app: $(STAMP)
+	@command -v chromium >/dev/null || { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium >/dev/null; }
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e ".[app]" playwright
+	@PERCEPTIO_SCREENSHOTS=$(SCREENSHOTS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/app
 
 plan: $(STAMP)
 	@$(BIN)/python docs/draw_architecture.py

@@ -2,7 +2,14 @@
 
 from pathlib import Path
 
-LIBRARIES = {"trl": "train", "peft": "train", "datasets": "train", "pycocotools": "eval", "pyarrow": "eval"}
+LIBRARIES = {
+    "trl": "train",
+    "peft": "train",
+    "datasets": "train",
+    "pycocotools": "eval",
+    "pyarrow": "eval",
+    "gradio": "app",
+}
 
 
 def how_to_install(extra: str) -> str:

@@ -61,6 +61,7 @@ ELSEWHERE = {
     ".venv/bin/python -m pytest": "make test",
     "pip install": "make env",
     "lmms-eval": "make test-lmms-eval",
+    "perceptio app": "make test-app",
 }
 SLOW = ("README.md", "evaluation.md", "lora.md", "training.md")  # those that train
 # Further options that make long work short: the beginning of a command -> what is put behind it.

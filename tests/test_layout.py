@@ -23,6 +23,7 @@ FLOORS = (
     ("evaluation",),
     ("hub",),
     ("lab",),
+    ("app",),
     ("commands",),
     ("integrations",),
 )
