@@ -11,6 +11,8 @@ from transformers.models.internvl.modeling_internvl import InternVLForConditiona
 
 from perceptio_hf.files import new_folder, write_json, write_text
 
+from .engine_grammars import TOKENS_BEFORE_SPAN, write_grammars
+
 if TYPE_CHECKING:
     from perceptio_hf.modeling.configuration_perceptio import PerceptioConfig
     from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
@@ -33,17 +35,21 @@ def export_internvl(
     folder: str | os.PathLike,
     *,
     overwrite: bool = False,
+    pictures: int = 1,
+    tokens_before_span: int = TOKENS_BEFORE_SPAN,
 ) -> list[str]:
     """Save the InternVL inside `model` as a folder of the layout that stock InternVL repositories have.
 
     transformers' own `InternVLForConditionalGeneration` and `AutoProcessor` load it, without this package. Its logits
     are those of `model`, and `model.decode_spatial` reads masks and depth off what it generates. SAM2, the codec and
-    the [SEG] projector stay behind.
+    the [SEG] projector stay behind. The folder `grammars` in it keeps spans whole in engines with structured output.
 
     Args:
         processor: the one `model` was saved with.
         folder: what to write; it appears when it is complete.
         overwrite: replace a folder that is there and not empty.
+        pictures: the most pictures of one prompt to write grammars for.
+        tokens_before_span: as in `span_grammar_texts`.
 
     Returns:
         The names of the files, sorted.
@@ -52,17 +58,22 @@ def export_internvl(
         ValueError: if `model` is no Perceptio, or `folder` is there and `overwrite` is not set.
     """
     with new_folder(folder, overwrite=overwrite) as partial:
-        write_internvl(model, processor, partial)
+        write_internvl(model, processor, partial, pictures=pictures, tokens_before_span=tokens_before_span)
     return sorted(path.name for path in Path(folder).iterdir())
 
 
 def write_internvl(
-    model: "PerceptioForConditionalGeneration", processor: "PerceptioProcessor", folder: str | os.PathLike
+    model: "PerceptioForConditionalGeneration",
+    processor: "PerceptioProcessor",
+    folder: str | os.PathLike,
+    *,
+    pictures: int = 1,
+    tokens_before_span: int = TOKENS_BEFORE_SPAN,
 ) -> None:
     """As `export_internvl`, file by file into `folder`.
 
     Raises:
-        ValueError: if `model` is no Perceptio.
+        ValueError: if `model` is no Perceptio, or for less than one picture or token before a span.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind != "perceptio" or hasattr(model, "peft_config"):
@@ -72,6 +83,8 @@ def write_internvl(
         )
     stock_internvl(model).save_pretrained(folder)
     write_stock_processor(processor, folder)
+    if model.config.has_spatial_tokens:
+        write_grammars(model, processor, folder, pictures=pictures, tokens_before_span=tokens_before_span)
 
 
 def stock_config(config: "PerceptioConfig") -> InternVLConfig:
