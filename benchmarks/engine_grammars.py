@@ -26,7 +26,6 @@ from perceptio_hf.conversion.export import export_internvl
 from perceptio_hf.evaluation.run.answering import encode_chats
 from perceptio_hf.files import write_json
 from perceptio_hf.lab.held_out import held_out_items
-from perceptio_hf.modeling.span_grammar import SPATIAL_MODES
 from perceptio_hf.tokens import SpatialVocabulary, read_sequence
 
 RESULTS = Path(__file__).parent / "results" / "engine_grammars.json"
@@ -35,10 +34,10 @@ ENGINES = {"plain": "", "xgrammar": "ebnf", "xgrammar-lark": "lark", "llguidance
 # Engine, spatial mode, pictures of a prompt.
 RUNS = [
     ("plain", "auto", 1),
-    *((engine, mode, 1) for mode in SPATIAL_MODES for engine in ("xgrammar", "llguidance")),
+    *((engine, mode, 1) for mode in ("auto", "seg+depth") for engine in ("xgrammar", "llguidance", "outlines")),
+    *((engine, "auto", 2) for engine in ("xgrammar", "llguidance")),
+    *((engine, mode, 1) for mode in ("depth", "seg", "none") for engine in ("xgrammar", "llguidance")),
     ("xgrammar-lark", "auto", 1),
-    *(("outlines", mode, 1) for mode in ("auto", "seg+depth")),
-    *((engine, mode, 2) for mode in ("auto", "seg+depth") for engine in ("xgrammar", "llguidance")),
 ]
 
 
@@ -211,14 +210,13 @@ def sample(
             return found | {"seconds": round(time.perf_counter() - begun, 1)}
 
 
-def measure(folder: Path, runs: list[tuple[str, str, int]], **options) -> list[dict]:
-    """The counts of (engine, spatial mode, pictures)."""
+def measure(folder: Path, runs: list[tuple[str, str, int]], **options) -> Iterator[dict]:
+    """The counts of (engine, spatial mode, pictures), one after another; the export is written to `folder`."""
     model = AutoModel.from_pretrained(tiny_checkpoint()).eval()
     processor = AutoProcessor.from_pretrained(tiny_checkpoint())
     export_internvl(model, processor, folder, overwrite=True, pictures=max(pictures for *_, pictures in runs))
     stock = InternVLForConditionalGeneration.from_pretrained(folder).eval()
     words, tokenizer = model.spatial_vocabulary(), processor.tokenizer
-    rows = []
     for engine, spatial, pictures in runs:
         grammar = ""
         if engine != "plain":
@@ -226,9 +224,7 @@ def measure(folder: Path, runs: list[tuple[str, str, int]], **options) -> list[d
             grammar = (place / f"{spatial}.{ENGINES[engine]}").read_text()
         make = processor_maker(engine, tokenizer, stock.config.text_config.vocab_size, grammar)
         counts = sample(stock, processor, tokenizer, words, make, spatial, pictures=pictures, **options)
-        rows.append({"engine": engine, "spatial": spatial, "pictures": pictures, **counts})
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+        yield {"engine": engine, "spatial": spatial, "pictures": pictures, **counts}
 
 
 def main() -> None:
@@ -239,11 +235,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     options = {"samples": given.samples, "batch": given.batch, "temperature": given.temperature}
-    with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder, "served"), RUNS, **options)
     used = {name: version(name) for name in ("torch", "transformers", "xgrammar", "llguidance", "outlines_core")}
-    command = "python benchmarks/engine_grammars.py " + " ".join(sys.argv[1:])
-    write_json(given.out, {"command": command.strip(), **options, "versions": used, "rows": rows})
+    command = " ".join(["python benchmarks/engine_grammars.py", *sys.argv[1:]])
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for row in measure(Path(folder, "served"), RUNS, **options):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            write_json(given.out, {"command": command, **options, "versions": used, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -22,6 +22,10 @@ def export(
         int,
         typer.Option(min=1, help="Most tokens that these grammars allow in front of a depth span that is not forced."),
     ] = 64,
+    with_code: Annotated[
+        bool,
+        typer.Option("--with-code", help="Add Perceptio's processor, for programs that are told to trust remote code."),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there and not empty.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")] = False,
 ) -> None:
@@ -41,7 +45,8 @@ def export(
         from perceptio_hf.conversion.export import write_internvl
 
         loaded = checkpoints.load(name, device="cpu")
-        write_internvl(*loaded, partial, pictures=pictures, tokens_before_span=tokens_before_span)
+        options = {"pictures": pictures, "tokens_before_span": tokens_before_span, "with_code": with_code}
+        write_internvl(*loaded, partial, **options)
     files = sorted(path.name for path in out.iterdir())
     if as_json:
         print(json.dumps({"model": model, "format": form, "folder": str(out), "files": files}, indent=2))
