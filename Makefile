@@ -13,14 +13,17 @@ STAMP := $(VENV)/.perceptio-installed
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-oldest test-sam2 test-lmms-eval lint clean
+.PHONY: help env demo test test-oldest test-newest test-arithmetic test-arithmetic-quick test-sam2 test-lmms-eval plan lint clean
 
 help:
 	@echo "make demo   render a scene, ask the embedded model about it, write pictures to perceptio-demo/"
 	@echo "make test   run the tests"
 	@echo "make test-oldest   the quick tests with the oldest releases that are supported, in an environment of their own"
+	@echo "make test-newest   the same, the training tests and the demo with the newest releases in range, asked for at every run"
+	@echo "make test-arithmetic   the numerical tests with other kernels and threads; test-arithmetic-quick: some of them"
 	@echo "make test-sam2     converted SAM2 weights beside Meta's own code, which this installs"
 	@echo "make test-lmms-eval   the plug-in inside lmms-eval, which this installs"
+	@echo "make plan   draw docs/images/architecture.png from the imports"
 	@echo "make lint   ruff check and ruff format --check"
 	@echo "make env    only make the environment in $(VENV)"
 	@echo "make clean  remove the environment and caches"
@@ -31,7 +34,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "perceptio-hf needs Python 3.10 or newer, not %d.%d. Name another one: make PYTHON=python3.12" % sys.version_info[:2])'
 	@echo "Making the environment in $(VENV) (once; downloads PyTorch and transformers, a few minutes) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
+	@$(BIN)/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
 	@touch $@
 
 demo: $(STAMP)
@@ -46,6 +49,40 @@ OLDEST_TESTS := tests/modeling tests/processing tests/conversion tests/hub tests
 test-oldest:
 	@$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt TEST_ARGS='-m "not slow" $(OLDEST_TESTS)'
 
+# Every run asks pip for newer releases of everything in pyproject.toml's ranges, so that a new one is noticed here before
+# users meet it. torch alone stays as it is in the constraints: another comes with several GB of CUDA on Linux. Among the
+# tests are those that load a checkpoint by the code it carries, in processes without this package.
+NEWEST := .venv-newest
+NEWEST_TESTS := $(OLDEST_TESTS) tests/training
+NEWEST_NAMES := torch transformers huggingface_hub accelerate safetensors numpy pillow trl peft datasets
+test-newest:
+	@echo "Bringing $(NEWEST) up to date (the first time a few minutes) ..."
+	@test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	@$(NEWEST)/bin/python -m pip install -qq --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		-e ".[$(EXTRAS)]" "$$(grep '^torch==' $(CONSTRAINTS))"
+	@$(NEWEST)/bin/python -c 'import sys; from importlib.metadata import version; print(*(f"{name} {version(name)}" for name in sys.argv[1:]), sep=", ")' $(NEWEST_NAMES)
+	@OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q -n 2 -m "not slow" $(NEWEST_TESTS) $(TEST_ARGS)
+	@out="$$(mktemp -d)" && $(NEWEST)/bin/perceptio demo --out "$$out"; status=$$?; rm -rf "$$out"; exit $$status
+
+# What MKL, PyTorch and oneDNN compute on other processors, on this one. A round is settings joined by commas.
+OTHER_KERNELS := MKL_CBWR=COMPATIBLE MKL_CBWR=AVX2 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
+ARITHMETIC_ROUNDS := $(OTHER_KERNELS:%=%,OMP_NUM_THREADS=1) $(OTHER_KERNELS:%=%,OMP_NUM_THREADS=2)
+ARITHMETIC_QUICK := $(addprefix tests/modeling/test_,depth_vqvae.py perceptio.py criterion.py) \
+	$(addprefix tests/build/test_,from_components.py checkpoint_foreign.py token_rows.py) \
+	tests/conversion/test_aurora.py tests/training/losses/test_parts.py
+ARITHMETIC_TESTS := tests/modeling tests/build tests/training tests/lab/lessons/test_conversation_lesson.py \
+	$(addprefix tests/conversion/test_,export.py aurora.py opengvlab.py sa2va.py) \
+	tests/evaluation/run/test_runner.py tests/commands/test_train.py tests/hub/test_upload.py
+test-arithmetic: $(STAMP)
+	@set -e; for settings in $(ARITHMETIC_ROUNDS); do \
+		echo "$$settings"; case "$$settings" in *THREADS=2) workers=1;; *) workers=2;; esac; \
+		env $$(echo "$$settings" | tr , ' ') $(BIN)/python -m pytest -q -n $$workers -m "not slow" $(TEST_ARGS) $(ARITHMETIC_TESTS); \
+	done
+
+test-arithmetic-quick:
+	@$(MAKE) --no-print-directory test-arithmetic ARITHMETIC_TESTS='$(ARITHMETIC_QUICK)' ARITHMETIC_ROUNDS="\
+		MKL_CBWR=COMPATIBLE,ATEN_CPU_CAPABILITY=default,ONEDNN_MAX_CPU_ISA=SSE41,OMP_NUM_THREADS=1 MKL_CBWR=AVX2,OMP_NUM_THREADS=2"
+
 # sam2 asks for torchvision, which this comparison does without.
 test-sam2: $(STAMP)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) setuptools hydra-core iopath
@@ -59,9 +96,12 @@ test-lmms-eval: $(STAMP)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) --no-deps lmms-eval
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/integrations
 
+plan: $(STAMP)
+	@$(BIN)/python docs/draw_architecture.py
+
 lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) .venv-oldest .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest $(NEWEST) .pytest_cache .ruff_cache .hypothesis

@@ -6,6 +6,7 @@ Importing the package registers it with transformers' Auto classes; the classes 
 import importlib
 from pathlib import Path
 
+from .extras import missing
 from .registration import register
 
 __version__ = "0.1.0"
@@ -39,7 +40,10 @@ def tiny_checkpoint() -> str:
 def __getattr__(name: str):
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    try:
+        value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    except ModuleNotFoundError as error:  # of an extra
+        raise missing(error, name) from error
     globals()[name] = value
     return value
 

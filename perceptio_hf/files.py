@@ -6,7 +6,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -106,6 +106,25 @@ def check_new_folder(path: str | os.PathLike, overwrite: bool = False) -> None:
         raise ValueError(f"{path} is not replaced: it holds no config.json, so it is no saved model. Name another one.")
 
 
+def find_recipe(name: str | os.PathLike) -> Path:
+    """The recipe at a path; else the one of that name which comes with the package: `sft_world`, `sft_world.yaml` and
+    `recipes/sft_world.yaml` are the same.
+
+    Raises:
+        ValueError: there is neither; those that come with the package are named.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    package = Path(__file__).resolve().parent
+    # In an installed package they lie inside of it; in a checkout, for readers, at its top.
+    places = [folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir()]
+    shipped = {recipe.stem: recipe for folder in places[:1] for recipe in sorted(folder.glob("*.yaml"))}
+    if path.parent in (Path(), Path("recipes")) and path.suffix in ("", ".yaml") and path.stem in shipped:
+        return shipped[path.stem]
+    raise ValueError(f"There is no recipe {path}; of those that come with the package: {', '.join(shipped) or 'none'}.")
+
+
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     """The keys and values of a recipe.
 
@@ -131,15 +150,16 @@ _held: dict[tuple[int, str], int] = {}  # (process, folder) -> how often it is h
 
 
 @contextmanager
-def in_use(folder: str | os.PathLike, doing: str) -> Iterator[None]:
+def in_use(folder: str | os.PathLike, doing: str, *, patience: float = 0.0) -> Iterator[None]:
     """Hold a folder for this process; whoever else asks for it meanwhile is told who has it.
 
     The operating system gives it back when the process ends, however it ends. Within the process, which may ask again,
     and on file systems or systems without such locks, nothing is refused.
 
     Args:
-        folder: Made where it is missing.
+        folder: Made where it is missing, and removed again where nothing came into it.
         doing: What the others read, e.g. "training".
+        patience: Seconds to wait for another process.
 
     Raises:
         ValueError: Another process has it; named are its id, its machine, and since when.
@@ -147,11 +167,9 @@ def in_use(folder: str | os.PathLike, doing: str) -> Iterator[None]:
     """
     folder = os.path.realpath(folder)
     key = (os.getpid(), folder)
-    if not _held.get(key):
-        os.makedirs(folder, exist_ok=True)
-        file = _locked(Path(folder, _IN_USE), doing)
-    else:
-        file = None
+    made = not os.path.exists(folder)
+    deadline = time.monotonic() + patience
+    file = None if _held.get(key) else _locked(Path(folder, _IN_USE), doing, deadline)
     _held[key] = _held.get(key, 0) + 1
     try:
         yield
@@ -160,22 +178,33 @@ def in_use(folder: str | os.PathLike, doing: str) -> Iterator[None]:
         if file is not None:
             Path(folder, _IN_USE).unlink(missing_ok=True)  # before it is given back: whoever waits looks again
             file.close()
+        if made:
+            with suppress(OSError):  # it holds something
+                os.rmdir(folder)
 
 
-def _locked(path: Path, doing: str) -> TextIO | None:
-    """The open file that holds the lock, None where there are no locks."""
+def _locked(path: Path, doing: str, deadline: float) -> TextIO | None:
+    """The open file that holds the lock, None where there are no locks. The deadline is one of `time.monotonic`."""
     try:
         import fcntl
     except ImportError:  # Windows
+        path.parent.mkdir(parents=True, exist_ok=True)
         return None
     while True:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closing it gives the lock back)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closing it gives the lock back)
+        except FileNotFoundError:  # somebody who has made the folder has just removed it again
+            continue
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
+            if time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
             raise ValueError(
                 f"{path.parent} is in use by {holder}. Wait for it, stop it, or name another folder."
             ) from None

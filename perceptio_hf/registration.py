@@ -2,8 +2,9 @@
 
 transformers finds its own classes by name: tables of strings, resolved when a checkpoint asks for them. Perceptio joins
 these tables, with this package as the module that has the names. `AutoModel.register` would need the classes
-themselves, which cost seconds to import and may not be imported while transformers is half loaded. The tables are
-filled as soon as their module has been loaded, so that `import perceptio_hf` does not have to load it.
+themselves, which cost seconds to import and may not be imported while transformers is half loaded (its model files
+load the Auto classes, and ours need its model files). The tables are filled as soon as their module has been loaded,
+so that `import perceptio_hf` does not have to load it.
 """
 
 import functools
@@ -11,21 +12,23 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 
 from perceptio_hf.modeling.attachments import attach
 
-_CONFIGS = {"perceptio": "PerceptioConfig", "perceptio_depth_vqvae": "DepthVQVAEConfig"}
+CONFIGS = {"perceptio": "PerceptioConfig", "perceptio_depth_vqvae": "DepthVQVAEConfig"}
 _MODEL = {"perceptio": "PerceptioForConditionalGeneration"}
-# Per module of transformers: its lazy mapping and the names that join it (seen in 5.17 and 5.23).
-_TABLES = {
+# Per module of transformers: its tables of names, and those that join them (seen in 5.17 to 5.24).
+TABLES = {
+    "transformers.models.auto.configuration_auto": {"CONFIG_MAPPING_NAMES": CONFIGS},
     "transformers.models.auto.modeling_auto": {
-        "MODEL_MAPPING": _MODEL | {"perceptio_depth_vqvae": "DepthVQVAE"},
-        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING": _MODEL,
-        "MODEL_FOR_MULTIMODAL_LM_MAPPING": _MODEL,
+        "MODEL_MAPPING_NAMES": _MODEL | {"perceptio_depth_vqvae": "DepthVQVAE"},
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": _MODEL,
+        "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES": _MODEL,
     },
-    "transformers.models.auto.processing_auto": {"PROCESSOR_MAPPING": {"perceptio": "PerceptioProcessor"}},
+    "transformers.models.auto.processing_auto": {"PROCESSOR_MAPPING_NAMES": {"perceptio": "PerceptioProcessor"}},
 }
 # What the model's own classes offer but floors above it do: see `perceptio_hf.modeling.attachments`.
 _ATTACHED = {
@@ -33,18 +36,25 @@ _ATTACHED = {
     "processor_from_components": "perceptio_hf.build.processors",
     "replace_default_card": "perceptio_hf.hub.card",
 }
-_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 
 
-def _register(name: str, module: ModuleType) -> None:
-    if name == _CONFIG_MODULE:
-        module.CONFIG_MAPPING._mapping.update(_CONFIGS)
-        return
-    for mapping_name, classes in _TABLES[name].items():
-        mapping = getattr(module, mapping_name)
-        mapping._model_mapping.update(classes)
-        mapping._config_mapping.update(_CONFIGS)
-        mapping._reverse_config_mapping.update({config: kind for kind, config in _CONFIGS.items()})
+def register_names(name: str, module: ModuleType) -> None:
+    """Let Perceptio join the tables of transformers' `module`, which is called `name`; warns where they are gone."""
+    try:
+        for table, classes in TABLES[name].items():
+            getattr(module, table).update(classes)
+            mapping = getattr(module, table.removesuffix("_NAMES"))
+            # A mapping of classes turns the names of configurations round when it is made. If that was before
+            # Perceptio joined them, it has to be told.
+            if table != "CONFIG_MAPPING_NAMES" and not set(CONFIGS.values()) <= set(mapping._reverse_config_mapping):
+                mapping._reverse_config_mapping.update({config: kind for kind, config in CONFIGS.items()})
+    except AttributeError as error:  # not an error: this happens inside imports that need not be about Perceptio at all
+        warnings.warn(
+            f"transformers' Auto classes do not know Perceptio, because {name} has changed ({error}). Update "
+            "perceptio-hf, or load with PerceptioForConditionalGeneration and PerceptioProcessor.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
@@ -65,7 +75,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 def _execute(name: str, execute: Callable[[ModuleType], None], module: ModuleType) -> None:
     execute(module)
-    _register(name, module)
+    register_names(name, module)
 
 
 def _function(module: str, name: str) -> Callable:
@@ -74,13 +84,13 @@ def _function(module: str, name: str) -> Callable:
 
 def register() -> None:
     """Register now where transformers' tables are loaded already, and elsewhere as soon as they are."""
-    for kind in _CONFIGS:  # where transformers looks for the classes of a model type
+    for kind in CONFIGS:  # where transformers looks for the classes of a model type
         sys.modules.setdefault(f"transformers.models.{kind}", sys.modules[__package__])
     for name, module in _ATTACHED.items():
         attach(name, functools.partial(_function, module, name))
-    names = {_CONFIG_MODULE, *_TABLES}
+    names = set(TABLES)
     for name in sorted(names & set(sys.modules)):
         names.remove(name)
-        _register(name, sys.modules[name])
+        register_names(name, sys.modules[name])
     if names:
         sys.meta_path.insert(0, _AfterImport(names))

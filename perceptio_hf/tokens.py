@@ -150,7 +150,8 @@ class _Scanner:
         else:
             if self.open_at is not None:
                 self.broken(position)
-            self._read_mark(position, token)
+            if self.written or token in words.mark_pieces:
+                self._read_mark(position, token)
             if token == words.depth_start:
                 self.open_at, self.codes = position, []
             elif token == words.seg and position >= self.start:

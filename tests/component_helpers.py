@@ -35,10 +35,12 @@ _TEXT_MODEL = {
 
 
 def stock_tokenizer() -> PreTrainedTokenizerFast:
-    """With InternVL's picture tokens and no spatial ones."""
+    """With InternVL's picture tokens and no spatial ones; like many, it pads on the right."""
     from perceptio_hf.lab.lessons.model import tiny_tokenizer
 
-    return tiny_tokenizer(TEXTS, vocab_size=300)
+    tokenizer = tiny_tokenizer(TEXTS, vocab_size=300)
+    tokenizer.padding_side = "right"
+    return tokenizer
 
 
 def stock_internvl(

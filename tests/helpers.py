@@ -1,5 +1,7 @@
 """Small pieces the tests are built from; see conftest.py for fixtures."""
 
+import math
+
 import numpy as np
 import torch
 from PIL import Image
@@ -37,6 +39,38 @@ def random_model(processor: PerceptioProcessor, tie: bool = True, seed: int = 0)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     return model
+
+
+def assert_alike(found: torch.Tensor, expected: torch.Tensor, *, depth: int = 12, width: int = 256) -> None:
+    """Equal but for rounding: what two programs, batches, threads or processors make of the same weights.
+
+    In which order a product is summed, and so its last bits, depends on the kernel, which depends on shapes, on the
+    processor, and with some libraries on where operands lie in memory. The bound is that of
+    `perceptio_hf.build.verification.rounding_bound`.
+
+    Args:
+        depth: layers that were gone through, one after another; no small model of the tests has more.
+        width: the longest sum in one of them.
+    """
+    assert found.dtype == expected.dtype
+    epsilon, single = torch.finfo(found.dtype).eps, torch.finfo(torch.float32).eps
+    scale = float(expected.detach().abs().max()) if expected.numel() else 0.0
+    bound = 8 * scale * math.sqrt(depth) * (epsilon + min(epsilon, single) * math.sqrt(width))
+    torch.testing.assert_close(found, expected, atol=bound, rtol=0)
+
+
+def assert_trained_alike(found: dict, expected: dict, tolerance: float = 1e-5) -> None:
+    """Weights by name after the same training. Steps must be in proportion to gradients, as SGD's are, or Adam's whose
+    epsilon is not small against them: Adam alone makes whole steps of the rounding in gradients that are nearly zero.
+    """
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(
+                found[name], value, atol=tolerance, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+            )
+        else:
+            assert torch.equal(found[name], value), name
 
 
 def picture(width: int = 48, height: int = 40, seed: int = 0) -> Image.Image:

@@ -1,6 +1,7 @@
 """The floors of the package: an import may only point down, also inside a function. CONTRIBUTING.md shows the plan."""
 
 import ast
+import importlib.util
 import re
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "perceptio_hf"
 # From the ground up. What stands on one floor knows nothing of its neighbours.
 FLOORS = (
-    ("tokens", "files", "visualization"),
+    ("tokens", "files", "visualization", "extras"),
     ("world",),
     ("modeling",),
     ("processing",),
@@ -93,7 +94,7 @@ def test_the_rule_that_is_broken_is_named(source, rule):
 
 def test_every_part_has_a_floor():
     parts = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in _sources()}
-    assert parts - set(FLOOR_OF) == {"__init__", "registration"}
+    assert parts - set(FLOOR_OF) == {"__init__", "__main__", "registration"}
 
 
 def test_folders_are_small_and_say_what_lives_there():
@@ -118,3 +119,22 @@ def test_contributing_shows_the_floors():
     assert sorted(set(names)) == sorted(FLOOR_OF)
     order = [FLOOR_OF[name] for name in dict.fromkeys(names)]
     assert order == sorted(order), "from the ground up"
+
+
+def test_the_picture_of_the_plan_is_drawn_from_the_imports(tmp_path):
+    path = ROOT / "docs" / "draw_architecture.py"
+    spec = importlib.util.spec_from_file_location("draw_architecture", path)
+    drawing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(drawing)
+    assert list(drawing.FLOORS) == [name for names in FLOORS for name in names]
+    edges = drawing.imports()
+    assert edges["training", "data"] > 5 and all(FLOOR_OF[a] > FLOOR_OF[b] for a, b in edges)
+    drawing.draw(tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 50_000
+
+
+def test_guides_name_files_that_exist():
+    for guide in ("README.md", "docs/architecture.md", "CONTRIBUTING.md"):
+        text = (ROOT / guide).read_text(encoding="utf-8")
+        for name in re.findall(r"`([\w/]+\.(?:py|md))`", text):
+            assert any((base / name).is_file() for base in (ROOT, PACKAGE, PACKAGE / "training" / "losses")), name

@@ -1,11 +1,15 @@
 """`import perceptio_hf` registers, whatever was imported before it, and imports nothing heavy."""
 
+import importlib
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
+import transformers
 
 import perceptio_hf
+from perceptio_hf import registration
 
 ORDERS = [
     "import perceptio_hf; from transformers import AutoModel, AutoProcessor",
@@ -36,6 +40,34 @@ def test_import_is_cheap():
     new = {name for name in run(code).split() if not name.startswith(("perceptio_hf", "transformers.models.perceptio"))}
     assert not {name for name in new if name.split(".")[0] in ("torch", "transformers", "numpy", "PIL", "matplotlib")}
     assert len(new) < 10
+
+
+@pytest.mark.parametrize(
+    ("module", "table"), [(module, table) for module, tables in registration.TABLES.items() for table in tables]
+)
+def test_transformers_still_finds_classes_by_the_names_in_its_tables(module, table):
+    """If this fails, transformers has changed the tables that `registration.py` joins; the message says how."""
+    version = f"transformers {transformers.__version__}: {module}"
+    loaded = importlib.import_module(module)
+    names = getattr(loaded, table, None)
+    assert isinstance(names, dict), f"{version} has no table {table} of strings any more; find where names went"
+    missing = registration.TABLES[module][table].items() - names.items()
+    assert not missing, f"{version} made {table} anew after its import, so that {missing} got lost"
+    mapping = getattr(loaded, table.removesuffix("_NAMES"), None)
+    assert mapping is not None, f"{version} no longer turns {table} into classes by a mapping of the same name"
+    for kind, name in registration.TABLES[module][table].items():
+        config = getattr(perceptio_hf, registration.CONFIGS[kind])
+        key = kind if table == "CONFIG_MAPPING_NAMES" else config
+        assert key in mapping, f"{version}: the mapping of {table} does not look into the table any more for {key}"
+        found = mapping[key]
+        assert found is getattr(perceptio_hf, name), f"{version}: {table} gives {found} for {key}, not {name}"
+
+
+def test_a_table_that_is_gone_warns_and_breaks_no_import():
+    """Another release of transformers must not fail to import because this package is installed."""
+    (name, *_) = registration.TABLES
+    with pytest.warns(RuntimeWarning, match="CONFIG_MAPPING_NAMES.*Update perceptio-hf, or load with"):
+        registration.register_names(name, ModuleType(name))
 
 
 def test_public_names():

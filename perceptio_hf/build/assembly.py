@@ -8,13 +8,14 @@ import torch
 from torch import nn
 from transformers import InternVLConfig, InternVLForConditionalGeneration, Sam2Config, Sam2Model
 
+from perceptio_hf.conversion.saved_models import load_depth_codec
 from perceptio_hf.modeling.configuration_depth_vqvae import DepthVQVAEConfig
 from perceptio_hf.modeling.configuration_perceptio import PerceptioConfig
 from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 from perceptio_hf.tokens import spatial_tokens
-from perceptio_hf.conversion.saved_models import load_depth_codec
+
 from .components import load_internvl, load_mask_model, tokens_per_tile
 from .token_rows import fill_new_rows
 

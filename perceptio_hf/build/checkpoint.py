@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from perceptio_hf.conversion.saved_models import load_depth_codec
+from perceptio_hf.files import check_new_folder, new_folder
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
+
 from .assembly import assemble, check_processor
-from perceptio_hf.conversion.saved_models import load_depth_codec
 from .components import find_internvl, load_internvl, load_mask_model
-from perceptio_hf.files import check_new_folder, new_folder
 from .processors import load_tokenizer
 from .verification import Check, added_digests, check_against, check_tokens, take_reference
 

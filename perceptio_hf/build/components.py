@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import InternVLConfig, InternVLForConditionalGeneration, Sam2Model
 
+from perceptio_hf.conversion.local_copy import local_copy
 from perceptio_hf.conversion.opengvlab import load_opengvlab
 from perceptio_hf.conversion.opengvlab_config import is_original_layout
 from perceptio_hf.conversion.sam2 import load_sam2
-from perceptio_hf.conversion.local_copy import local_copy
 from perceptio_hf.conversion.saved_models import WEIGHTS, check_kind, load_strictly
 
 _INTERNVL = InternVLConfig.model_type

@@ -8,14 +8,15 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
-from perceptio_hf.tokens import spatial_tokens
-from perceptio_hf.conversion.saved_models import load_depth_codec
-from .components import load_mask_model
+from perceptio_hf.conversion.local_copy import local_copy
 from perceptio_hf.conversion.opengvlab import load_opengvlab_processor
 from perceptio_hf.conversion.opengvlab_config import is_original_layout
 from perceptio_hf.conversion.opengvlab_processor import load_tokenizer as load_original_tokenizer
-from perceptio_hf.conversion.local_copy import local_copy
+from perceptio_hf.conversion.saved_models import load_depth_codec
+from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
+from perceptio_hf.tokens import spatial_tokens
+
+from .components import load_mask_model
 
 _FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 

@@ -93,7 +93,7 @@ def fill_new_rows(
         new_ids: the rows to fill: some or all of these, or others.
         known_ids: tokens whose rows say what a row looks like; default: all that are not new. For the same known ones
             a spatial token gets the same row, whichever others are filled.
-        seed: of the draws; equal seeds give equal rows.
+        seed: of the draws; equal seeds give equal rows, but for rounding.
     """
     if not len(new_ids):
         return

@@ -25,8 +25,6 @@ from transformers import (
     Sam2Model,
 )
 
-from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
-from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor

@@ -26,7 +26,9 @@ def ablate(
             show_default=False,
         ),
     ] = None,
-    config: Annotated[Path, typer.Option(help="The recipe, a YAML file.")] = Path("recipes/ablation.yaml"),
+    config: Annotated[Path, typer.Option(help="The recipe: a YAML file, or the name of one of the package.")] = Path(
+        "ablation"
+    ),
     out: Annotated[Path, typer.Option(help="Folder of the scores of each run; a stopped ablation goes on.")] = Path(
         "runs/ablation"
     ),
@@ -47,6 +49,7 @@ def ablate(
             f"--sight {sight} holds no checkpoint; name the folder of one, or `tiny` for the embedded one."
         )
     from perceptio_hf import tiny_checkpoint
+    from perceptio_hf.files import find_recipe, in_use
     from perceptio_hf.lab.ablation.report import write_report
     from perceptio_hf.lab.ablation.variants import VARIANTS, AblationRecipe, summarise, train_base
 
@@ -54,16 +57,17 @@ def ablate(
     unknown = [name for name in names if name not in VARIANTS]
     if unknown:
         raise ValueError(f"Unknown variants {', '.join(unknown)}; use {', '.join(VARIANTS)}.")
-    recipe = AblationRecipe.read(config)
-    base = train_base(recipe, start, out, sight=tiny_checkpoint() if sight == "tiny" else sight)
-    scores: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
-    runs = [(name, seed) for seed, name in itertools.product(range(seeds), names)]
-    for (name, seed), figures in _run_all(runs, recipe, base, out, processes):
-        scores[name][seed] = figures
-        done = {variant: [found[key] for key in sorted(found)] for variant, found in scores.items() if found}
-        seen = f" --sight {sight}" if sight else ""
-        command = f"perceptio ablate --start {start}{seen} --config {config} --seeds {seeds} --variants {variants}"
-        write_report(summarise(done), results or out, command=command)
+    recipe = AblationRecipe.read(find_recipe(config))
+    with in_use(out, "perceptio ablate"):
+        base = train_base(recipe, start, out, sight=tiny_checkpoint() if sight == "tiny" else sight)
+        scores: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
+        runs = [(name, seed) for seed, name in itertools.product(range(seeds), names)]
+        for (name, seed), figures in _run_all(runs, recipe, base, out, processes):
+            scores[name][seed] = figures
+            done = {variant: [found[key] for key in sorted(found)] for variant, found in scores.items() if found}
+            seen = f" --sight {sight}" if sight else ""
+            command = f"perceptio ablate --start {start}{seen} --config {config} --seeds {seeds} --variants {variants}"
+            write_report(summarise(done), results or out, command=command)
     print(f"The table is {(results or out) / 'ablation.md'}")
 
 

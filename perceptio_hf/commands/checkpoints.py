@@ -47,13 +47,30 @@ def is_tiny(folder: str) -> bool:
         return False
 
 
-def load(folder: str, device: str | None = None) -> "tuple[PerceptioForConditionalGeneration, PerceptioProcessor]":
+def check_device(device: str) -> None:
+    """Raises ValueError where torch knows no such device or this machine has none."""
+    import torch
+
+    try:
+        if torch.device(device).type == "meta":
+            raise ValueError("it holds no values")
+        torch.zeros(1, device=device)
+    except Exception as error:  # each backend of torch has its own way to say no, some on many lines
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise ValueError(f"--device {device} cannot be used here: {reason}. Name cpu, cuda, cuda:1, mps ...") from None
+
+
+def load(
+    folder: str, device: str | None = None, dtype: str = "auto"
+) -> "tuple[PerceptioForConditionalGeneration, PerceptioProcessor]":
     """Model (in evaluation mode) and processor of a checkpoint.
 
     A small model on the CPU sets torch to one thread.
 
     Args:
         device: where the model goes; default: the GPU where there is one.
+        dtype: of the language model and its eyes, as torch names it; "auto": as it was saved. SAM2 and the codec keep
+            float32.
 
     Raises:
         ValueError: where the checkpoint is of another kind, incomplete, damaged, or not to be had.
@@ -66,7 +83,7 @@ def load(folder: str, device: str | None = None) -> "tuple[PerceptioForCondition
         kind = AutoConfig.from_pretrained(folder).model_type
         if kind != "perceptio":
             raise ValueError(f"it is a {kind!r} model")
-        model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        model, processor = AutoModel.from_pretrained(folder, dtype=dtype), AutoProcessor.from_pretrained(folder)
     except Exception as error:  # whatever transformers, safetensors or the Hub raise: the user named a wrong checkpoint
         raise ValueError(f"{folder} cannot be loaded as a Perceptio checkpoint: {error}") from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

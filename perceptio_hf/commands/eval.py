@@ -61,7 +61,7 @@ def evaluate(
         typer.Option(
             metavar="LIST",
             help="Answer again with other codes in the depth span: identity, oracle, random, random-matched, "
-            "other-image, first-repeat, constant, with commas between, or all.",
+            "other-image, first-repeat, constant, with commas between, or all that can be had.",
             show_default=False,
         ),
     ] = None,
@@ -133,6 +133,7 @@ def evaluate(
         batch_size=batch_size,
         skip_broken=on_error == "skip",
         replacements=replacements,
+        as_possible=replace_depth == "all",
         oracle=oracle,
         oracle_unit=oracle_unit,
         seed=seed,

@@ -70,20 +70,37 @@ def run(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 after a user's mistake, 130 after Ctrl-C.
     """
+    _ask_nothing_of_the_network()
     try:
         code = app(args=None if arguments is None else list(arguments), prog_name="perceptio", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as error:
+        if isinstance(error.__cause__, EOFError):  # typer takes a file that ends too early for the end of input
+            return _failed(error.__cause__, f"a file ends too early: {error.__cause__}")
         code = INTERRUPTED
     except (ValueError, OSError, ImportError, _UsageError) as error:  # ImportError: an extra is missing
-        if os.environ.get("PERCEPTIO_DEBUG", "0") not in ("", "0"):
-            raise
         if type(error).__name__ == "NoArgsIsHelpError":  # called without arguments: the help has been printed
             return USER_ERROR
-        print(f"perceptio: {_one_line(error)}", file=sys.stderr)
-        return USER_ERROR
+        return _failed(error, _one_line(error))
+    except (RuntimeError, MemoryError) as error:
+        if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):  # torch's, which is not imported here
+            raise
+        return _failed(error, f"not enough memory ({_one_line(error)}); try smaller batches or smaller pictures")
     if code == INTERRUPTED:
         print("perceptio: interrupted; files that were written are complete.", file=sys.stderr)
     return code if isinstance(code, int) else 0
+
+
+def _failed(error: BaseException, line: str) -> int:
+    if os.environ.get("PERCEPTIO_DEBUG", "0") not in ("", "0"):
+        raise error
+    print(f"perceptio: {line}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _ask_nothing_of_the_network() -> None:
+    """What libraries send about their use stays off unless the user has set the variable, to 0 say. This is the
+    process's own business: a program that imports the package decides for itself."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def _one_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
+from urllib.parse import unquote, urlsplit
 
 import typer
 
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
 
     from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor, SpatialAnswer
 
+DType = Literal["auto", "float32", "bfloat16", "float16"]
 Spatial = Literal["auto", "none", "seg", "depth", "seg+depth"]
+_LONGEST_NAME = 60  # characters that an address gives to a folder; file systems allow 255 bytes
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 
 
@@ -42,23 +45,38 @@ def predict(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures that go through the model together.")] = 4,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the model runs: cpu, cuda, cuda:1, mps ... Default: the GPU if there is one.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        DType, typer.Option(help="Numbers the language model computes with; auto takes those it was saved in.")
+    ] = "auto",
 ) -> None:
-    """Ask the same QUESTION about every PICTURE; write masks, depth and the answer for each.
+    """Ask the same QUESTION about every PICTURE, a file or a web address; write masks, depth and the answer for each.
 
     Each picture gets a folder OUT/NAME with overlay.png (the picture under its masks) and answer.json. Where the model
     wrote depth there are also depth.png (16 bit, 65535 = nearest) and depth_color.png.
     """
     pictures, question = _split(words)
+    for argument in (*words, str(out), model or ""):
+        _check_utf8(argument)
     check_pictures(pictures)
     check_out(out)
 
     from . import checkpoints
 
     name = checkpoints.resolve(model)
+    if device is not None:
+        checkpoints.check_device(device)
     note = checkpoints.TINY_NOTE if checkpoints.is_tiny(name) else None
     about = {"question": question, "spatial": spatial, "model": "tiny" if note else name, "note": note}
     records = []
-    for record in _predictions(checkpoints.load(name), pictures, about, out, max_new_tokens, batch_size):
+    loaded = checkpoints.load(name, device, dtype)
+    for record in _predictions(loaded, pictures, about, out, max_new_tokens, batch_size):
         records.append(record)
         if not as_json:
             _print_answer(record)
@@ -78,6 +96,19 @@ def _split(words: Sequence[str]) -> tuple[list[str], str]:
     if not question.strip():
         raise ValueError("The question is empty; ask something about the picture.")
     return pictures, question
+
+
+def _check_utf8(argument: str) -> None:
+    """JSON, and so every answer, is UTF-8, while a file's name may be any bytes.
+
+    Raises:
+        ValueError: for an argument that is not UTF-8.
+    """
+    try:
+        argument.encode("utf-8")
+    except UnicodeEncodeError:
+        shown = argument.encode("utf-8", "backslashreplace").decode()
+        raise ValueError(f"{shown} is not UTF-8, so it cannot be written into an answer; rename it.") from None
 
 
 def check_pictures(paths: Sequence[str]) -> None:
@@ -102,10 +133,14 @@ def check_out(out: Path) -> None:
 
 
 def name_folders(paths: Sequence[str], out: Path) -> list[Path]:
-    """One folder per picture: its name without the ending, numbered where two would be the same: cat, cat-2, cat-3."""
+    """One folder per picture: its name without the ending, numbered where two would be the same: cat, cat-2, cat-3.
+
+    Dots and spaces around a name go: they would hide the folder or lead elsewhere. A name of nothing else, or data
+    without a name, gives "picture".
+    """
     taken: set[str] = set()
     folders = []
-    for stem in (Path(path).stem for path in paths):
+    for stem in map(_stem, paths):
         name, number = stem, 1
         while name.casefold() in taken:  # some file systems do not tell Cat from cat
             number += 1
@@ -113,6 +148,15 @@ def name_folders(paths: Sequence[str], out: Path) -> list[Path]:
         taken.add(name.casefold())
         folders.append(out / name)
     return folders
+
+
+def _stem(source: str) -> str:
+    """The name of a file or web address without folders and ending, fit to name a folder."""
+    if source.lower().startswith("data:"):
+        return "picture"
+    if "://" in source:
+        source = unquote(urlsplit(source).path)[-_LONGEST_NAME:]
+    return Path(source).stem.strip(". ") or "picture"
 
 
 def _predictions(

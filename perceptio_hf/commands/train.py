@@ -4,14 +4,14 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from perceptio_hf import PerceptioForConditionalGeneration
+    from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor
     from perceptio_hf.training.recipe import Recipe, RecipeArguments
     from perceptio_hf.training.trainer import PerceptioSFTTrainer
 
@@ -19,13 +19,22 @@ if TYPE_CHECKING:
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 SFT, TINY = "sft", "tiny"  # kinds of recipes
 _RECIPE_FILE = "recipe.json"
+_WAYS_TO_PERCEPTIO = {
+    "internvl": "run `perceptio build`, which joins it with a SAM2 and a depth codec, and train the result.",
+    "internvl_chat": "run `perceptio build`, which joins it with a SAM2 and a depth codec, and train the result.",
+    "sa2va_chat": "run `perceptio convert sa2va`, and train the result.",
+}
 _PLACES = ("output_dir", "resume_from_checkpoint")  # of a run, not of what it trains
 
 
 def train(
     context: typer.Context,
     config: Annotated[
-        Path, typer.Option(help="The recipe, a YAML file such as recipes/sft_world.yaml.", show_default=False)
+        Path,
+        typer.Option(
+            help="The recipe: a YAML file, or the name of one that comes with the package, e.g. sft_world.",
+            show_default=False,
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -47,8 +56,9 @@ def train(
 
     Any key of a fine-tuning recipe can be given as an option, e.g. `--max_steps 10`.
     """
-    from perceptio_hf.files import read_yaml
+    from perceptio_hf.files import find_recipe, read_yaml
 
+    config = find_recipe(config)
     kind = read_yaml(config).get("recipe", SFT)
     if kind == SFT:
         if processes is not None or workers is not None:
@@ -76,12 +86,13 @@ def _from_scratch(config: Path, out: Path, processes: int, workers: int) -> None
 
 
 def _fine_tune(config: Path, out: Path | None, overrides: Sequence[str]) -> None:
+    from perceptio_hf.extras import missing
     from perceptio_hf.files import in_use, read_yaml
 
     try:
         from perceptio_hf.training.recipe import read_recipe
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is missing, which fine-tuning needs: install the extra `train`.") from None
+        raise missing(error, "Fine-tuning") from error
 
     if out is not None:
         overrides = [*overrides, "--output_dir", str(out)]
@@ -162,7 +173,7 @@ def _lasting(recipe: "Recipe") -> dict:
 
 
 def _trainer(recipe: "Recipe") -> "PerceptioSFTTrainer":
-    from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor, tiny_checkpoint
+    from perceptio_hf import tiny_checkpoint
     from perceptio_hf.training.logging import show_losses
     from perceptio_hf.training.recipe import evaluation_sets, training_set
     from perceptio_hf.training.trainer import PerceptioSFTTrainer
@@ -170,24 +181,42 @@ def _trainer(recipe: "Recipe") -> "PerceptioSFTTrainer":
     arguments, settings = recipe.arguments, recipe.settings
     source = tiny_checkpoint() if arguments.model_name_or_path == "tiny" else arguments.model_name_or_path
     revision = {} if Path(source).is_dir() else {"revision": arguments.model_revision}
-    model = PerceptioForConditionalGeneration.from_pretrained(
-        source,
-        dtype=arguments.dtype,
-        attn_implementation=arguments.attn_implementation,
-        **revision,
-        **(settings.model_init_kwargs or {}),
-    )
+    options = {"dtype": arguments.dtype, "attn_implementation": arguments.attn_implementation}
+    model, processor = _loaded(source, options | (settings.model_init_kwargs or {}), revision)
     settings.model_init_kwargs = None
     trainer = PerceptioSFTTrainer(
         model,
         settings,
         train_dataset=training_set(arguments),
         eval_dataset=evaluation_sets(arguments),
-        processing_class=PerceptioProcessor.from_pretrained(source, **revision),
+        processing_class=processor,
         peft_config=_adapters(model, arguments),
     )
     show_losses(trainer)
     return trainer
+
+
+def _loaded(
+    source: str, options: dict[str, Any], revision: dict[str, str]
+) -> "tuple[PerceptioForConditionalGeneration, PerceptioProcessor]":
+    """Model and processor that a training begins with.
+
+    Raises:
+        ValueError: for a checkpoint of another kind, with what makes a Perceptio of it, or one that cannot be read.
+    """
+    from transformers import PreTrainedConfig
+
+    from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor
+
+    try:
+        kind = PreTrainedConfig.get_config_dict(source, **revision)[0].get("model_type")
+        if kind == "perceptio":
+            model = PerceptioForConditionalGeneration.from_pretrained(source, **revision, **options)
+            return model, PerceptioProcessor.from_pretrained(source, **revision)
+    except Exception as error:  # whatever transformers, safetensors or the Hub raise: the user named a wrong checkpoint
+        raise ValueError(f"{source} cannot be loaded as a Perceptio checkpoint: {error}") from error
+    way = _WAYS_TO_PERCEPTIO.get(kind, "name the folder or repository of a Perceptio checkpoint.")
+    raise ValueError(f"{source} is a {kind!r} model, no Perceptio: {way}")
 
 
 def _adapters(model: "PerceptioForConditionalGeneration", arguments: "RecipeArguments") -> "LoraConfig | None":

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration, check_loaded
+from perceptio_hf.modeling.shards import check_shards
 
 from .aurora import load_aurora
 from .local_copy import local_copy
@@ -52,6 +53,7 @@ def load_strictly(model_class: type[_Model], folder: Path, what: str, *, dtype: 
     """`from_pretrained`, strictly: transformers would fill gaps with random numbers, and take NaN for weights."""
     strictly = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # so that `check_loaded` names the tensor
     try:
+        check_shards(folder)
         model, info = model_class.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, **strictly
         )

@@ -1,17 +1,19 @@
 """Pictures, masks and depth maps in all the forms in which samples hold them."""
 
+import base64
 import io
 import os
+import urllib.parse
+import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from .arrays import NPY_MAGIC, ZIP_MAGIC, read_array
 from .depth_maps import DepthMap, depth_from_values, read_depth
-from .run_length import decode_mask
-
-_PLAIN_MODES = ("1", "L", "P", "I", "I;16", "F")  # one number per pixel, 0 outside of a mask
+from .masks import mask_of
 
 
 def as_list(value: Any) -> list:
@@ -40,41 +42,58 @@ def as_code_lists(value: Any) -> list[list[int]]:
 
 
 def open_encoded(source: Any) -> Any:
-    """Encoded bytes, alone or as `datasets` keeps them ({"bytes": ..., "path": ...}), become what they encode: a
-    picture, or the array of a .npy file. Other sources stay as they are."""
+    """Encoded bytes, alone, in a data: URL or as `datasets` keeps them ({"bytes": ..., "path": ...}), become what they
+    encode: a picture, or the array of a .npy or .npz file. Other sources stay as they are."""
     path = None
     if isinstance(source, Mapping):
         data, path = source.get("bytes"), source.get("path")
         source = path if data is None else data
+    source = local(source)
     if not isinstance(source, bytes):
         return source
     try:
-        is_array = source.startswith(b"\x93NUMPY")
-        return np.load(io.BytesIO(source), allow_pickle=False) if is_array else Image.open(io.BytesIO(source))
+        is_array = source.startswith((NPY_MAGIC, ZIP_MAGIC))
+        return read_array(source) if is_array else Image.open(io.BytesIO(source))
     except Exception as error:  # Pillow's decoders raise many kinds
         reason = " ".join(str(error).split())[:100]
         raise ValueError(f"The {len(source)} bytes of picture {path or ''} cannot be read ({reason}).") from None
 
 
-def load_mask(source: Any) -> np.ndarray:
-    """A mask in any of its forms (see `Sample`) -> (H, W) bool.
+def local(source: Any) -> Any:
+    """The bytes of a data: URL, the path of a file: URL; anything else as it is.
 
     Raises:
-        ValueError: for what is no mask.
+        ValueError: for a data: URL that cannot be decoded.
     """
-    if isinstance(source, Mapping) and source.get("counts") is not None:
-        return decode_mask(source)
-    source = open_encoded(source)
+    if not isinstance(source, str):
+        return source
+    scheme = source[:8].lower()
+    if scheme.startswith("file://"):
+        return urllib.request.url2pathname(urllib.parse.urlsplit(source).path)
+    if not scheme.startswith("data:"):
+        return source
+    kind, comma, data = source.partition(",")
     try:
-        source = Image.open(source) if isinstance(source, (str, os.PathLike)) else source
-        if isinstance(source, Image.Image) and source.mode not in _PLAIN_MODES:
-            source = source.convert("L")
-        mask = np.asarray(source)
-    except Exception as error:  # Pillow's decoders raise many kinds
-        raise ValueError(" ".join(str(error).split())[:200]) from None
-    if mask.ndim != 2 or mask.dtype.kind not in "biuf":
-        raise ValueError(f"a mask is (height, width) numbers, not {mask.dtype} of shape {mask.shape}.")
-    return mask.astype(bool)
+        if not comma:
+            raise ValueError("it has no comma")
+        if not kind.lower().endswith(";base64"):
+            return urllib.parse.unquote_to_bytes(data)
+        return base64.b64decode("".join(urllib.parse.unquote(data).split()), validate=True)
+    except ValueError as error:
+        raise ValueError(f"The URL {source[:40]}... is no data: URL ({error}).") from None
+
+
+def load_mask(source: Any, size: tuple[int, int] | None = None) -> np.ndarray:
+    """A mask in any of its forms (see `Sample`) -> (H, W) bool.
+
+    Args:
+        size: (H, W) of its picture, which tells rows of numbers from polygons.
+
+    Raises:
+        ValueError: for what is no mask, or could be one in two ways.
+    """
+    is_file = not isinstance(source, Mapping) or source.get("bytes") is not None or source.get("path") is not None
+    return mask_of(open_encoded(source) if is_file else source, size)
 
 
 def load_depth(source: Any, unit: str, valid: np.ndarray | None = None) -> DepthMap:

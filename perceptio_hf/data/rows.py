@@ -7,25 +7,30 @@ then an error of its sample, not of the data set.
 import functools
 import io
 import os
-from collections.abc import Iterable, Mapping
-from types import ModuleType
+from collections.abc import Iterable, Iterator, Mapping
+from types import ModuleType, NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
+from perceptio_hf.extras import missing
 from perceptio_hf.processing.pictures import load_picture
 
-from .encoded import as_code_lists, as_list
+from .depth_maps import grey_values
+from .encoded import as_code_lists, as_list, local
+from .form import CONVERSATIONS, SAMPLE_KEYS, as_sample, check_message, meant_by, name_of, picture_of, read_part
+from .masks import as_polygons, mask_of_picture, mask_of_values, plane_of
 from .run_length import compress_counts, encode_mask
-from .samples import name_of
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset, Features, IterableDataset
 
-_ENCODED_COLUMNS = ("images", "depth", "depth_valid", "masks")
+_ENCODED_COLUMNS = ("images", "image", "depth", "depth_valid", "masks")  # `image` is LLaVA's
+_FILES = ("images", "masks", "depth", "depth_valid")  # columns of files, given by path or as bytes
+_BATCH, _BATCH_BYTES = 1000, 1 << 26
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
-_LIKELY_MISTAKES = {"image": "images", "mask": "masks", "conversations": "messages", "conversation": "messages"}
 
 
 def import_datasets() -> ModuleType:
@@ -37,9 +42,7 @@ def import_datasets() -> ModuleType:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
-            "Reading training data needs the `datasets` library: pip install 'perceptio-hf[train]'."
-        ) from error
+        raise missing(error, "Reading training data") from error
     return datasets
 
 
@@ -48,7 +51,8 @@ def sample_features() -> "Features":
     """The columns of a sample (see `perceptio_hf.data.samples.Sample`); every one but `messages` may be None."""
     datasets = import_datasets()
     text, file = datasets.Value("string"), {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
-    mask = {"size": datasets.List(datasets.Value("int32")), "counts": text, **file}
+    polygons = datasets.List(datasets.List(datasets.Value("float64")))
+    mask = {"size": datasets.List(datasets.Value("int32")), "counts": text, "polygons": polygons, **file}
     return datasets.Features(
         {
             "images": datasets.List(datasets.Image(decode=False)),
@@ -73,42 +77,86 @@ def to_row(sample: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: naming a sample that has no such form.
     """
     try:
+        whole = as_sample(sample)
+        messages = [_message(message) for message in whole["messages"]]
         return {
-            "images": [_file(image) for image in as_list(sample.get("images")) or _pictures_in(sample["messages"])],
-            "messages": [_message(message) for message in sample["messages"]],
-            "masks": [_mask(mask) for mask in as_list(sample.get("masks"))],
-            "depth": [_depth_file(depth) for depth in as_list(sample.get("depth"))],
-            "depth_unit": sample.get("depth_unit"),
-            "depth_valid": [_mask(mask) for mask in as_list(sample.get("depth_valid"))],
-            "depth_codes": as_code_lists(sample.get("depth_codes")),
-            "mask_pictures": sample.get("mask_pictures"),
-            "depth_pictures": sample.get("depth_pictures"),
-            "task": sample.get("task"),
-            "id": None if sample.get("id") is None else str(sample["id"]),
+            "images": [_file(image) for image in _pictures_of(whole)],
+            "messages": messages,
+            "masks": [_mask(mask) for mask in as_list(whole.get("masks"))],
+            "depth": [_depth_file(depth) for depth in as_list(whole.get("depth"))],
+            "depth_unit": whole.get("depth_unit"),
+            "depth_valid": [_mask(mask) for mask in as_list(whole.get("depth_valid"))],
+            "depth_codes": [_whole(codes) for codes in as_code_lists(whole.get("depth_codes"))],
+            "mask_pictures": _whole(as_list(whole.get("mask_pictures"))) or None,
+            "depth_pictures": _whole(as_list(whole.get("depth_pictures"))) or None,
+            "task": whole.get("task"),
+            "id": None if whole.get("id") is None else str(whole["id"]),
         }
-    except (KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, OverflowError) as error:
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"Sample {name_of(sample)} does not have the form of a sample ({type(error).__name__}: {error}); see "
-            "perceptio_hf.data.samples."
+            f"Sample {name_of(sample)} does not have the form of a sample ({reason}); see perceptio_hf.data.samples."
         ) from None
 
 
 def dataset_of(samples: Iterable[Mapping[str, Any]]) -> "Dataset":
-    """A map-style data set of samples, in memory."""
-    rows = [to_row(sample) for sample in samples]
-    return import_datasets().Dataset.from_list(rows, features=sample_features())
+    """A map-style data set of samples, in memory, as compact as it would be on disk."""
+    return dataset_of_batches(as_batches(to_row(sample) for sample in samples))
+
+
+def dataset_of_batches(batches: "Iterable[pa.RecordBatch]") -> "Dataset":
+    """Batches of `as_batches` as a data set in memory."""
+    datasets = import_datasets()
+    import pyarrow as pa
+
+    return datasets.Dataset(pa.Table.from_batches(batches, schema=sample_features().arrow_schema))
+
+
+def as_batches(rows: Iterable[dict[str, Any]]) -> "Iterator[pa.RecordBatch]":
+    """Rows in Arrow's form, in batches, so that only few at a time are Python objects.
+
+    Raises:
+        ValueError: naming a row that does not fit the columns.
+    """
+    batch: list[dict[str, Any]] = []
+    weight = 0
+    for row in rows:
+        batch.append(row)
+        weight += sum(len(file["bytes"] or b"") for column in _FILES for file in row[column])
+        if len(batch) >= _BATCH or weight >= _BATCH_BYTES:
+            yield _batch(batch)
+            batch, weight = [], 0
+    if batch:
+        yield _batch(batch)
+
+
+def _batch(rows: list[dict[str, Any]]) -> "pa.RecordBatch":
+    import pyarrow as pa
+
+    try:
+        return pa.RecordBatch.from_pylist(rows, schema=sample_features().arrow_schema)
+    except (ValueError, TypeError, OverflowError) as error:  # a code of 1.5, half a character of two, 2 ** 40
+        if len(rows) == 1:
+            raise ValueError(
+                f"Sample {name_of(rows[0])} does not have the form of a sample ({error}); see "
+                "perceptio_hf.data.samples."
+            ) from None
+    for row in rows:
+        _batch([row])
+    raise AssertionError("rows that fit one by one fit together")
 
 
 def as_rows(dataset: "Dataset | IterableDataset", name: str = "the data set") -> "Dataset | IterableDataset":
     """Any data set with the columns of a sample -> one with exactly the columns of `sample_features`.
 
-    Pictures that the data set embeds are neither decoded nor copied; other columns are left out.
+    Pictures that the data set embeds are neither decoded nor copied. Columns in LLaVA's form are turned into ours, and
+    only beside them are columns that no sample has left out.
 
     Args:
         name: for messages.
 
     Raises:
-        ValueError: for a data set that is empty or lacks `messages`, saying which columns it has.
+        ValueError: for a data set that is empty, lacks `messages` or has columns that no sample has, naming them.
     """
     columns = dataset.column_names
     if columns is not None and dataset.features == sample_features():
@@ -146,14 +194,18 @@ def _check_not_empty(dataset: "Dataset | IterableDataset", name: str) -> Mapping
 
 
 def _check_columns(columns: list[str], name: str) -> None:
-    wrong = {column: _LIKELY_MISTAKES[column] for column in columns if column in _LIKELY_MISTAKES}
-    wrong = {column: right for column, right in wrong.items() if right not in columns}
-    if "messages" in columns and not wrong:
+    unknown = {column: meant_by(column) for column in columns if column not in SAMPLE_KEYS}
+    if CONVERSATIONS in columns and "messages" not in columns:  # LLaVA's form, looked at row by row
         return
-    hint = "; ".join(f"rename_column({column!r}, {right!r})" for column, right in wrong.items())
+    if "messages" in columns and not unknown:
+        return
+    wrong = {column: right for column, right in unknown.items() if right and right not in columns}
+    others = [column for column in unknown if column not in wrong]
+    hints = [f"rename_column({column!r}, {right!r})" for column, right in wrong.items()]
+    hints += [f"remove_columns({others!r})"] if others and "messages" in (*columns, *wrong.values()) else []
     raise ValueError(
         f"{name} has the columns {', '.join(columns)}; a sample needs `messages` and may have "
-        f"{', '.join(key for key in sample_features() if key != 'messages')}. {hint or 'Rename or add columns'}."
+        f"{', '.join(key for key in SAMPLE_KEYS if key != 'messages')}. {'; '.join(hints) or 'Rename or add columns'}."
     )
 
 
@@ -173,26 +225,31 @@ def _without_decoding(feature: Any) -> Any:
     return datasets.List(_without_decoding(feature.feature)) if isinstance(feature, datasets.List) else feature
 
 
-def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    content = message["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return {
-        "role": message["role"],
-        "content": [{"type": part["type"], "text": part.get("text")} for part in parts],
-    }
+def _message(message: Any) -> dict[str, Any]:
+    role, content = check_message(message)
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else [read_part(part) for part in content]
+    return {"role": role, "content": [{"type": part["type"], "text": part.get("text")} for part in parts]}
 
 
-def _pictures_in(messages: Iterable[Mapping[str, Any]]) -> list:
-    """Pictures that the parts of messages hold themselves."""
-    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
-    named = [[part.get(key) for key in ("image", "path", "url")] for part in parts if part["type"] == "image"]
-    return [source for sources in named for source in sources if source is not None]
+def _pictures_of(sample: Mapping[str, Any]) -> list:
+    """The pictures of a sample, given in `images` or in the parts of its messages."""
+    given = as_list(sample.get("images"))
+    contents = [message["content"] for message in sample["messages"]]
+    named = [picture_of(part) for content in contents if not isinstance(content, str) for part in content]
+    named = [picture for picture in named if picture is not None]
+    if given and named:
+        raise ValueError("it names pictures both in `images` and in `messages`; keep them in `images`.")
+    return given or named
 
 
 def _file(source: Any) -> dict[str, Any]:
     """A picture as {"bytes", "path"}."""
+    source = local(source)
     if isinstance(source, Mapping):
-        return {"bytes": source.get("bytes"), "path": source.get("path")}
+        data, path = source.get("bytes"), source.get("path")
+        if not isinstance(data, (bytes, NoneType)) or not isinstance(path, (str, NoneType)):
+            raise ValueError(f"a file is {{'bytes': ...}} or {{'path': ...}}, not {str(source)[:60]}.")
+        return {"bytes": data, "path": path}
     if isinstance(source, bytes):
         return {"bytes": source, "path": None}
     if isinstance(source, (str, os.PathLike)):
@@ -206,24 +263,42 @@ def _file(source: Any) -> dict[str, Any]:
     return {"bytes": file.getvalue(), "path": None}
 
 
+def _whole(numbers: Iterable[Any]) -> list[int]:
+    """Numbers as `int`; pyarrow would cut 1.5 to 1."""
+    wrong = [number for number in numbers if int(number) != number]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} is no whole number")
+    return [int(number) for number in numbers]
+
+
 def _depth_file(source: Any) -> dict[str, Any]:
-    """A depth map as {"bytes", "path"}; arrays are encoded as .npy."""
-    if isinstance(source, (Mapping, bytes, str, os.PathLike, Image.Image)):
+    """A depth map as {"bytes", "path"}; arrays and pictures in memory are encoded as .npy."""
+    if isinstance(source, (Mapping, bytes, str, os.PathLike)):
         return _file(source)
     file = io.BytesIO()
-    np.save(file, np.asarray(source), allow_pickle=False)
+    values = grey_values(source) if isinstance(source, Image.Image) else np.asarray(source)
+    np.save(file, values, allow_pickle=False)
     return {"bytes": file.getvalue(), "path": None}
 
 
 def _mask(source: Any) -> dict[str, Any]:
-    """A mask as run lengths with compressed counts, or as a file."""
-    empty = {"size": None, "counts": None, "bytes": None, "path": None}
+    """A mask as run lengths with compressed counts, as polygons, or as a file."""
+    empty = dict.fromkeys(("size", "counts", "polygons", "bytes", "path"))
     if isinstance(source, Mapping) and source.get("counts") is not None:
         counts = source["counts"]
         if isinstance(counts, (list, tuple, np.ndarray)):
-            counts = compress_counts([int(count) for count in counts])
+            counts = compress_counts(_whole(counts))
         counts = counts if isinstance(counts, str) else counts.decode("ascii")
-        return empty | {"size": [int(side) for side in source["size"]], "counts": counts}
-    if isinstance(source, (list, np.ndarray)):
-        return empty | encode_mask(np.asarray(source))
+        return empty | {"size": _whole(source["size"]), "counts": counts}
+    if isinstance(source, Mapping) and source.get("polygons") is not None:
+        source = source["polygons"]
+    if isinstance(source, (list, tuple)):
+        plane = plane_of(source)
+        if plane is None:  # polygons, or labels in the size of a picture that nobody has opened yet
+            return empty | {"polygons": as_polygons(source)}
+        source = plane
+    if isinstance(source, np.ndarray):
+        return empty | encode_mask(mask_of_values(source))
+    if isinstance(source, Image.Image):
+        return empty | encode_mask(mask_of_picture(source))
     return empty | _file(source)

@@ -60,7 +60,8 @@ def read_counts(lengths: RunLengths) -> np.ndarray:
         if runs.ndim != 1 or (runs.size and runs.dtype.kind not in "iu"):
             raise ValueError(f"Counts are COCO's text or whole numbers, not {counts!r:.80}.")
         runs = runs.astype(np.int64)
-    if runs.min(initial=0) < 0 or runs.sum() != height * width:
+    most = height * width
+    if runs.min(initial=0) < 0 or runs.max(initial=0) > most or runs.sum() != most:  # the sum alone could overflow
         raise ValueError(f"These runs cover {runs.sum()} pixels; a mask of {height} x {width} has {height * width}.")
     return runs
 

@@ -16,12 +16,11 @@ Every task has this one form, whether it comes from a folder, from `datasets`, o
 `load_sample` reads one and checks that its parts fit one another.
 """
 
-import os
 import re
 from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -39,58 +38,15 @@ from perceptio_hf.tokens import (
 
 from .depth_maps import DepthMap
 from .encoded import as_code_lists, as_list, load_depth, load_mask, open_encoded
-from .run_length import RunLengths
-
-REASONS = ("conversation", "picture", "masks", "depth", "codes", "length")  # why a sample can be unusable
+from .form import REASONS as REASONS
+from .form import Sample as Sample
+from .form import SampleError, as_sample, name_of, picture_sources, read_messages
 
 _SPAN = re.compile(r"<DEPTH_START>((?:<DEPTH_\d+>)*)<DEPTH_END>")
 _DEPTH_TOKEN = re.compile(r"<DEPTH_(?:START|END|\d+)>")
 _SEG_OR_SPAN = re.compile(re.escape(SEG_TOKEN) + "|" + _SPAN.pattern)
 _SPATIAL = re.compile(rf"(?P<mark>{PICTURE_MARK.pattern})|{_SEG_OR_SPAN.pattern}")
 _TRANSPOSED = 0.05  # relative difference of side ratios up to which a depth map counts as lying on its side
-
-
-class Sample(TypedDict, total=False):
-    """What a sample may hold; only `messages` is needed. A value of None counts as absent.
-
-    images: pictures in reading order: paths, PIL, uint8 arrays (H, W, 3), encoded bytes, or what `datasets.Image`
-        gives.
-    messages: the chat. `content` is a string, or parts {"type": "text", "text": ...} and {"type": "image"}; where no
-        part is a picture, all pictures come before the first words of the user. Every turn of the assistant is learnt;
-        in it ``[SEG]`` and ``<DEPTH_START><DEPTH_END>`` (an empty span, at most one per picture) are spatial tokens,
-        and ``Image-2:`` says that those behind it speak of the second picture (the rule: `perceptio_hf.tokens`).
-    masks: one per ``[SEG]`` in reading order, of its picture's size: COCO run lengths, or a path, an array (H, W) or a
-        grey picture, where 0 is outside.
-    depth: one depth map for each empty span (a list where there are several): a path (.png, .npy, .npz), an array
-        (H, W) or a grey picture.
-    depth_unit: what the numbers of `depth` are: "mm", "m", "disparity" or "relative".
-    depth_valid: like one of `masks`; outside where `depth` has no reading.
-    depth_codes: instead of `depth`: the N codes of the span (a list of lists where there are several).
-    mask_pictures: optional, to be checked: the picture each mask lies on, as an index (0, 1, ...) of `images`.
-    depth_pictures: the same for each depth span.
-    task: a name for counting.
-    id: a name for error messages.
-    """
-
-    images: list[Any]
-    messages: list[dict]
-    masks: list[RunLengths | Any]
-    depth: Any
-    depth_unit: str
-    depth_valid: RunLengths | Any
-    depth_codes: list[int]
-    mask_pictures: list[int]
-    depth_pictures: list[int]
-    task: str
-    id: str
-
-
-class SampleError(ValueError):
-    """A sample that cannot be learnt from; `reason` is one of `REASONS`."""
-
-    def __init__(self, message: str, reason: str = "conversation"):
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,27 +94,13 @@ def check_sample(sample: Mapping[str, Any], *, num_depth_tokens: int = 100, num_
     load_sample(sample, num_depth_tokens=num_depth_tokens, num_depth_codes=num_depth_codes)
 
 
-def name_of(sample: Mapping[str, Any], position: int | None = None) -> str:
-    """The sample's `id`, or else its place, its first picture's file and the beginning of its words."""
-    if not isinstance(sample, Mapping):
-        return f"number {position}"
-    if sample.get("id") is not None:
-        return repr(sample["id"])
-    place = [] if position is None else [f"number {position} of its batch"]
-    images = sample.get("images")
-    first = images[0] if isinstance(images, (list, tuple)) and images else None
-    path = first.get("path") if isinstance(first, Mapping) else first
-    file = [os.fspath(path)] if isinstance(path, (str, os.PathLike)) else []
-    words = re.search(r"'(?:content|text)': '([^']{1,40})", str(sample.get("messages", ""))[:2000])
-    return " ".join([*place, "(" + ", ".join([*file, *([repr(words[1])] if words else [])]) + ")"])
-
-
 def _load(sample: Mapping[str, Any], num_depth_tokens: int, num_depth_codes: int) -> LoadedSample:
     if not isinstance(sample, Mapping):
         raise SampleError(f"it is a {type(sample).__name__}; a sample is a dict with `messages` and `images`.")
-    messages = _messages(sample.get("messages"))
-    sources = _picture_sources(sample, messages)
-    depths, codes = _depth_of(sample), as_code_lists(sample.get("depth_codes"))
+    sample = as_sample(sample)
+    messages = read_messages(sample.get("messages"))
+    sources = picture_sources(sample.get("images"), messages)
+    depths, codes = _depth_of(sample), _codes_of(sample)
     if depths and codes:
         raise SampleError("it has both `depth` and `depth_codes`; give one of them.", "depth")
     given: list[DepthMap | list[int]] = [*depths, *codes]
@@ -175,62 +117,11 @@ def _load(sample: Mapping[str, Any], num_depth_tokens: int, num_depth_codes: int
     return LoadedSample(pictures, messages, masks, filled, *owners)
 
 
-def _messages(value: Any) -> list[dict]:
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence) or not value:
-        raise SampleError(f"its `messages` are {str(value)[:40]!r}; expected a list of turns.")
-    return [_message(message) for message in value]
-
-
-def _message(message: Mapping[str, Any]) -> dict:
-    """A copy whose content is a list of parts; what the assistant says is one part."""
-    if not isinstance(message, Mapping) or not message.get("role") or message.get("content") is None:
-        raise SampleError(f"a message is {{'role': ..., 'content': ...}}, not {str(message)[:80]}.")
-    content = message["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else [_part(part) for part in content]
-    if message["role"] == "assistant":
-        if any(part["type"] != "text" for part in parts):
-            raise SampleError("the assistant's turn holds a picture; pictures belong to the user's turns.")
-        parts = [{"type": "text", "text": "".join(part["text"] for part in parts)}]
-        if not parts[0]["text"].strip():
-            raise SampleError("a turn of the assistant has no words; there is nothing to learn.")
-    return {"role": message["role"], "content": parts}
-
-
-def _part(part: Mapping[str, Any]) -> dict:
-    part = {key: value for key, value in part.items() if value is not None}  # columns fill gaps with None
-    if part.get("type") not in ("text", "image") or (part["type"] == "text" and not isinstance(part.get("text"), str)):
-        raise SampleError(f"a part of a message is a text or an image, not {str(part)[:80]}.")
-    return part
-
-
-def _picture_sources(sample: Mapping[str, Any], messages: list[dict]) -> list:
-    """The pictures, each with its place in `messages` (which is changed: places hold no sources any more)."""
-    if not any(message["role"] == "assistant" for message in messages):
-        raise SampleError("it has no turn of the assistant, which is what is learnt; add one to `messages`.")
-    sources = as_list(sample.get("images"))
-    places = [part for message in messages for part in message["content"] if part["type"] == "image"]
-    named = [part.pop(key) for part in places for key in ("image", "path", "url") if key in part]
-    if not sources:
-        sources = named
-    elif named:
-        raise SampleError("it names pictures both in `images` and in `messages`; keep them in `images`.", "picture")
-    if sources and not places:
-        user = next((message for message in messages if message["role"] == "user"), None)
-        if user is None:
-            raise SampleError("it has pictures, but no turn of the user to show them in.")
-        user["content"][:0] = places = [{"type": "image"} for _ in sources]
-    if len(places) != len(sources):
-        raise SampleError(
-            f"its messages show {len(places)} pictures, but {len(sources)} are given; give one for each.", "picture"
-        )
-    return sources
-
-
 def _picture(source: Any) -> Image.Image:
     try:
         return load_picture(open_encoded(source))
-    except ValueError as error:
-        raise SampleError(str(error), "picture") from None
+    except Exception as error:  # whatever a file or a value makes Pillow or numpy raise is an error of this sample
+        raise SampleError(str(error) or type(error).__name__, "picture") from None
 
 
 def _depth_of(sample: Mapping[str, Any]) -> list[DepthMap]:
@@ -244,11 +135,18 @@ def _depth_of(sample: Mapping[str, Any]) -> list[DepthMap]:
     return [_depth(source, unit, valid) for source, valid in zip(sources, valids or [None] * len(sources), strict=True)]
 
 
+def _codes_of(sample: Mapping[str, Any]) -> list[list[int]]:
+    try:
+        return as_code_lists(sample.get("depth_codes"))
+    except (TypeError, ValueError):
+        raise SampleError(f"its `depth_codes` are {str(sample['depth_codes'])[:40]!r}, no list.", "codes") from None
+
+
 def _depth(source: Any, unit: str, valid: Any) -> DepthMap:
     try:
         return load_depth(source, unit, None if valid is None else load_mask(valid))
-    except (ValueError, OSError, SyntaxError) as error:
-        raise SampleError(f"its depth cannot be used: {error}", "depth") from None
+    except Exception as error:  # as for pictures
+        raise SampleError(f"its depth cannot be used: {error or type(error).__name__}", "depth") from None
 
 
 def _check_orientation(depth: DepthMap, picture: Image.Image) -> None:
@@ -340,12 +238,12 @@ def _mask(source: Any, index: int, picture: Image.Image, which: str) -> np.ndarr
         # The size that run lengths claim is looked at first: decoding would take as much memory as it says.
         claimed = source.get("size") if isinstance(source, Mapping) else None
         size = tuple(claimed) if claimed is not None else wanted
-        mask = load_mask(source) if size == wanted else None
+        mask = load_mask(source, wanted) if size == wanted else None
         size = size if mask is None else mask.shape
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # as for pictures
         raise SampleError(
-            f"mask {index} cannot be read ({error}); give COCO run lengths {{'size': [height, width], 'counts': ...}} "
-            "or a grey picture.",
+            f"mask {index} cannot be read ({error or type(error).__name__}); give COCO run lengths "
+            "{'size': [height, width], 'counts': ...}, its polygons, or a grey picture.",
             "masks",
         ) from None
     if mask is None or size != wanted:

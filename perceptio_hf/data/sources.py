@@ -1,37 +1,51 @@
 """Where samples come from: folders of samples, folders of pictures with depth, data sets on disk; and writing a folder.
 
 A folder of samples holds `samples.jsonl`, one sample per line (see `perceptio_hf.data.samples.Sample`), whose pictures,
-masks and depth maps are files named relative to the folder.
+masks and depth maps are files named relative to the folder. Large sets may be cut into `samples-00000.jsonl` and so on.
 """
 
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perceptio_hf.files import new_folder, write_text
+from perceptio_hf.files import new_folder
 from perceptio_hf.tokens import DEPTH_END_TOKEN, DEPTH_START_TOKEN
 from perceptio_hf.world.questions import DEPTH_QUESTIONS
 
 from .depth_maps import UNITS
+from .lines import is_array, rows_of_shards, shards_of, table_of
 from .rows import as_rows, dataset_of, import_datasets, sample_features, to_row
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 SAMPLES_FILE = "samples.jsonl"
+MOST_SHARDS = 64  # parts in which several processes and workers read a stream
 DEPTH_ANSWER = "Here is the depth map."
-_SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"\x93NUM": ".npy", b"GIF8": ".gif"}
+_SUFFIXES = {
+    b"\x89PNG": ".png",
+    b"\xff\xd8\xff": ".jpg",
+    b"RIFF": ".webp",
+    b"\x93NUM": ".npy",
+    b"GIF8": ".gif",
+    b"II*\0": ".tif",
+    b"MM\0*": ".tif",
+}
+_SUFFIXES |= {b"PK\3\4": ".npz"}
 
 
 def load_samples(source: str | os.PathLike, *, streaming: bool = False) -> "Dataset | IterableDataset":
-    """The samples at a place on disk.
+    """The samples at a place on disk, in our form or LLaVA's (see `perceptio_hf.data.form`).
 
     Args:
-        source: a folder with `samples.jsonl`, a .jsonl file, or what `Dataset.save_to_disk` wrote.
-        streaming: read line by line while training instead of keeping everything but the pictures in memory.
+        source: a folder with `samples.jsonl` or its parts `samples-*.jsonl`, a .jsonl file, a .json file with an array
+            of samples, or what `Dataset.save_to_disk` wrote.
+        streaming: read line by line while training, by as many processes and workers as there are. Without it, files
+            are turned into Arrow first: small ones in memory, those of more than 16 MB once, in the cache folder of
+            `datasets`, from where they are mapped into memory.
 
     Raises:
         ValueError: for a place that holds no samples, a line that is none (named), or columns that are missing.
@@ -41,22 +55,62 @@ def load_samples(source: str | os.PathLike, *, streaming: bool = False) -> "Data
     path = Path(source).expanduser()
     if (path / "dataset_info.json").is_file():
         dataset = as_rows(datasets.load_from_disk(str(path)), str(path))
-        return dataset.to_iterable_dataset(num_shards=min(len(dataset), 64)) if streaming else dataset
-    file = path / SAMPLES_FILE if path.is_dir() else path
-    if not file.is_file():
+        return _stream_of(dataset) if streaming else dataset
+    return _loaded([(file, file.parent) for file in _files_of(path)], streaming)
+
+
+def load_llava(
+    file: str | os.PathLike, *, images: str | os.PathLike | None = None, streaming: bool = False
+) -> "Dataset | IterableDataset":
+    """Conversations in LLaVA's form, .json or .jsonl.
+
+    Args:
+        file: as the data set's authors publish it.
+        images: the folder in which its pictures lie; default: that of the file.
+        streaming: as in `load_samples`.
+
+    Raises:
+        ValueError: as `load_samples`; for a file or folder that does not exist.
+    """
+    file = Path(file).expanduser()
+    folder = file.parent if images is None else Path(images).expanduser()
+    if not file.is_file() or not folder.is_dir():
+        raise ValueError(f"There is no {'file ' + str(file) if not file.is_file() else 'folder ' + str(folder)}.")
+    return _loaded([(file, folder)], streaming)
+
+
+def _loaded(files: list[tuple[Path, Path]], streaming: bool) -> "Dataset | IterableDataset":
+    """The samples of files, each with the folder of its pictures."""
+    if streaming and not any(is_array(file) for file, _ in files):
+        most = max(1, MOST_SHARDS // len(files))
+        shards = [shard for file, folder in files for shard in shards_of(file, folder, most)]
+        stream = import_datasets().IterableDataset.from_generator(
+            rows_of_shards, features=sample_features(), gen_kwargs={"shards": shards}
+        )
+        return as_rows(stream, str(files[0][0]))
+    dataset = table_of(files)
+    if not len(dataset):
+        raise ValueError(f"{files[0][0]} is empty; write one sample per line.")
+    return _stream_of(dataset) if streaming else dataset
+
+
+def _stream_of(dataset: "Dataset") -> "IterableDataset":
+    return dataset.to_iterable_dataset(num_shards=min(len(dataset), MOST_SHARDS))
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The files with samples at a place: one, or the parts of one."""
+    if path.is_file():
+        return [path]
+    whole, parts = path / SAMPLES_FILE, sorted(path.glob("samples-*.jsonl"))
+    if whole.is_file() and parts:
+        raise ValueError(f"{path} holds both {SAMPLES_FILE} and {parts[0].name}; keep the whole, or its parts.")
+    if not whole.is_file() and not parts:
         raise ValueError(
-            f"{path} holds no samples: give a folder with {SAMPLES_FILE}, a .jsonl file, or a folder that "
-            "Dataset.save_to_disk wrote."
+            f"{path} holds no samples: give a folder with {SAMPLES_FILE} (or samples-*.jsonl), a .jsonl file, a .json "
+            "file with an array, or a folder that Dataset.save_to_disk wrote."
         )
-    if streaming:
-        stream = datasets.IterableDataset.from_generator(
-            _rows_of_files, features=sample_features(), gen_kwargs={"files": [str(file)]}
-        )
-        return as_rows(stream, str(file))
-    rows = list(_rows_of_files([str(file)]))
-    if not rows:
-        raise ValueError(f"{file} is empty; write one sample per line.")
-    return datasets.Dataset.from_list(rows, features=sample_features())
+    return parts or [whole]
 
 
 def depth_folder(
@@ -132,41 +186,10 @@ def write_samples(folder: str | os.PathLike, samples: Iterable[Mapping[str, Any]
         raise ValueError(f"{folder} exists already; choose a new folder, or remove it first.")
     with new_folder(folder) as fresh:
         (fresh / "files").mkdir()
-        lines = [json.dumps(_line(to_row(sample), number, fresh)) for number, sample in enumerate(samples)]
-        write_text(fresh / SAMPLES_FILE, "".join(line + "\n" for line in lines))
+        with open(fresh / SAMPLES_FILE, "w", encoding="utf-8") as lines:
+            for number, sample in enumerate(samples):
+                lines.write(json.dumps(_line(to_row(sample), number, fresh)) + "\n")
     return folder
-
-
-def _rows_of_files(files: list[str]) -> Iterator[dict[str, Any]]:
-    for file in files:
-        with open(file, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield to_row(_parsed(line, f"{file}, line {number}", Path(file).parent))
-
-
-def _parsed(line: str, place: str, folder: Path) -> dict[str, Any]:
-    """A line as a sample with absolute paths; its place in the file is its `id` unless it has one."""
-    try:
-        sample = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON ({error}); write one sample per line.") from None
-    if not isinstance(sample, dict) or not isinstance(sample.get("messages"), list):
-        keys = sorted(sample) if isinstance(sample, dict) else type(sample).__name__
-        raise ValueError(f"{place} has {keys}; a sample is a JSON object with `messages` (and `images`, `masks`, ...).")
-    for key in ("images", "masks", "depth", "depth_valid"):
-        if sample.get(key) is not None:
-            sample[key] = _located(sample[key], folder)
-    return {"id": place, **sample}
-
-
-def _located(value: Any, folder: Path) -> Any:
-    """File names in `value` (one, a list of them, or other things) with the folder in front."""
-    if isinstance(value, str):
-        return value if "://" in value else str(folder / Path(value).expanduser())
-    if isinstance(value, list) and any(isinstance(item, str) for item in value):
-        return [_located(item, folder) for item in value]
-    return value
 
 
 def _by_name(folder: Path, pattern: str) -> dict[str, Path]:
@@ -185,16 +208,17 @@ def _line(row: dict[str, Any], number: int, folder: Path) -> dict[str, Any]:
     for key in ("images", "masks", "depth", "depth_valid"):
         if key in line:
             line[key] = [
-                _run_lengths(item)
-                if item.get("counts") is not None
+                _numbers(item)
+                if item.get("counts") is not None or item.get("polygons") is not None
                 else _kept(item, f"{number:06d}-{key}-{index}", folder)
                 for index, item in enumerate(line[key])
             ]
     return line
 
 
-def _run_lengths(mask: dict[str, Any]) -> dict[str, Any]:
-    return {"size": mask["size"], "counts": mask["counts"]}
+def _numbers(mask: dict[str, Any]) -> dict[str, Any]:
+    """The run lengths or polygons of a mask."""
+    return {key: mask[key] for key in ("size", "counts", "polygons") if mask[key] is not None}
 
 
 def _kept(file: dict[str, Any], name: str, folder: Path) -> str:

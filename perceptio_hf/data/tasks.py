@@ -12,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from .keys import check_keys, check_value
-from .sources import depth_folder, load_samples
+from .sources import depth_folder, load_llava, load_samples
 from .variants import with_variants
 from .world_samples import world_dataset
 
 # The key that says where a task's samples come from -> what reads them.
-SOURCES: dict[str, Callable] = {"world": world_dataset, "samples": load_samples, "depth_folder": depth_folder}
+SOURCES: dict[str, Callable] = {
+    "world": world_dataset,
+    "samples": load_samples,
+    "depth_folder": depth_folder,
+    "llava": load_llava,
+}
 _TASK_KEYS = ("name", "weight", "take_every", "leave_out_every", "variants")
 
 

@@ -14,6 +14,17 @@ from .configuration_depth_vqvae import DepthVQVAEConfig, refuse_unknown, without
 _SPATIAL_CONFIGS = {"mask_config": Sam2Config, "depth_config": DepthVQVAEConfig}
 
 
+def attention_of_internvl(implementation: str | dict | None) -> str | dict | None:
+    """An attention implementation, or one per sub-configuration, that leaves SAM2 and the codec as they are.
+
+    SAM2 is float32 and windowed: it knows "eager" and "sdpa", and neither flash nor flex attention. A dict that names
+    "mask_config" is taken at its word.
+    """
+    if not isinstance(implementation, str) or implementation in ("eager", "sdpa"):
+        return implementation
+    return dict.fromkeys(("", "text_config", "vision_config"), implementation)
+
+
 @strict
 class PerceptioConfig(InternVLConfig):
     """Configuration of `PerceptioForConditionalGeneration`; every field of `InternVLConfig` keeps its meaning.
@@ -78,6 +89,15 @@ class PerceptioConfig(InternVLConfig):
         if isinstance(values.get("depth_config"), dict):
             values["depth_config"] = without_foreign(DepthVQVAEConfig, values["depth_config"])
         return super().from_dict(values, **kwargs)
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        return self._attn_implementation_internal
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str | dict | None) -> None:
+        # What comes with from_pretrained(attn_implementation=...) is meant for InternVL's two models.
+        PreTrainedConfig._attn_implementation.fset(self, attention_of_internvl(value))
 
     def _check_depth_sizes(self) -> None:
         for name, of_codec in (("num_depth_tokens", "num_tokens"), ("num_depth_codes", "num_codes")):

@@ -31,6 +31,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
 from .configuration_depth_vqvae import DepthVQVAEConfig
+from .placement import device_of
 from .precision import full_precision, is_traced, without_casts_down
 
 _SLACK = 1e-3  # by which depth may leave [0, 1]: resampling and half precision round
@@ -210,6 +211,11 @@ class DepthVQVAE(PreTrainedModel):
 
     def _apply(self, fn, recurse: bool = True):
         return super()._apply(without_casts_down(fn), recurse)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codec computes, also while its parameters are kept elsewhere and come only when they are used."""
+        return device_of(self) or super().device
 
     @property
     def grid_size(self) -> int:

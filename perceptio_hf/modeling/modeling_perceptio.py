@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import Cache
 from transformers.models.internvl.modeling_internvl import (
     InternVLCausalLMOutputWithPast,
     InternVLForConditionalGeneration,
@@ -18,28 +19,38 @@ from transformers.models.sam2.modeling_sam2 import Sam2Model
 from perceptio_hf.tokens import SpatialVocabulary, read_sequence
 
 from .attachments import attached, needed
-from .configuration_perceptio import PerceptioConfig
-from .generation_perceptio import SpatialGenerationMixin, SpatialRecorder, count_pictures
+from .configuration_perceptio import PerceptioConfig, attention_of_internvl
+from .generation_perceptio import SpatialGenerationMixin
+from .mask_prediction import MaskPredictionMixin, SegProjector
 from .modeling_depth_vqvae import DepthVQVAE
+from .placement import is_here
 from .precision import without_casts_down
+from .shards import check_shards
+from .span_cache import CACHE
+from .span_grammar import code_columns
+from .spatial_reading import count_pictures
 
 
 @dataclass
 class PerceptioCausalLMOutputWithPast(InternVLCausalLMOutputWithPast):
-    """InternVL's output and:
+    """InternVL's output, with the fields it has in the installed transformers, and:
 
     Args:
         last_hidden_state: (batch, sequence, hidden) states after the final norm.
         mask_logits: (n, h, w) float32, one per [SEG] of the batch in reading order, if `mask_pixel_values` were given.
         mask_scores: (n,) SAM2's predicted IoU of each mask.
         loss_parts: scalars by name, if a `criterion` was given.
+        code_logits: (batch, sequence, K) logits of the depth codes, if asked for.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     mask_logits: torch.FloatTensor | None = None
     mask_scores: torch.FloatTensor | None = None
     loss_parts: dict[str, torch.Tensor] | None = None
+    code_logits: torch.FloatTensor | None = None
 
+
+_OUTPUT_FIELDS = frozenset(field.name for field in fields(PerceptioCausalLMOutputWithPast))
 
 # The names of the linear layers that PEFT adapts without further thought.
 LANGUAGE_MODEL_LAYERS = r"model\.language_model\.layers\..*_proj"
@@ -50,20 +61,7 @@ Criterion = Callable[
 ]
 
 
-class SegProjector(nn.Module):
-    """Projects the language model's [SEG] state into the prompt space of the mask decoder (as Sa2VA and LISA do)."""
-
-    def __init__(self, hidden_size: int, prompt_size: int):
-        super().__init__()
-        self.linear_in = nn.Linear(hidden_size, hidden_size)
-        self.linear_out = nn.Linear(hidden_size, prompt_size)
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """(n, hidden) of any dtype -> (n, prompt) in the projector's own dtype."""
-        return self.linear_out(self.linear_in(states.to(self.linear_in.weight.dtype)).relu())
-
-
-class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForConditionalGeneration):
+class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMixin, InternVLForConditionalGeneration):
     """InternVL with a [SEG] projector, SAM2 and a depth codec.
 
     SAM2's image encoder and the codec are frozen; SAM2, codec and projector stay float32 when the model is loaded in
@@ -139,14 +137,42 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
         self.depth_model.eval()
         return self
 
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """As transformers'; flash and flex attention are for the vision tower and the language model only."""
+        if attention_of_internvl(attn_implementation) == attn_implementation:
+            super().set_attn_implementation(attn_implementation, *args, **kwargs)
+            return
+        for part in (self.model.vision_tower, self.model.language_model):
+            part.set_attn_implementation(attn_implementation, *args, **kwargs)
+        self.config._attn_implementation = attn_implementation
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+        """As transformers'.
+
+        Raises:
+            ValueError: if rows of spatial tokens would be cut off.
+        """
+        if new_num_tokens is not None and self.config.has_spatial_tokens:
+            config = self.config
+            last = max(config.seg_token_id, config.depth_start_token_id, config.depth_end_token_id)
+            last = max(last, *config.depth_token_ids)
+            if new_num_tokens <= last:
+                raise ValueError(
+                    f"resize_token_embeddings({new_num_tokens}) would cut off spatial tokens, whose ids go up to "
+                    f"{last}. Keep at least {last + 1} rows; the tokenizer has as many."
+                )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """Load a Perceptio checkpoint; all arguments are transformers'.
 
         Raises:
             ValueError: where weights and configuration contradict one another (transformers would fill the gaps with
-                random numbers), unless `ignore_mismatched_sizes=True` asks for that.
+                random numbers), unless `ignore_mismatched_sizes=True` asks for that; where an index of weights names
+                files outside its folder.
         """
+        check_shards(pretrained_model_name_or_path or "", kwargs.get("subfolder"))
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
@@ -191,7 +217,10 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
         return from_components(cls, internvl, sam2, depth_codec, processor=processor, dtype=dtype, seed=seed)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
-        """The last step before an upload (transformers 5.17 to 5.23); a card that says nothing gives way to ours."""
+        """The last step before an upload; a card that says nothing gives way to ours.
+
+        transformers has no public place for this. Should it rename the method, uploads go on with its own card.
+        """
         replace_default_card = attached("replace_default_card")
         if replace_default_card is not None:
             replace_default_card(Path(working_dir, "README.md"), self, repo_id)
@@ -217,7 +246,7 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
         pixel_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
@@ -225,20 +254,28 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
         logits_to_keep: int | torch.Tensor = 0,
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
+        cache: Cache | None = None,
         mask_pixel_values: torch.FloatTensor | None = None,
-        spatial_recorder: SpatialRecorder | None = None,
         criterion: Criterion | None = None,
+        word_places: torch.LongTensor | None = None,
+        with_code_logits: bool = False,
         **kwargs,
     ) -> PerceptioCausalLMOutputWithPast:
-        """InternVL's forward (transformers 5.17 to 5.23, `InternVLForConditionalGeneration.forward`) and the masks.
+        """InternVL's forward and the masks.
+
+        The steps are those of `InternVLForConditionalGeneration.forward`. `generate` asks this signature which inputs
+        it may send, so they are named; which of them InternVL's body knows differs between versions of transformers,
+        so only those that came are handed on, and what the body returns is handed back under its names.
 
         Args:
+            past_key_values, cache: two names of one argument; either works with every version of transformers.
             mask_pixel_values: (pictures, 3, S, S) as the processor prepares them for SAM2. If given, every [SEG] in
                 `input_ids` becomes a mask, with gradients through projector and mask decoder.
-            spatial_recorder: set by `generate`.
             criterion: computes `loss` and `loss_parts` from the hidden states, the head and the output so far (masks
                 included, `logits` None: it calls the head where it needs to). It runs in here so that wrappers which
                 shard or replicate the model see every use of its parameters.
+            word_places: (batch,) the one step of each row whose state passes the head, instead of `logits_to_keep`.
+            with_code_logits: whether `code_logits` are computed, for all steps.
 
         Raises:
             ValueError: if both `labels` and `criterion` are given.
@@ -247,31 +284,35 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
             raise ValueError(
                 "Both `labels` and `criterion` came; a criterion brings its own labels, leave out `labels`."
             )
-        if mm_encoder_outputs is not None:  # transformers 5.17 does not know the name
-            kwargs["mm_encoder_outputs"] = mm_encoder_outputs
+        if getattr(self, "_is_replica", False):
+            raise ValueError(
+                "The model was put into nn.DataParallel, which cuts a batch of pictures and rows in the wrong places. "
+                "Use one process per GPU, `torchrun --nproc-per-node 2 ...` or `accelerate launch ...`, or show one "
+                "GPU only: CUDA_VISIBLE_DEVICES=0."
+            )
         return_dict = kwargs.pop("return_dict", self.config.return_dict)
-        outputs = self.model(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            image_sizes=image_sizes,
-            return_dict=True,
-            **kwargs,
-        )
+        inputs = {
+            "input_ids": input_ids,
+            "pixel_values": pixel_values,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            CACHE: past_key_values if cache is None else cache,
+            "inputs_embeds": inputs_embeds,
+            "vision_feature_layer": vision_feature_layer,
+            "vision_feature_select_strategy": vision_feature_select_strategy,
+            "image_sizes": image_sizes,
+            "mm_encoder_outputs": mm_encoder_outputs,
+        }
+        given = {name: value for name, value in inputs.items() if value is not None}
+        outputs = self.model(**given, return_dict=True, **kwargs)
         hidden = outputs.last_hidden_state
         logits = None
         if criterion is None:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, keep])
-        if spatial_recorder is not None and input_ids is not None:
-            end = input_ids.shape[1] if outputs.past_key_values is None else outputs.past_key_values.get_seq_length()
-            spatial_recorder.record_states(input_ids, end, hidden)
-            spatial_recorder.record_odds(input_ids, end, logits)
+            kept = hidden[:, keep]
+            if word_places is not None:
+                kept = hidden[torch.arange(len(hidden), device=hidden.device), word_places][:, None]
+            logits = self.lm_head(kept)
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
@@ -282,20 +323,26 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
                 input_ids, hidden, mask_pixel_values, always=criterion is not None and _several_processes()
             )
         result = PerceptioCausalLMOutputWithPast(
+            **{name: value for name, value in outputs.items() if name in _OUTPUT_FIELDS},
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-            last_hidden_state=hidden,
             mask_logits=mask_logits,
             mask_scores=mask_scores,
         )
+        if with_code_logits:
+            result.code_logits = self._code_logits(hidden)
         if criterion is not None:
             loss, parts = criterion(hidden, self.lm_head, result)
             result = replace(result, loss=loss, loss_parts=parts)
         return result.to_tuple() if return_dict is False else result
+
+    def _code_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(batch, sequence, hidden) -> (batch, sequence, K): by the head's rows of the codes, if they are here."""
+        head, columns = self.lm_head, code_columns(self.spatial_vocabulary(), hidden.device)
+        plain = type(head) is nn.Linear and is_here(head.weight) and head.weight.device == hidden.device
+        if not plain:
+            return head(hidden)[..., columns]
+        return nn.functional.linear(hidden, head.weight[columns], None if head.bias is None else head.bias[columns])
 
     def _masks_of_batch(
         self, input_ids: torch.Tensor, hidden: torch.Tensor, mask_pixel_values: torch.Tensor, *, always: bool = False
@@ -329,65 +376,16 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, InternVLForCondi
     def _no_masks(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.zeros(0, *self.mask_size, device=device), torch.zeros(0, device=device)
 
-    @property
-    def mask_size(self) -> tuple[int, int]:
-        """(height, width) of the mask decoder's output: four times its image embedding."""
-        height, width = self.mask_model.prompt_encoder.image_embedding_size
-        return 4 * height, 4 * width
 
-    def encode_mask_pixels(self, mask_pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """SAM2's image features: (n, 3, S, S) -> (n, C, S/16, S/16) and the two finer maps of the mask decoder.
+def picture_features(outputs) -> torch.Tensor | None:
+    """(tiles, places, hidden) of the pictures as the language model reads them; None where there is none.
 
-        The image encoder is frozen; gradients reach `conv_s0` and `conv_s1`, which belong to the mask decoder
-        (`Sam2Model.get_image_embeddings` would cut them).
-        """
-        sam = self.mask_model
-        with torch.no_grad():
-            pixels = mask_pixel_values.to(sam.no_memory_embedding.dtype)
-            features = sam.vision_encoder(pixels, return_dict=True).fpn_hidden_states  # fine to coarse, NCHW
-        fine = [sam.mask_decoder.conv_s0(features[0]), sam.mask_decoder.conv_s1(features[1])]
-        return features[2] + sam.no_memory_embedding.view(1, -1, 1, 1), fine
-
-    def predict_masks(
-        self, seg_states: torch.Tensor, mask_pixel_values: torch.Tensor, pictures: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masks of n [SEG] states in one call of the mask decoder; each picture they lie on is encoded once.
-
-        Args:
-            seg_states: (n, hidden), n >= 1.
-            mask_pixel_values: (p, 3, S, S) all pictures of the batch.
-            pictures: (n,) indices 0..p-1.
-
-        Returns:
-            (n, h, w) logits and (n,) predicted IoU, float32.
-        """
-        used, index = pictures.to(mask_pixel_values.device).unique(return_inverse=True)
-        embedding, fine = self.encode_mask_pixels(mask_pixel_values[used])
-        prompts = self.seg_projector(seg_states.to(embedding.device))
-        return self.decode_masks(prompts, embedding[index], [feature[index] for feature in fine])
-
-    def decode_masks(
-        self, prompts: torch.Tensor, embedding: torch.Tensor, fine: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """SAM2's mask decoder on n prompts (n, C) with the features of their pictures -> (n, h, w), (n,)."""
-        sam, count = self.mask_model, prompts.shape[0]
-        sparse = prompts.to(embedding.dtype)[:, None, None]  # (n, 1 prompt, 1 token, C)
-        if self.config.mask_padding_points:
-            padding = sam.prompt_encoder.not_a_point_embed.weight.view(1, 1, 1, -1)
-            sparse = torch.cat([padding.expand(count, 1, self.config.mask_padding_points, -1), sparse], dim=2)
-        _, dense = sam.prompt_encoder(input_points=None, input_labels=None, input_boxes=None, input_masks=None)
-        masks, scores, _, _ = sam.mask_decoder(
-            image_embeddings=embedding,
-            image_positional_embeddings=sam.get_image_wide_positional_embeddings().expand(count, -1, -1, -1),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense.expand(count, -1, -1, -1),
-            multimask_output=self.config.mask_multimask_output,
-            high_resolution_features=fine,
-        )
-        masks, scores = masks[:, 0], scores[:, 0]  # (n, m, h, w), (n, m)
-        best = scores.argmax(-1)
-        rows = torch.arange(count, device=best.device)
-        return masks[rows, best].float(), scores[rows, best].float()
+    Args:
+        outputs: of `forward`, InternVL's or its body's, with whatever version of transformers.
+    """
+    if "image_outputs" in type(outputs).__dataclass_fields__:
+        return None if outputs.image_outputs is None else outputs.image_outputs.pooler_output  # transformers >= 5.24
+    return outputs.image_hidden_states
 
 
 def _trained(module: nn.Module) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 _CODEC_FILES = (
     "modeling/configuration_depth_vqvae.py",
     "modeling/modeling_depth_vqvae.py",
+    "modeling/placement.py",
     "modeling/precision.py",
     "modeling/remote_code.py",
 )
@@ -21,10 +22,25 @@ _FILES = (
     "modeling/attachments.py",
     "modeling/configuration_perceptio.py",
     "modeling/generation_perceptio.py",
+    "modeling/grammar_state.py",
+    "modeling/mask_prediction.py",
     "modeling/modeling_perceptio.py",
+    "modeling/score_trace.py",
+    "modeling/shards.py",
+    "modeling/span_cache.py",
+    "modeling/span_decoding.py",
     "modeling/span_grammar.py",
+    "modeling/spatial_loop.py",
+    "modeling/spatial_output.py",
+    "modeling/spatial_reading.py",
+    "modeling/spatial_recorder.py",
+    "modeling/spatial_request.py",
+    "modeling/token_choice.py",
+    "processing/messages.py",
     "processing/phrases.py",
+    "processing/picture_sources.py",
     "processing/pictures.py",
+    "processing/plain_text.py",
     "processing/processing_perceptio.py",
 )
 _MODEL = "modeling_perceptio.PerceptioForConditionalGeneration"

@@ -11,16 +11,25 @@ SPATIAL_MODES = ("auto", "none", "seg", "depth", "seg+depth")
 def required_new_tokens(spatial: str, num_pictures: int, span_length: int) -> int:
     """The least number of new tokens that `spatial` needs for one row with `num_pictures` pictures."""
     if spatial == "seg":
-        return 1
+        return min(num_pictures, 1)
     spans = num_pictures * span_length
     return {"depth": spans, "seg+depth": spans + num_pictures}.get(spatial, 0)
+
+
+def code_columns(words: SpatialVocabulary, device: torch.device) -> slice | torch.Tensor:
+    """The columns of the depth codes among the logits: a slice where their ids follow one another, else the ids."""
+    first, last = words.codes[0], words.codes[-1]
+    if words.codes == tuple(range(first, last + 1)):
+        return slice(first, last + 1)
+    return torch.tensor(words.codes, device=device)
 
 
 class SpanGrammar(LogitsProcessor):
     """Allows only well formed spatial tokens: inside a depth span exactly N codes, nowhere else any code.
 
     The state of a row (in a span or not, codes so far, spans closed) is read off its own ids at every step, so that
-    beams, which trade places, need no bookkeeping. A span is only begun where it fits into what is left.
+    beams, which trade places, need no bookkeeping. A span is only begun where it fits into what is left. A row without
+    a picture has neither [SEG] nor spans, whatever the mode.
 
     Args:
         vocabulary: the token ids.
@@ -82,11 +91,11 @@ class SpanGrammar(LogitsProcessor):
         left = pictures - closed  # spans this response may still hold
         never, always = torch.zeros_like(closed, dtype=torch.bool), torch.ones_like(closed, dtype=torch.bool)
         # A [SEG] needs one more step after it: only then its hidden state exists.
-        room_for_seg = always if room >= 2 else never
+        room_for_seg = (pictures > 0) & (always if room >= 2 else never)
         if self.spatial == "auto":
             return room_for_seg, (left > 0) & (room >= span), never
         if self.spatial == "seg":
-            first = (closed == 0) & (segs == 0)
+            first = (pictures > 0) & (closed == 0) & (segs == 0)
             return first | room_for_seg, never, first
         if self.spatial == "depth":
             return never, left > 0, left > 0

@@ -1,10 +1,9 @@
 """The processor: pictures and conversations in, `SpatialAnswer`s out."""
 
-import copy
 import inspect
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,20 +12,22 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import BatchFeature
 from transformers.models.internvl.processing_internvl import InternVLProcessor
-from transformers.processing_utils import ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from perceptio_hf.modeling.attachments import needed
 from perceptio_hf.modeling.remote_code import write_code
-from perceptio_hf.tokens import SEG_TOKEN, escape_spatial_tokens, picture_mark, spatial_tokens
+from perceptio_hf.tokens import SEG_TOKEN, picture_mark, spatial_tokens
 
+from .messages import mark_strings, prepare_chat
 from .phrases import phrases_of, without_tags
-from .pictures import load_picture
+from .pictures import load_picture, row_strips
+from .plain_text import control_ids, drop_marks, mark_tokens, structure_ids
 
 # SAM2 normalises with ImageNet's statistics whatever InternVL's image processor does.
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 _IGNORED_LABEL = -100
-# What InternVLProcessor asks of a tokenizer (transformers 5.17 to 5.23).
+# What InternVLProcessor asks of a tokenizer (transformers 5.17 to 5.24).
 _PICTURE_TOKENS = ("start_image_token", "end_image_token", "context_image_token", "video_token")
 # Options of `__call__` that `apply_chat_template` hands on.
 _CALL_OPTIONS = {"padding", "padding_side", "crop_to_patches", "max_length", "truncation", "min_patches", "max_patches"}
@@ -98,12 +99,15 @@ class SpatialAnswer:
 class PerceptioProcessor(InternVLProcessor):
     """InternVL's processor with spatial tokens, SAM2's view of each picture, and the way back to pictures.
 
-    Spatial token strings that a user (or a system prompt) writes in a conversation stay plain text; in the
-    assistant's turns they are tokens.
+    What a user (a system prompt, a tool) writes in a conversation stays plain text, though it be spelled like a token:
+    [SEG], <DEPTH_3>, <|im_end|>, <img>, or another special token of the tokenizer. In the assistant's turns spatial and
+    other tokens are tokens, except those a conversation is built of: the marks of turns and of pictures. `__call__`
+    takes text as rendered: there every token is one.
 
     Args:
         image_processor: InternVL's image processor (`GotOcr2ImageProcessor`).
-        tokenizer: its tokenizer; spatial tokens that it lacks are added to it.
+        tokenizer: its tokenizer, a fast one; spatial tokens that it lacks are added to it, and it drops the marks of
+            `plain_text`.
         image_seq_length: language tokens per tile.
         chat_template: as in transformers.
         num_depth_tokens: N, codes per depth span.
@@ -115,7 +119,7 @@ class PerceptioProcessor(InternVLProcessor):
 
     Raises:
         ValueError: an unknown `mask_resample`; a tokenizer without InternVL's picture tokens, or with depth tokens for
-            another codebook.
+            another codebook; one that is not fast.
     """
 
     def __init__(
@@ -193,6 +197,8 @@ class PerceptioProcessor(InternVLProcessor):
         # Pipelines pad by the tokenizer's own side, and generation goes on where a row ends. Training pads on the right
         # by itself.
         tokenizer.padding_side = "left"
+        drop_marks(tokenizer)
+        self._guarded = None
 
     @property
     def seg_token_id(self) -> int:
@@ -237,7 +243,7 @@ class PerceptioProcessor(InternVLProcessor):
         """Pictures and rendered text -> tensors of the model.
 
         Args:
-            images: pictures or (nested) lists of them in reading order: PIL, arrays or file names.
+            images: pictures or (nested) lists of them in reading order, each as `load_picture` takes it.
             text: one string or a list; each place of a picture is ``<IMG_CONTEXT>``.
             kwargs: as in transformers.
 
@@ -246,18 +252,26 @@ class PerceptioProcessor(InternVLProcessor):
             original_sizes (pictures, 2) as (height, width).
 
         Raises:
-            ValueError: a picture that cannot be read; another number of places than pictures; videos.
+            ValueError: a picture that cannot be read; text that is no string; another number of places than pictures;
+                videos.
+
+        Memory: beside the pictures themselves (`load_picture` says how much), transformers' image processor holds up to
+        10 bytes a pixel of the one it is at: 1.4 GB at the peak for one picture of 100 million pixels.
         """
         if videos is not None:
             raise ValueError("Perceptio takes pictures, not videos: pass frames as images.")
-        pictures = [] if images is None else [load_picture(picture) for picture in _flatten(images)]
-        places = sum(row.count(self.image_token) for row in ([text] if isinstance(text, str) else text or []))
+        pictures = [] if images is None else [load_picture(picture, copy=False) for picture in _flatten(images)]
+        rows = [text] if isinstance(text, str) else text or []
+        if not all(isinstance(row, str) for row in rows):
+            raise ValueError("text is one string, or a list of them.")
+        places = sum(row.count(self.image_token) for row in rows)
         if places != len(pictures):
             came = f"{len(pictures) or 'no'} images came"
             raise ValueError(f"The text has {places} places of pictures ({self.image_token}), but {came}.")
         if images is None:
             return super().__call__(text=text, **kwargs)
-        kwargs.setdefault("crop_to_patches", self.crop_to_patches)
+        if "crop_to_patches" not in (kwargs.get("images_kwargs") or {}):
+            kwargs.setdefault("crop_to_patches", self.crop_to_patches)
         inputs = super().__call__(images=pictures or None, text=text, **kwargs)
         if pictures:
             inputs["mask_pixel_values"] = torch.stack([self.mask_pixels(picture) for picture in pictures])
@@ -269,20 +283,41 @@ class PerceptioProcessor(InternVLProcessor):
         side = self.mask_image_size
         if self.mask_resample == "bicubic":  # Pillow's, in 8 bits; what follows then changes no pixel
             picture = picture.resize((side, side), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W)
-        pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True, align_corners=False)[0]
+        # Torch, too, scales rows first and columns second. Doing the rows in strips keeps a large picture, which takes
+        # 12 bytes a pixel as floats, out of memory.
+        strips = [_scaled(_float_pixels(picture, *strip), width=side) for strip in row_strips(*picture.size)]
+        pixels = _scaled(torch.cat(strips, dim=1), width=side, height=side)
         mean, std = torch.tensor(_IMAGENET_MEAN), torch.tensor(_IMAGENET_STD)
         return (pixels - mean[:, None, None]) / std[:, None, None]
 
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        """As in transformers, for the tiles that `__call__` makes: vLLM plans with it. Sizes are (height, width)."""
+        if image_sizes is None:
+            return MultiModalData()
+        options = {"crop_to_patches": self.crop_to_patches, **kwargs}
+        tiles = [self.image_processor.get_number_of_image_patches(*size, options) for size in image_sizes]
+        around = 2  # the tokens that begin and end a picture
+        tokens = [around + self.image_seq_length * count for count in tiles]
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=tiles)
+
     def apply_chat_template(self, conversation, chat_template=None, **kwargs):
-        """As in transformers; spatial token strings outside the assistant's turns stay plain text.
+        """As in transformers, but texts stay texts (see the class); tools and documents too.
 
         Raises:
-            ValueError: for a picture that cannot be read or a user's turn without words.
+            ValueError: for content of another kind than text and pictures, a picture that cannot be read, or a user's
+                turn without words; the message is named.
         """
-        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        chats = conversation if batched else [conversation]
-        chats = [[_prepare_message(message) for message in chat] for chat in chats]
+        batched = (
+            isinstance(conversation, (list, tuple)) and conversation and isinstance(conversation[0], (list, tuple))
+        )
+        mark = self._marker(chat_template)
+        if batched:
+            chats = [prepare_chat(chat, mark, f"Conversation {row}: ") for row, chat in enumerate(conversation)]
+        else:
+            chats = [prepare_chat(conversation, mark)]
+        for name in ("tools", "documents"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = mark_strings(kwargs[name], lambda text: mark([text], False)[0])
         options = dict(kwargs.pop("processor_kwargs", None) or {})
         for name in _CALL_OPTIONS & set(kwargs):
             options[name] = kwargs.pop(name)
@@ -293,6 +328,16 @@ class PerceptioProcessor(InternVLProcessor):
         else:
             kwargs |= options
         return super().apply_chat_template(chats if batched else chats[0], chat_template, **kwargs)
+
+    def _marker(self, chat_template: str | None) -> Callable[[Sequence[str], bool], list[str]]:
+        """Texts of a message, and whether the assistant says them -> the texts with the tokens in them marked."""
+        template = str(chat_template or self.chat_template)
+        if self._guarded is None or self._guarded[0] != (template, len(self.tokenizer)):
+            pictures = [self.start_image_token, self.end_image_token, self.image_token, self.video_token]
+            structure = structure_ids(self.tokenizer, template, pictures)
+            self._guarded = (template, len(self.tokenizer)), control_ids(self.tokenizer), structure
+        _, control, structure = self._guarded
+        return lambda texts, own: mark_tokens(texts, self.tokenizer, structure if own else control)
 
     def post_process_spatial(self, outputs, threshold: float | None = None) -> list[SpatialAnswer]:
         """Generated tokens with their masks and depth maps -> one `SpatialAnswer` per row.
@@ -358,43 +403,21 @@ def _check_depth_tokens(vocabulary: dict[str, int], codes: Sequence[str]) -> Non
         )
 
 
+def _float_pixels(picture: Image.Image, top: int, end: int) -> torch.Tensor:
+    """Rows of a picture: (3, rows, width), float32 in [0, 1]."""
+    rows = np.array(picture.crop((0, top, picture.width, end)))
+    return torch.from_numpy(rows).permute(2, 0, 1).float() / 255
+
+
+def _scaled(pixels: torch.Tensor, *, width: int, height: int | None = None) -> torch.Tensor:
+    size = (height or pixels.shape[1], width)
+    return F.interpolate(pixels[None], size=size, mode="bilinear", antialias=True, align_corners=False)[0]
+
+
 def _flatten(images) -> list:
-    if isinstance(images, (list, tuple)):
+    if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:  # an array of pictures
         return [picture for item in images for picture in _flatten(item)]
     return [] if images is None else [images]
-
-
-def _prepare_message(message: dict) -> dict:
-    """A copy of one message with its pictures read, and its words safe unless they are the assistant's."""
-    message = copy.copy(message)
-    content = message.get("content")
-    safe = (lambda text: text) if message.get("role") == "assistant" else escape_spatial_tokens
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    if not isinstance(content, (list, tuple)):
-        return message
-    parts = [dict(part) if isinstance(part, dict) else part for part in content]
-    for part in parts:
-        if part.get("type") == "text":
-            part["text"] = safe(part["text"])
-        elif part.get("type") == "image":
-            _read_picture(part)
-    words = [part["text"] for part in parts if part.get("type") == "text"]
-    if message.get("role") == "user" and not "".join(words).strip():
-        raise ValueError("The user's turn has no words: ask a question about the picture.")
-    message["content"] = parts
-    return message
-
-
-def _read_picture(part: dict) -> None:
-    """Replace a local picture by its pixels; a URL stays for transformers to fetch, since the user named it."""
-    for key in ("image", "path", "url"):
-        source = part.get(key)
-        if source is None or (isinstance(source, str) and source.startswith(("http://", "https://", "data:"))):
-            continue
-        del part[key]
-        part["image"] = load_picture(source)
-        return
 
 
 def _geometries(outputs, row: int, threshold: float, phrases: list[str | None]) -> list[PictureGeometry]:

@@ -105,7 +105,7 @@ def train_codebook(
     Args:
         config: The codec to make.
         bank: Depth maps at the codec's size.
-        steps, minutes: When to stop: give exactly one. Only `steps` makes two runs equal.
+        steps, minutes: When to stop: give exactly one. Only `steps` makes two runs alike.
         seed: Of weights, batches and restarts. The caller's random state is left as it was.
         options: The rest.
         progress: Called now and then with the share of the training done and the reconstruction loss.

@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import get_worker_info
 
 from perceptio_hf.data.depth_maps import DepthMap
-from perceptio_hf.data.samples import REASONS, LoadedSample, SampleError, load_sample, name_of
+from perceptio_hf.data.form import REASONS, SampleError
+from perceptio_hf.data.samples import LoadedSample, load_sample, name_of
 from perceptio_hf.modeling.modeling_depth_vqvae import prepare_depth
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 

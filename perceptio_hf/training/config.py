@@ -5,6 +5,7 @@ import warnings
 from dataclasses import Field, dataclass, field, make_dataclass
 
 import torch
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
@@ -117,6 +118,7 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
             warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
             super().__post_init__()
         self._keep_batches_whole()
+        self._check_reports()
 
     def _keep_batches_whole(self) -> None:
         """For a stream accelerate would dispatch batches from one process, cutting every tensor at the number of rows;
@@ -128,12 +130,33 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
             )
         self.accelerator_config.dispatch_batches = False
 
+    def _check_reports(self) -> None:
+        """transformers finds out after the model has been loaded, in a traceback."""
+        available = get_available_reporting_integrations()
+        untold = {"flyte", "azure_ml"}  # transformers does not tell whether these are there
+        lacking = [name for name in self.report_to if name in {*INTEGRATION_TO_CALLBACK} - {*available} - untold]
+        if lacking:
+            raise ValueError(
+                f"report_to names {lacking[0]}, which is not installed: pip install {lacking[0]}, or leave it out."
+            )
+        unknown = [name for name in self.report_to if name not in INTEGRATION_TO_CALLBACK]
+        if unknown:
+            raise ValueError(
+                f"report_to names {unknown[0]!r}; known are {', '.join(sorted(INTEGRATION_TO_CALLBACK))}, or none."
+            )
+
     def loss_weights(self) -> LossWeights:
         """The weights of the composite loss, checked."""
         parts = {name: getattr(self, f"{name}_weight") for name in (*PARTS, "gradient")}
         return LossWeights(
             **parts, token_over=self.token_over, count_beta=self.count_beta, temperature=self.merge_temperature
         )
+
+    @property
+    def _checkpoints_activations(self) -> bool:
+        """By the newer of transformers' two names where that was set."""
+        newer = getattr(self, "activation_checkpointing", None)
+        return self.gradient_checkpointing if newer is None else newer
 
     def _check(self) -> None:
         for name in (*PARTS, "gradient"):
@@ -144,7 +167,7 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
             raise ValueError(f"look_weight is {self.look_weight}; it must be a finite number of 0 or more.")
         if self.look_weight and self.look_heads < 1:
             raise ValueError(f"look_heads is {self.look_heads}; at least one head can be taught where to look.")
-        if self.look_weight and self.gradient_checkpointing:
+        if self.look_weight and self._checkpoints_activations:
             raise ValueError(
                 "look_weight needs attention weights, which gradient checkpointing throws away: set "
                 "gradient_checkpointing: false, or leave look_weight out."

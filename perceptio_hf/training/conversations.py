@@ -3,7 +3,8 @@
 import re
 from collections.abc import Sequence
 
-from perceptio_hf.data.samples import SampleError
+from perceptio_hf.data.form import SampleError
+from perceptio_hf.processing.messages import words_of
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 from perceptio_hf.tokens import SpatialVocabulary, read_sequence
 
@@ -109,8 +110,8 @@ class ConversationEncoder:
 
     def _render(self, messages: Sequence[dict]) -> list[str]:
         """The rendered text, cut into pieces: context, words of the assistant, context, words, ..., context."""
-        marked = [_mark(message) if message["role"] == "assistant" else message for message in messages]
         try:
+            marked = [_mark(message) if message["role"] == "assistant" else message for message in messages]
             text = self.processor.apply_chat_template(marked, tokenize=False)
         except ValueError as error:
             raise SampleError(str(error)) from None
@@ -127,8 +128,8 @@ class ConversationEncoder:
         places = sum(piece.count(self.processor.image_token) for piece in context)
         if places != len(tiles):
             raise SampleError(
-                f"the rendered conversation has {places} places for {len(tiles)} pictures; words must not contain "
-                f"{self.processor.image_token}, and the chat template must write one for each picture."
+                f"the rendered conversation has {places} places ({self.processor.image_token}) for {len(tiles)} "
+                "pictures; the messages and the chat template must have one for each."
             )
         numbers = iter(range(len(tiles)))
         pattern = re.compile(re.escape(self.processor.image_token))
@@ -144,12 +145,8 @@ class ConversationEncoder:
         bos = self.tokenizer.bos_token
         first = self.tokenizer(pieces[0], add_special_tokens=not (bos and pieces[0].startswith(bos)))["input_ids"]
         rest = self.tokenizer([self.turn_end + piece for piece in pieces[1:]], add_special_tokens=False)["input_ids"]
-        if any(self.processor.image_token_id in tokens for tokens in rest[::2]):
-            raise SampleError(f"the assistant's words contain {self.processor.image_token}; take it out.")
         return [list(first), *(list(tokens[1:]) for tokens in rest)]
 
 
 def _mark(message: dict) -> dict:
-    content = message["content"]
-    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
-    return {**message, "content": [{"type": "text", "text": _BEGIN + text + _END}]}
+    return {**message, "content": _BEGIN + "".join(words_of(message, "The assistant's turn")) + _END}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from perceptio_hf.extras import missing
 from perceptio_hf.files import new_folder
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def _import_peft() -> "type[LoraConfig]":
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ImportError("LoRA needs the `peft` library: pip install 'perceptio-hf[train]'.") from error
+        raise missing(error, "LoRA") from error
     return LoraConfig
 
 

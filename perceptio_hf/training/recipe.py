@@ -10,6 +10,8 @@ A recipe holds the settings of `PerceptioSFTConfig` and those of `RecipeArgument
         scenes: 2000
         weight: 2
       - samples: data/rooms         # a folder with samples.jsonl, a .jsonl file, or a data set saved to disk
+      - llava: data/llava.json      # conversations in LLaVA's form
+        images: data/coco           # the folder in which its pictures lie
       - depth_folder: data/depth    # pictures with depth maps beside them
         unit: mm
         leave_out_every: 5          # all but the 5th, 10th, ... sample; `take_every: 5` takes just these

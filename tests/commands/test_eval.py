@@ -10,6 +10,7 @@ from PIL import Image
 
 from perceptio_hf.commands import main
 from perceptio_hf.data.run_length import decode_mask
+from perceptio_hf.evaluation.replacement.token_replacement import REPLACEMENTS
 from perceptio_hf.hub.card import read_results
 
 
@@ -72,6 +73,22 @@ def test_hardblink_as_published_with_all_replacements_but_the_oracle(evaluate, t
         assert sheet.width > 1000
     code, _, error = evaluate(*arguments, "--replace-depth", "oracle")
     assert code == 2 and "--oracle" in error and "blink" in error
+
+
+def test_all_replacements_are_those_that_can_be_had(evaluate, tmp_path, scenes):
+    """HardBLINK knows no true depth; with one picture there is no other."""
+    formats.write_hardblink(tmp_path / "data", scenes)
+    arguments = ("hardblink", "--data", tmp_path / "data", "--replace-depth", "all")
+    assert evaluate(*arguments, "--out", tmp_path / "some")[0] == 0
+    summary = json.loads((tmp_path / "some" / "summary.json").read_text())
+    assert set(summary["replacement"]["replacements"]) == set(REPLACEMENTS) - {"oracle"}
+    assert any("the replacement oracle: no true depth of blink" in line for line in summary["left_out"])
+    code, out, _ = evaluate(*arguments, "--out", tmp_path / "one", "--limit", 1)
+    assert (
+        code == 0 and "left out the replacement oracle" in out and "left out the replacement other-image: 1 of" in out
+    )
+    code, out, _ = evaluate("world-closest", "--limit", 4, "--replace-depth", "all", "--out", tmp_path / "w", "--json")
+    assert code == 0 and set(json.loads(out)["replacement"]["replacements"]) == set(REPLACEMENTS)
 
 
 def test_a_card_collects_benchmarks(evaluate, tmp_path):

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors import safe_open
 
 from perceptio_hf.commands import main
 from perceptio_hf.commands.predict import answer_questions, name_folders
@@ -116,7 +118,14 @@ def test_a_broken_picture_stops_everything_first(tiny_folder, tmp_path, photo, c
         (["What is this?"], "Give a picture"),
         (["PHOTO", "PHOTO"], "add the question"),
         (["PHOTO", "forgotten.png"], "add the question"),
-        (["https://example.org/a.png", "What?"], "download"),
+        (["http://127.0.0.1:1/a.png", "What?"], "cannot be fetched"),
+        (["s3://bucket/a.png", "What?"], "download"),
+        (["PHOTO", "What is \udce9?"], "is not UTF-8"),
+        (["PHOTO", "What?", "--device", "gpu"], "--device gpu cannot be used here"),
+        (["PHOTO", "What?", "--device", "meta"], "--device meta cannot be used here: it holds no values"),
+        (["PHOTO", "What?", "--device", "cuda:99"], "--device cuda:99 cannot be used here"),
+        (["PHOTO", "What?", "--device", ""], "cannot be used here"),
+        (["PHOTO", "What?", "--dtype", "int8"], "'int8' is not one of"),
         (["PHOTO", "What?", "--spatial", "depth", "--max-new-tokens", "3"], "3 tokens"),
     ],
 )
@@ -126,6 +135,30 @@ def test_mistakes_are_one_line_and_write_nothing(tiny_folder, tmp_path, photo, c
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and says in error
     assert not (tmp_path / "out").exists()
+
+
+def test_names_that_are_not_utf_8_stop_before_inference(tiny_folder, tmp_path, photo, capsys):
+    """An answer is JSON, and JSON is UTF-8: of the picture, of the folder for results."""
+    strange = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg")
+    Path(strange).write_bytes(photo.read_bytes())
+    before = sorted(os.listdir(tmp_path))
+    assert predict(tiny_folder, tmp_path / "out", photo, strange, QUESTION) == 2
+    assert predict(tiny_folder, Path(strange).with_suffix(""), photo, QUESTION) == 2
+    for error in capsys.readouterr().err.splitlines():
+        assert "caf\\udce9" in error and "is not UTF-8" in error and error.isprintable()
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
+def test_device_and_dtype(tiny_folder, tmp_path, photo, dtype):
+    from perceptio_hf.commands.checkpoints import load
+
+    arguments = (photo, QUESTION, "--spatial", "seg+depth", "--device", "cpu", "--dtype", dtype)
+    assert predict(tiny_folder, tmp_path / "out", *arguments) == 0
+    assert len(json.loads((tmp_path / "out" / "photo" / "answer.json").read_text())["depth_codes"]) == 16
+    model, _ = load(str(tiny_folder), "cpu", dtype)
+    assert model.model.language_model.dtype == getattr(torch, dtype if dtype != "auto" else "float32")
+    assert {parameter.dtype for parameter in model.depth_model.parameters()} == {torch.float32}
 
 
 def test_out_must_not_be_a_file(tiny_folder, photo, capsys):
@@ -148,6 +181,12 @@ def wrong_checkpoints(tiny_folder: Path, folder: Path) -> dict[str, tuple[Path, 
         return target
 
     (folder / "bare").mkdir()
+    elsewhere = copy("elsewhere", leave_out="model.safetensors")
+    (folder / "outside.safetensors").write_bytes((tiny_folder / "model.safetensors").read_bytes())
+    with safe_open(folder / "outside.safetensors", "pt") as weights:
+        places = dict.fromkeys(weights.keys(), "../outside.safetensors")
+    index = {"metadata": {}, "weight_map": places}
+    (elsewhere / "model.safetensors.index.json").write_text(json.dumps(index))
     truncated = copy("truncated")
     weights = truncated / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
@@ -158,11 +197,21 @@ def wrong_checkpoints(tiny_folder: Path, folder: Path) -> dict[str, tuple[Path, 
         "unknown kind": (copy("mystery", model_type="mystery"), "mystery"),
         "no weights": (copy("weightless", leave_out="model.safetensors"), "model.safetensors"),
         "truncated weights": (truncated, "truncated"),
+        "weights elsewhere": (elsewhere, "../outside.safetensors, outside its own folder"),
         "other sizes": (copy("sizes", num_depth_codes=7), "num_depth_codes"),
     }
 
 
-KINDS = ("missing", "bare", "another kind", "unknown kind", "no weights", "truncated weights", "other sizes")
+KINDS = (
+    "missing",
+    "bare",
+    "another kind",
+    "unknown kind",
+    "no weights",
+    "truncated weights",
+    "other sizes",
+    "weights elsewhere",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -178,3 +227,12 @@ def test_a_wrong_checkpoint_is_one_line(tiny_folder, tmp_path, photo, capfd, kin
 def test_folders_are_numbered_where_names_meet():
     names = ["a/cat.png", "b/Cat.jpg", "cat-2.png", "c/cat.png", "dog.tar.gz"]
     assert [f.name for f in name_folders(names, Path("out"))] == ["cat", "Cat-2", "cat-2-2", "cat-3", "dog.tar"]
+
+
+def test_no_name_hides_a_folder_or_leads_out_of_it():
+    names = [".png", "...", "a/..", "a/.cat.jpg", "cat .png", "data:image/png;base64,AAAA/BBBB", "https://host/"]
+    names += ["https://host/a/red%20cat.jpg?width=3", "file:///x/dog.png", f"https://host/{'x' * 500}.png"]
+    made = [folder.relative_to("out") for folder in name_folders(names, Path("out"))]
+    expected = ["png", "picture", "picture-2", "cat", "cat-2", "picture-3", "picture-4", "red cat", "dog"]
+    assert [str(path) for path in made[:-1]] == expected
+    assert len(made[-1].parts) == 1 and len(str(made[-1])) < 100

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from helpers import picture
 
+from perceptio_hf.data.form import SampleError
 from perceptio_hf.data.run_length import encode_mask
-from perceptio_hf.data.samples import SampleError, check_sample, load_sample
+from perceptio_hf.data.samples import check_sample, load_sample
 from perceptio_hf.tokens import depth_span
 
 SIZES = {"num_depth_tokens": 4, "num_depth_codes": 8}
@@ -247,7 +248,7 @@ BAD = [
     (
         sample(asked=[{"type": "image"}, {"type": "image"}, {"type": "text", "text": "?"}]),
         "picture",
-        "show 2 pictures, but 1 are given",
+        "show 2 pictures .parts, or <image>., but 1 are given",
     ),
     (
         {"messages": [{"role": "assistant", "content": [{"type": "image"}]}]},

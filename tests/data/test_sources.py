@@ -16,6 +16,7 @@ from PIL import Image
 from perceptio_hf.data.rows import as_rows, dataset_of, sample_features
 from perceptio_hf.data.sources import depth_folder, load_samples, write_samples
 from perceptio_hf.data.world_samples import WORLD_TASKS, iter_world_samples, world_dataset
+from perceptio_hf.extras import how_to_install
 from perceptio_hf.training.collator import PerceptioDataCollator
 from perceptio_hf.world import HELD_OUT_SEED
 
@@ -190,7 +191,7 @@ def test_the_world_refuses():
 
 def test_without_datasets_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"perceptio-hf\[train\]"):
+    with pytest.raises(ImportError, match=re.escape(how_to_install("train"))):
         load_samples(tmp_path)
 
 
@@ -202,9 +203,11 @@ def test_the_guide_runs(tmp_path, monkeypatch, capsys):
         exec(block, names)
     assert "[SEG][SEG]<DEPTH_START><DEPTH_0>" in capsys.readouterr().out
     assert {item["task"] for item in islice(names["train"], 40)} == {"mine", "refer", "plain"}
-    lines = re.search(r"```json\n(.*?)```", guide, re.DOTALL)[1].splitlines()
-    Image.fromarray(np.ones((40, 48), np.uint8)).save(tmp_path / "kitchen.mug.png")
+    lines = "".join(re.findall(r"```json\n(.*?)```", guide, re.DOTALL)).splitlines()
+    for name in ("kitchen.mug.png", "right.mug.png"):
+        Image.fromarray(np.ones((40, 48), np.uint8)).save(tmp_path / name)
     Image.fromarray(np.arange(1, 1921, dtype=np.uint16).reshape(40, 48)).save(tmp_path / "kitchen.depth.png")
-    picture().save(tmp_path / "kitchen.jpg")
+    for name in ("kitchen.jpg", "left.jpg", "right.jpg"):
+        picture().save(tmp_path / name)
     (tmp_path / "samples.jsonl").write_text("\n".join(lines))
-    assert len(names["collator"](list(load_samples(tmp_path)))["labels"]) == 2
+    assert len(names["collator"](list(load_samples(tmp_path)))["labels"]) == len(lines) == 3

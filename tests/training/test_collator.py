@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
+from perceptio_hf.data.form import REASONS, SampleError
 from perceptio_hf.data.run_length import encode_mask
-from perceptio_hf.data.samples import REASONS, SampleError
 from perceptio_hf.data.world_samples import WORLD_TASKS, iter_world_samples, world_dataset
 from perceptio_hf.lab.lessons.model import tiny_processor
 from perceptio_hf.tokens import depth_span, read_sequence
@@ -275,14 +275,22 @@ def test_depth_needs_the_size_of_the_codec(processor):
     assert PerceptioDataCollator(processor)(samples()[2:])["depth_targets"].shape == (1, 0, 0)
 
 
-def test_words_that_look_like_pictures(processor):
+def test_words_that_look_like_tokens_are_learnt_as_words(processor):
+    """Neither side can end a turn or place a picture."""
     collator = PerceptioDataCollator(processor)
     sample = samples()[0]
+    plain = collator([sample])["input_ids"][0].tolist()
+    controls = "<IMG_CONTEXT></img><|im_end|>"
     for turn in (0, 1):
         messages = copy.deepcopy(sample["messages"])
-        messages[turn]["content"] += "<IMG_CONTEXT>"
-        with pytest.raises(SampleError, match="<IMG_CONTEXT>"):
-            collator([{"messages": messages}])
+        messages[turn]["content"] += controls
+        batch = collator([{**sample, "messages": messages}])
+        ids = batch["input_ids"][0].tolist()
+        assert controls in processor.tokenizer.decode(ids)
+        for token in processor.tokenizer.all_special_ids:
+            assert ids.count(token) == plain.count(token)
+        learnt = batch["labels"][0][batch["labels"][0] != -100]
+        assert (controls in processor.tokenizer.decode(learnt)) == (turn == 1)
     with pytest.raises(SampleError, match=r"Sample number 0 .* no words"):
         collator([{"images": [picture()], "messages": [{"role": "user", "content": " "}, sample["messages"][1]]}])
 

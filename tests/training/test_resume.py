@@ -1,4 +1,4 @@
-"""A training that is killed, at any moment, goes on and ends with the same weights, bit for bit."""
+"""A training that is killed, at any moment, goes on and ends with the same weights, but for rounding."""
 
 import json
 import multiprocessing
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import sft_helpers as sft
 import torch
+from helpers import assert_trained_alike
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -21,12 +22,14 @@ from perceptio_hf import PerceptioForConditionalGeneration
 from perceptio_hf.training.checkpoints import STAGING, last_checkpoint
 
 STEPS = 6
-# Adam has a state, the schedule another, samples are shuffled, and a step has two micro batches.
+# Adam has a state, the schedule another, samples are shuffled, and a step has two micro batches. With Adam's state or
+# the schedule lost, weights end 0.002 from where they should; for the epsilon see `assert_trained_alike`.
 SETTINGS = {
     "max_steps": STEPS,
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
     "optim": "adamw_torch",
+    "adam_epsilon": 1e-3,
     "lr_scheduler_type": "cosine",
     "save_strategy": "steps",
     "save_steps": 2,
@@ -115,7 +118,7 @@ def check_resumed(processor, out: Path, expected: dict) -> None:
         PerceptioForConditionalGeneration.from_pretrained(found)
         assert Path(found, "optimizer.pt").is_file() and Path(found, "rng_state.pth").is_file()
     assert run(processor, out) == 0
-    assert same(weights(out), expected)
+    assert_trained_alike(weights(out), expected)
     assert not (out / STAGING).exists()
 
 

@@ -1,8 +1,10 @@
 """The trainer: what it adds up, what it trains, what it logs, and what it says when something is wrong."""
 
 import json
+import logging
 import math
 
+import numpy as np
 import pytest
 import sft_helpers as sft
 import torch
@@ -235,6 +237,37 @@ def test_skipped_samples_are_counted(train, tmp_path, caplog):
     assert "2 samples could not be used" in caplog.text
 
 
+def test_a_run_that_learnt_from_nothing_has_not_finished(processor, tmp_path):
+    bad = Dataset.from_list([row | {"masks": []} for row in map(sft.sample, (0, 4, 8, 12))])
+    trainer = sft.trainer(tmp_path, processor=processor, train=bad, on_error="skip", per_device_train_batch_size=2)
+    with pytest.raises(
+        ValueError, match=r"Every sample was left out \(\d+ because of their masks\), so nothing was learnt"
+    ):
+        trainer.train()
+    trainer = sft.trainer(tmp_path, processor=processor, evaluation=bad, on_error="skip", per_device_eval_batch_size=2)
+    with pytest.raises(ValueError, match="Every sample of the evaluation set was left out"):
+        trainer.evaluate()
+
+
+def test_a_damaged_depth_file_is_one_sample_s_error(processor, tmp_path, train):
+    """Bits that turn, and a header that claims more than there is."""
+    files, rows = [tmp_path / f"{number}.npz" for number in range(5)], []
+    for number, file in enumerate(files):
+        np.savez_compressed(file, np.random.default_rng(number).random((40, 48)) + 1)
+        rows.append(sft.sample(1) | {"id": file.name, "depth": str(file)})
+    for file, place in zip(files, (30, 3000, 8000), strict=False):
+        data = bytearray(file.read_bytes())
+        data[place] ^= 8
+        file.write_bytes(data)
+    files[3] = tmp_path / "3.npy"
+    header = "{'descr': '<f8', 'fortran_order': False, 'shape': (1000000, 1000000), }".ljust(117) + "\n"
+    files[3].write_bytes(b"\x93NUMPY\x01\x00v\x00" + header.encode() + bytes(8000))
+    rows[3]["depth"] = str(files[3])
+    rows = [row | {"images": [_saved(row["images"][0], tmp_path / f"{row['id']}.png")]} for row in rows]
+    trainer = train(train=Dataset.from_list(rows), per_device_train_batch_size=5, on_error="skip")
+    assert trainer.skipped_samples["depth"] % 4 == 0 and set(trainer.skipped_samples) == {"depth"}
+
+
 def _saved(picture: Image.Image, path) -> str:
     picture.save(path)
     return str(path)
@@ -356,3 +389,24 @@ def test_other_settings_are_refused(processor, tmp_path):
         PerceptioSFTTrainer(
             random_model(processor), SFTConfig(str(tmp_path), use_cpu=True), train_dataset=sft.samples(4)
         )
+
+
+@pytest.mark.parametrize(("variable", "sent"), [(None, 0), ("1", 0), ("0", 1), ("false", 1)])
+def test_a_training_tells_nobody_unless_the_user_says_so(tmp_path, monkeypatch, processor, variable, sent):
+    """TRL sends telemetry when a trainer is made, the Hub's client asks for a list of agents on the way."""
+    told = []
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda **what: told.append(what))
+    monkeypatch.delenv("CI", raising=False)
+    if variable is None:
+        monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
+    else:
+        monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", variable)
+    sft.trainer(tmp_path, processor=processor)
+    assert len(told) == sent
+
+
+def test_bitsandbytes_is_silent_about_a_kernel_that_nobody_asked_for(caplog):
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "no kernels")
+    logger.warning("Something else: %s.", "x")
+    assert [record.message for record in caplog.records] == ["Something else: x."]

@@ -76,7 +76,7 @@ class DepthSource:
 
     Args:
         name: as in `PictureSource`.
-        content: a .png, .npy or .npz file, or a function without arguments that gives the depth map.
+        content: a .png, .tif, .npy or .npz file, or a function without arguments that gives the depth map.
         unit: of a file: "mm", "m", "disparity" or "relative" (see `perceptio_hf.data.depth_maps`).
     """
 

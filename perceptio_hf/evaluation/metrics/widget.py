@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perceptio_hf.extras import how_to_install
+
 if TYPE_CHECKING:
     import gradio
 
@@ -28,7 +30,7 @@ def metric_interface(folder: str | os.PathLike, example: dict[str, Any]) -> "gra
         import evaluate
         import gradio
     except ImportError as error:
-        raise ImportError(f"{error}; the page needs: pip install 'perceptio-hf[app,eval]'") from None
+        raise ImportError(f"{error}; the page needs: {how_to_install('app,eval')}") from None
     folder = Path(folder)
     script = next(path for path in sorted(folder.glob("*.py")) if path.name != "app.py")
     metric = evaluate.load(str(script))

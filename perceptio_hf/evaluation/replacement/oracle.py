@@ -31,12 +31,9 @@ def open_oracle(name: str | None, unit: str | None, samples: list[Sample], devic
         ValueError: for depth that is missing, or a name that is neither.
     """
     if name is None:
-        lacking = next((sample.id for sample in samples if sample.depth is None), None)
+        lacking = lacks_depth(samples)
         if lacking is not None:
-            raise ValueError(
-                f"The replacement `oracle` needs true depth, and {lacking} has none: name a folder of depth maps or a "
-                "teacher with --oracle."
-            )
+            raise ValueError(f"The replacement `oracle` cannot be had: {lacking}")
         return lambda sample: sample.depth.open()
     folder = Path(name).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -46,6 +43,14 @@ def open_oracle(name: str | None, unit: str | None, samples: list[Sample], devic
     if unit is not None:
         raise ValueError("--oracle-unit is for a folder of depth maps; a teacher gives inverse depth.")
     return _teacher_oracle(name, device)
+
+
+def lacks_depth(samples: list[Sample]) -> str | None:
+    """Why the benchmark itself cannot serve as the oracle, None where it can."""
+    lacking = next((sample.id for sample in samples if sample.depth is None), None)
+    if lacking is None:
+        return None
+    return f"no true depth of {lacking} is known; name a folder of depth maps or a teacher with --oracle."
 
 
 def encode_oracle(codec: "DepthVQVAE", depth: DepthMap) -> list[int]:
@@ -67,8 +72,8 @@ def _folder_oracle(folder: Path, unit: str | None, samples: list[Sample]) -> Dep
 
 
 def _depth_path(folder: Path, sample: Sample, *, alone: bool) -> Path:
-    """FOLDER/SET/NAME.png (or .npy, .npz) for a picture SET/NAME.jpg, FOLDER/NAME.png where no two pictures share NAME,
-    or FOLDER/ID.png."""
+    """FOLDER/SET/NAME.png (or .tif, .npy, .npz) for a picture SET/NAME.jpg, FOLDER/NAME.png where no two pictures share
+    NAME, or FOLDER/ID.png."""
     picture = Path(sample.picture.name)
     stems = [folder / picture.parent.name / picture.stem] + [folder / picture.stem] * alone + [folder / sample.id]
     places = list(dict.fromkeys(stem.with_name(stem.name + suffix) for stem in stems for suffix in SUFFIXES))

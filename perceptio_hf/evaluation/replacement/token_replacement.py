@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from transformers import BatchFeature, GenerationMixin
 
-from perceptio_hf.modeling.generation_perceptio import SpatialOutput
+from perceptio_hf.modeling.modeling_perceptio import CACHE
 from perceptio_hf.modeling.span_grammar import SpanGrammar
+from perceptio_hf.modeling.spatial_output import SpatialOutput
 
 if TYPE_CHECKING:
     from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
@@ -89,19 +90,23 @@ def _shuffled(own: np.ndarray, seed: int) -> np.ndarray:
     return np.stack(rows)
 
 
+def lacks_pictures(pictures: Sequence[str]) -> str | None:
+    """Why the spans of these samples cannot be exchanged between pictures, None where they can."""
+    most, count = max(Counter(pictures).values()), len(pictures)
+    if most <= count // 2:
+        return None
+    return f"{most} of {count} samples with a span show the same picture; it needs spans of more pictures."
+
+
 def _others(pictures: Sequence[str]) -> np.ndarray:
     """(n,) for every sample the index of one with another picture; each index occurs once.
 
     With samples of a picture side by side, a shift by half of them leads from every picture to another one, unless a
     picture fills more than half.
     """
-    most = max(Counter(pictures).values())
-    count = len(pictures)
-    if most > count // 2:
-        raise ValueError(
-            f"the replacement `other-image` needs spans of more pictures: {most} of {count} samples with a span show "
-            "the same one."
-        )
+    lacking, count = lacks_pictures(pictures), len(pictures)
+    if lacking:
+        raise ValueError(f"the replacement `other-image` cannot be had: {lacking}")
     first: dict[str, int] = {}
     for index, picture in enumerate(pictures):
         first.setdefault(picture, index)
@@ -157,7 +162,7 @@ def _prompt_cache(model: "PerceptioForConditionalGeneration", inputs: BatchFeatu
         max_new_tokens=1,
         return_dict_in_generate=True,
     )
-    return out.past_key_values
+    return out[CACHE]
 
 
 def _begun(
@@ -198,7 +203,7 @@ def _continued(
             model,
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=past,
+            **{CACHE: past},
             logits_processor=[grammar],
             do_sample=False,
             max_new_tokens=max_new_tokens - begun.shape[1],

@@ -108,7 +108,7 @@ def _decoded(codec: "DepthVQVAE", record: Record, picture: Image.Image) -> np.nd
 
 def _caption(task: Task, record: Record) -> str:
     lines = [record["id"], f"Question: {record['question']}", f"Answer: {record['answer'] or '(no words)'}"]
-    if "read" in record:
+    if SCORINGS[task].choices:
         target = record["target"]
         texts = dict(zip(LETTERS, target.get("texts", ()), strict=False))
         said = record["read"] or "cannot be read"

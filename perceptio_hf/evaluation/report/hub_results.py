@@ -9,7 +9,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 
 from perceptio_hf.evaluation.benchmarks import BENCHMARKS
 from perceptio_hf.evaluation.run.scoring import SCORINGS
-from perceptio_hf.files import write_text
+from perceptio_hf.files import in_use, write_text
 
 
 def card_results(summary: dict[str, Any]) -> list[EvalResult]:
@@ -44,12 +44,12 @@ def write_card(path: Path, summary: dict[str, Any], *, overwrite: bool = False) 
     """
     name = Path(summary["model"]["name"]).name
     results = card_results(summary)
-    old = [] if overwrite and not _is_of(path, name) else _read_old(path, name)
     new = {_measured(item) for item in results}
-    kept = [item for item in old if _measured(item) not in new]
-    index = eval_results_to_model_index(name, [*kept, *results])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True))
+    with in_use(path.with_suffix(""), "writing a card of results", patience=60):  # of two that read, one would be lost
+        old = [] if overwrite and not _is_of(path, name) else _read_old(path, name)
+        kept = [item for item in old if _measured(item) not in new]
+        index = eval_results_to_model_index(name, [*kept, *results])
+        write_text(path, yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True))
 
 
 def _measured(result: EvalResult) -> tuple[str | None, ...]:

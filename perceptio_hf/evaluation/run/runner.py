@@ -13,8 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from perceptio_hf.evaluation.benchmarks.sample import Benchmark, Sample
-from perceptio_hf.evaluation.replacement.oracle import DepthOf, encode_oracle, open_oracle
-from perceptio_hf.evaluation.replacement.token_replacement import answers_with_codes, check_replacements, replaced_codes
+from perceptio_hf.evaluation.replacement.oracle import DepthOf, encode_oracle, lacks_depth, open_oracle
+from perceptio_hf.evaluation.replacement.token_replacement import (
+    answers_with_codes,
+    check_replacements,
+    lacks_pictures,
+    replaced_codes,
+)
 from perceptio_hf.files import in_use
 
 from .answering import answer_questions, encode_questions, token_budget
@@ -41,6 +46,8 @@ class RunSettings:
         batch_size: samples that go through the model together.
         skip_broken: leave out samples whose picture or target cannot be read, instead of stopping.
         replacements: names of `replacement.REPLACEMENTS`; with any, identity is among them.
+        as_possible: leave out replacements that cannot be had, with a note, instead of stopping: the oracle where no
+            true depth is known, another picture where there are too few.
         oracle, oracle_unit: see `oracle.open_oracle`.
         seed: of replacements that are drawn.
 
@@ -53,6 +60,7 @@ class RunSettings:
     batch_size: int = 8
     skip_broken: bool = False
     replacements: tuple[str, ...] = ()
+    as_possible: bool = False
     oracle: str | None = None
     oracle_unit: str | None = None
     seed: int = 0
@@ -120,8 +128,13 @@ def run_benchmark(
     claim = _claim(benchmark, settings, weights)
     ids = [sample.id for sample in benchmark.samples]
     oracle = replaced = None
+    notes: list[str] = []
     if "oracle" in settings.replacements:  # what it lacks is said before the work
-        oracle = open_oracle(settings.oracle, settings.oracle_unit, benchmark.samples, str(model.device))
+        lacking = settings.oracle is None and lacks_depth(benchmark.samples)
+        if lacking and settings.as_possible:
+            settings = _without(settings, "oracle", lacking, notes)
+        else:
+            oracle = open_oracle(settings.oracle, settings.oracle_unit, benchmark.samples, str(model.device))
     with in_use(folder, f"evaluation of {benchmark.name}"):
         journal = Journal(folder / SAMPLES_FILE, claim, ids, overwrite=overwrite)
         if not journal.records:
@@ -129,14 +142,19 @@ def run_benchmark(
         runner = _Runner(model, processor, benchmark, settings, watch or _ignore)
         seconds, answered = runner.answer(journal)
         if settings.replacements:
-            replaced = runner.replace(journal, folder / REPLACED_FILE, claim, overwrite, oracle)
+            replaced = runner.replace(journal, folder / REPLACED_FILE, claim, overwrite, oracle, notes)
     records = [
         record | {"target": sample.target}
         for record, sample in zip(journal.records, benchmark.samples, strict=True)
         if "left_out" not in record
     ]
     left_out = [f"left out {record['id']}: {record['left_out']}" for record in journal.records if "left_out" in record]
-    return Run(settings, records, left_out, replaced, seconds=seconds, answered=answered)
+    return Run(runner.settings, records, notes + left_out, replaced, seconds=seconds, answered=answered)
+
+
+def _without(settings: RunSettings, replacement: str, why: str, notes: list[str]) -> RunSettings:
+    notes.append(f"left out the replacement {replacement}: {why}")
+    return replace(settings, replacements=tuple(name for name in settings.replacements if name != replacement))
 
 
 def _claim(benchmark: Benchmark, settings: RunSettings, weights: str) -> dict[str, Any]:
@@ -220,10 +238,15 @@ class _Runner:
         return {"id": sample.id, "left_out": str(error)}
 
     def replace(
-        self, answers: Journal, path: Path, claim: dict[str, Any], overwrite: bool, oracle: DepthOf | None
+        self,
+        answers: Journal,
+        path: Path,
+        claim: dict[str, Any],
+        overwrite: bool,
+        oracle: DepthOf | None,
+        notes: list[str],
     ) -> list[Record]:
         """Answer behind replaced spans, for every sample whose own answer has one."""
-        settings = self.settings
         spans = [
             (sample, record)
             for sample, record in zip(self.samples, answers.records, strict=True)
@@ -231,6 +254,11 @@ class _Runner:
         ]
         if not spans:
             raise ValueError("no answer has a depth span, so there is nothing to replace; use --spatial depth.")
+        pictures = [sample.picture.name for sample, _ in spans]
+        lacking = "other-image" in self.settings.replacements and lacks_pictures(pictures)
+        if lacking and self.settings.as_possible:
+            self.settings = _without(self.settings, "other-image", lacking, notes)
+        settings = self.settings
         claim = claim | {
             "set_of_replacements": list(settings.replacements),
             "oracle": settings.oracle,
@@ -238,7 +266,6 @@ class _Runner:
         }
         journal = Journal(path, claim, [sample.id for sample, _ in spans], overwrite=overwrite)
         own = np.array([record["depth_codes"] for _, record in spans])
-        pictures = [sample.picture.name for sample, _ in spans]
         codes = replaced_codes(settings.replacements, own, pictures, seed=settings.seed)
         for start in self._starts(journal, len(spans)):
             part = slice(start, start + settings.batch_size)

@@ -89,7 +89,7 @@ def build_summary(
         "replacement": _replacement(benchmark, run) if run.replaced else None,
         "model": vars(model),
         "data": {"path": path, "sha256": benchmark.data_hash, "limit": limit},
-        "left_out": [*benchmark.notes, *run.left_out],
+        "left_out": [*run.left_out, *benchmark.notes],
         "prompt": BENCHMARKS[benchmark.name].prompt._asdict(),
         "generation": {
             "spatial": run.settings.spatial,

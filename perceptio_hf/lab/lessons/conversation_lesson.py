@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from perceptio_hf.data.depth_maps import DepthMap
 from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
-from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
+from perceptio_hf.modeling.modeling_perceptio import CACHE, PerceptioForConditionalGeneration, picture_features
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 from perceptio_hf.training.attention.loss import (
     FIND,
@@ -119,15 +119,14 @@ class LanguageLesson:
     def read(self, scenes: SceneBatch) -> Lesson:
         """Losses of all turns of a batch."""
         codes = self.model.depth_model.encode(scenes.inverse_depth)  # (b, N)
-        prefix = self.model.model(
-            input_ids=scenes.prefix_ids, pixel_values=scenes.pixel_values, past_key_values=DynamicCache()
-        )
+        past = DynamicCache()
+        prefix = self.model.model(input_ids=scenes.prefix_ids, pixel_values=scenes.pixel_values, **{CACHE: past})
         labels = [self._fill(turns.labels, codes[turns.rows]) for turns in scenes.turns]
         counts = sum((loss_counts(filled, self.vocabulary) for filled in labels), LossCounts())
         total, parts, states, looking = 0.0, {}, [], []
         for turns, filled in zip(scenes.turns, labels, strict=True):
             ids = self._fill(turns.input_ids, codes[turns.rows])
-            hidden, attention = self._behind(prefix.past_key_values, turns.rows, ids)
+            hidden, attention = self._behind(past, turns.rows, ids)
             loss, own = self._token_losses(hidden, filled, scenes, turns, counts)
             total = total + loss
             parts = {name: parts.get(name, 0) + own.get(name, 0) for name in parts | own}
@@ -143,13 +142,14 @@ class LanguageLesson:
             revision, figures = self.look_up(codes[: self.revise])
             total = total + revision
             parts |= {name: figures[name] for name in ("read", "concluded") if name in figures}
-        return Lesson(total, parts, torch.cat(states), prefix.image_hidden_states, codes)
+        return Lesson(total, parts, torch.cat(states), picture_features(prefix), codes)
 
     def look_up(self, codes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses of questions about spans of `codes` (b, N) alone, see `lookup`."""
         batch = self.asker.batch(codes, torch.default_generator)
-        prefix = self.model.model.language_model(input_ids=batch.prefix_ids, past_key_values=DynamicCache())
-        hidden, attention = self._behind(prefix.past_key_values, batch.rows, batch.input_ids)
+        past = DynamicCache()
+        self.model.model.language_model(input_ids=batch.prefix_ids, **{CACHE: past})
+        hidden, attention = self._behind(past, batch.rows, batch.input_ids)
         learnt = batch.labels[:, 1:] != IGNORED_LABEL
         logits = self.model.lm_head(hidden[:, :-1][learnt]).float()
         targets = batch.labels[:, 1:][learnt]
@@ -190,7 +190,7 @@ class LanguageLesson:
         """States (n, L, d) of `ids` (n, L) behind the cached prefixes `rows` (n,), with gradients through both, and of
         every layer the attention (n, heads, L, P + L) that may be taught where to look."""
         cache = DynamicCache([(layer.keys[rows], layer.values[rows]) for layer in prefix.layers])
-        output = self.model.model(input_ids=ids, past_key_values=cache, output_attentions=True)
+        output = self.model.model(input_ids=ids, **{CACHE: cache}, output_attentions=True)
         return output.last_hidden_state, [attention[:, : self.heads] for attention in output.attentions]
 
     def _fill(self, ids: Tensor, codes: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def test_maps_without_their_set_serve_only_names_that_are_not_shared(tmp_path, s
 def test_true_depth_from_the_benchmark_or_none(samples):
     own = benchmark_helpers.points(2).samples
     assert (open_oracle(None, None, own, "cpu")(own[1]).relative == benchmark_helpers.true_depth(1).relative).all()
-    with pytest.raises(ValueError, match=r"points 0 has none.*--oracle"):
+    with pytest.raises(ValueError, match=r"no true depth of points 0.*--oracle"):
         open_oracle(None, None, samples, "cpu")
 
 

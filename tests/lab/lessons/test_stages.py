@@ -12,6 +12,7 @@ from perceptio_hf.lab.lessons.answers import AnswerForm
 from perceptio_hf.lab.lessons.batches import SceneAsker, collate, scene_batches
 from perceptio_hf.lab.lessons.model import tiny_processor, tiny_tokenizer
 from perceptio_hf.lab.lessons.stages import STAGES, TinyRecipe, fresh_model, schedule, train_tiny
+from perceptio_hf.modeling.modeling_perceptio import CACHE
 from perceptio_hf.world import render_scene, text_corpus
 from perceptio_hf.world.cells import cell_at
 
@@ -41,12 +42,11 @@ def test_a_turn_behind_its_prefix_equals_a_conversation(fresh, scene_processor):
     asker = SceneAsker(scene_processor, 128)
     scenes = [asker.scene(seed) for seed in (1, 2)]
     batch = collate(scenes, asker)
-    prefix = fresh.model(
-        input_ids=batch.prefix_ids, pixel_values=batch.pixel_values, past_key_values=DynamicCache()
-    ).past_key_values
+    prefix = DynamicCache()
+    fresh.model(input_ids=batch.prefix_ids, pixel_values=batch.pixel_values, **{CACHE: prefix})
     turns = batch.turns[1]
     cache = DynamicCache([(layer.keys[turns.rows], layer.values[turns.rows]) for layer in prefix.layers])
-    states = fresh.model(input_ids=turns.input_ids, past_key_values=cache).last_hidden_state
+    states = fresh.model(input_ids=turns.input_ids, **{CACHE: cache}).last_hidden_state
     number = 0
     for scene in scenes:
         for asked, answer, response in scene.turns:
@@ -228,3 +228,13 @@ def test_the_shipped_recipe_is_read():
 
     recipe = TinyRecipe.read(Path(__file__).parents[3] / "recipes" / "tiny.yaml")
     assert recipe.codec["image_size"] == 128
+
+
+@pytest.mark.parametrize("name", ["masks.pt", "language.pt", "codec/model.safetensors"])
+def test_a_damaged_stage_is_named_before_the_work(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    torch.save({"step": 1}, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"{path.name} cannot be used: .* is damaged or incomplete. Delete"):
+        train_tiny(TinyRecipe(), tmp_path)

@@ -1,11 +1,14 @@
 """Teaching any model where to look: the places are the right ones, and the trainer learns from them."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
 from helpers import random_model
 from sft_helpers import processor as make_processor
 from sft_helpers import samples, settings, trainer
+from trl import SFTConfig
 
 from perceptio_hf.training.attention.loss import SEGMENT, WRITE
 from perceptio_hf.training.attention.targets import places_to_look
@@ -124,6 +127,16 @@ def test_micro_batches_weigh_as_one(tmp_path, processor):
 def test_settings_that_cannot_be(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         settings(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    "name", sorted({"gradient_checkpointing", "activation_checkpointing"} & {field.name for field in fields(SFTConfig)})
+)
+def test_checkpointing_by_either_of_its_names(tmp_path, name):
+    both_off = {"look_weight": 1.0, "gradient_checkpointing": False, name: False}
+    assert not settings(tmp_path, **both_off).gradient_checkpointing
+    with pytest.raises(ValueError, match="gradient_checkpointing: false"):
+        settings(tmp_path, **both_off | {name: True})
 
 
 def test_models_that_cannot_be_taught(tmp_path, processor):

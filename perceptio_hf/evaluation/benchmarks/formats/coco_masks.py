@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from perceptio_hf.data.run_length import RunLengths, compress_counts, read_counts
+from perceptio_hf.extras import missing
 
 _REACH = 10  # sides of the picture; drawing a polygon takes memory by its length
 
@@ -59,6 +60,6 @@ def _rasterised(polygons: list[list[float]], height: int, width: int) -> RunLeng
     try:
         from pycocotools import mask as coco
     except ImportError as error:
-        raise ImportError("Masks given as polygons need pycocotools: pip install 'perceptio-hf[eval]'.") from error
+        raise missing(error, "Drawing polygons") from error
     merged = coco.merge(coco.frPyObjects(polygons, height, width))
     return RunLengths(size=[height, width], counts=merged["counts"].decode("ascii"))

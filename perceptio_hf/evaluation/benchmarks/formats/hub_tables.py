@@ -10,6 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from perceptio_hf.extras import missing
+
 _SAVED = ("dataset_info.json", "dataset_dict.json")
 _ALIASES = {"val": ("val", "validation"), "validation": ("validation", "val")}
 
@@ -179,5 +181,5 @@ def _pyarrow_parquet() -> Any:
     try:
         from pyarrow import parquet
     except ImportError as error:
-        raise ImportError("Reading .parquet files needs pyarrow: pip install 'perceptio-hf[eval]'.") from error
+        raise missing(error, "Reading .parquet files") from error
     return parquet

@@ -1,5 +1,6 @@
 """Segmentations become the masks that pycocotools makes of them."""
 
+import re
 import sys
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from perceptio_hf.data.run_length import decode_mask, encode_mask
 from perceptio_hf.evaluation.benchmarks.formats.coco_masks import segmentation_mask
+from perceptio_hf.extras import how_to_install
 
 coco = pytest.importorskip("pycocotools.mask")
 
@@ -66,7 +68,7 @@ def test_what_is_no_mask(segmentation, message):
 
 def test_without_pycocotools(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
-    with pytest.raises(ImportError, match=r"need pycocotools: pip install 'perceptio-hf\[eval\]'"):
+    with pytest.raises(ImportError, match=re.escape(f"needs the library pycocotools: {how_to_install('eval')}")):
         segmentation_mask([2.0, 3.0, 9.0, 3.0, 9.0, 12.0], HEIGHT, WIDTH)
     lengths = {"size": [2, 2], "counts": [1, 3]}
     assert decode_mask(segmentation_mask(lengths, 2, 2)).sum() == 3  # run lengths need nothing

@@ -1,0 +1,115 @@
+"""From [SEG] states to masks: the projector, SAM2's image encoder and its mask decoder."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from .placement import device_of, is_here, read_parameter
+
+
+class SegProjector(nn.Module):
+    """Projects the language model's [SEG] state into the prompt space of the mask decoder (as Sa2VA and LISA do)."""
+
+    def __init__(self, hidden_size: int, prompt_size: int):
+        super().__init__()
+        self.linear_in = nn.Linear(hidden_size, hidden_size)
+        self.linear_out = nn.Linear(hidden_size, prompt_size)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """(n, hidden) of any dtype -> (n, prompt) in the projector's own dtype."""
+        return self.linear_out(self.linear_in(states.to(self.linear_in.weight.dtype)).relu())
+
+
+class MaskPredictionMixin:
+    """`predict_masks` and its two halves, for a model with `mask_model` (SAM2), `seg_projector` and their `config`.
+
+    SAM2 may lie on another device than the language model, on disk, or in shards: parameters are read within their
+    modules' forward only, and every index goes where the indexed tensor is.
+    """
+
+    @property
+    def mask_size(self) -> tuple[int, int]:
+        """(height, width) of the mask decoder's output: four times its image embedding."""
+        height, width = self.mask_model.prompt_encoder.image_embedding_size
+        return 4 * height, 4 * width
+
+    def encode_mask_pixels(self, mask_pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """SAM2's image features: (n, 3, S, S) -> (n, C, S/16, S/16) and the two finer maps of the mask decoder.
+
+        The image encoder is frozen; gradients reach `conv_s0` and `conv_s1`, which belong to the mask decoder
+        (`Sam2Model.get_image_embeddings` would cut them).
+        """
+        sam = self.mask_model
+        with torch.no_grad():
+            pixels = mask_pixel_values.to(device_of(sam.vision_encoder), sam.no_memory_embedding.dtype)
+            features = sam.vision_encoder(pixels, return_dict=True).fpn_hidden_states  # fine to coarse, NCHW
+        fine = [sam.mask_decoder.conv_s0(features[0]), sam.mask_decoder.conv_s1(features[1])]
+        no_memory = read_parameter(sam, "no_memory_embedding").to(features[2].device)
+        return features[2] + no_memory.view(1, -1, 1, 1), fine
+
+    def predict_masks(
+        self, seg_states: torch.Tensor, mask_pixel_values: torch.Tensor, pictures: torch.Tensor | Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks of n [SEG] states in one call of the mask decoder; each picture they lie on is encoded once.
+
+        Args:
+            seg_states: (n, hidden), n >= 1.
+            mask_pixel_values: (p, 3, S, S) all pictures of the batch.
+            pictures: n indices 0..p-1.
+
+        Returns:
+            (n, h, w) logits and (n,) predicted IoU, float32.
+        """
+        numbers = [int(picture) for picture in pictures]  # on the host they may index tensors of any device
+        used = sorted(set(numbers))
+        index = [used.index(number) for number in numbers]
+        embedding, fine = self.encode_mask_pixels(mask_pixel_values[used])
+        prompts = self.seg_projector(seg_states.to(device_of(self.seg_projector)))
+        return self.decode_masks(prompts, embedding[index], [feature[index] for feature in fine])
+
+    def decode_masks(
+        self, prompts: torch.Tensor, embedding: torch.Tensor, fine: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """SAM2's mask decoder on n prompts (n, C) with the features of their pictures -> (n, h, w), (n,)."""
+        sam, count = self.mask_model, prompts.shape[0]
+        first = torch.zeros(1, dtype=torch.long, device=embedding.device)
+        sparse = prompts.to(embedding)[:, None, None]  # (n, 1 prompt, 1 token, C)
+        if self.config.mask_padding_points:
+            padding = sam.prompt_encoder.not_a_point_embed(first).to(embedding).view(1, 1, 1, -1)
+            sparse = torch.cat([padding.expand(count, 1, self.config.mask_padding_points, -1), sparse], dim=2)
+        dense = sam.prompt_encoder.no_mask_embed(first).to(embedding).view(1, -1, 1, 1)  # as for a picture without mask
+        arguments = {
+            "image_embeddings": embedding,
+            "image_positional_embeddings": self._positions(embedding).expand(count, -1, -1, -1),
+            "sparse_prompt_embeddings": sparse,
+            "dense_prompt_embeddings": dense.expand(count, -1, *embedding.shape[2:]),
+            "multimask_output": self.config.mask_multimask_output,
+            "high_resolution_features": fine,
+        }
+        absent, decoder = self._absent_tokens(embedding), sam.mask_decoder
+        outputs = functional_call(decoder, absent, kwargs=arguments) if absent else decoder(**arguments)
+        masks, scores = outputs[:2]
+        masks, scores = masks[:, 0], scores[:, 0]  # (n, m, h, w), (n, m)
+        best = scores.argmax(-1)
+        rows = torch.arange(count, device=best.device)
+        return masks[rows, best].float(), scores[rows, best].float()
+
+    def _positions(self, embedding: torch.Tensor) -> torch.Tensor:
+        """(1, C, height, width) positional encoding, as `Sam2Model.get_image_wide_positional_embeddings` makes it."""
+        height, width = embedding.shape[2:]
+        grid = torch.ones(height, width, device=embedding.device, dtype=embedding.dtype)
+        rows, columns = (grid.cumsum(0) - 0.5) / height, (grid.cumsum(1) - 0.5) / width
+        encoded = self.mask_model.shared_image_embedding(torch.stack([columns, rows], dim=-1))
+        return encoded.to(embedding).permute(2, 0, 1)[None]
+
+    def _absent_tokens(self, embedding: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The mask decoder's own tokens, whose weights it reads past their forward, where they are not here now."""
+        absent = {}
+        for name in ("obj_score_token", "iou_token", "mask_tokens"):
+            token = getattr(self.mask_model.mask_decoder, name)
+            if not is_here(token.weight):
+                index = torch.arange(token.num_embeddings, device=embedding.device)
+                absent[f"{name}.weight"] = token(index).to(embedding)
+        return absent

@@ -1,0 +1,156 @@
+"""What one call of `generate` asks of the spatial tokens, and whether it can be had."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from perceptio_hf.tokens import SpatialSequence, SpatialVocabulary, read_sequence
+
+from .grammar_state import GrammarState
+from .span_grammar import SpanGrammar, required_new_tokens
+
+# New tokens beyond the spans, where the caller sets no limit: transformers' default of 20 would fit no span at all.
+_DEFAULT_ANSWER_TOKENS = 128
+_FORCED = ("seg", "depth", "seg+depth")
+
+
+def generation_setting(name: str, argument: Any, asked: GenerationConfig | None, own: GenerationConfig) -> Any:
+    """A setting: the argument of the call, else of the configuration that came with it, else the model's; or None."""
+    if argument is not None:
+        return argument
+    for config in (asked, own):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    return None
+
+
+@dataclass
+class SpatialRequest:
+    """The prompts' spatial side, the mode and the room there is.
+
+    Args:
+        words: the token ids.
+        spatial: one of `SPATIAL_MODES`.
+        rows: what each prompt says about space; empty where the prompts came as embeddings only.
+        prompt_length: ids before the response, as `generate` returns them.
+        new_tokens: how many it may add.
+    """
+
+    words: SpatialVocabulary
+    spatial: str
+    rows: list[SpatialSequence]
+    prompt_length: int
+    new_tokens: int
+
+    @classmethod
+    def of(
+        cls,
+        words: SpatialVocabulary,
+        spatial: str,
+        prompt: torch.Tensor | None,
+        embedded: int,
+        config: GenerationConfig,
+        kwargs: dict,
+    ) -> "SpatialRequest":
+        """Read the prompts (batch, length); None: there are `embedded` embeddings, and ids begin with the response."""
+        if prompt is None:
+            if spatial in _FORCED:
+                raise ValueError(
+                    f"spatial={spatial!r} needs input_ids: from inputs_embeds alone the pictures of the prompt are "
+                    "unknown. Pass both, or spatial='none'."
+                )
+            return cls(words, "none", [], 0, _new_token_limit(embedded, config, kwargs, [], words))
+        rows = [read_sequence(ids, words, prompt.shape[1]) for ids in prompt.tolist()]
+        new_tokens = _new_token_limit(prompt.shape[1], config, kwargs, rows, words)
+        return cls(words, spatial, rows, prompt.shape[1], new_tokens)
+
+    def check(self, *, needs_masks: bool) -> None:
+        """Raise a ValueError for what cannot be had; `needs_masks`: masks are to be made, and their pixels lack."""
+        if self.spatial in _FORCED and not any(row.num_pictures for row in self.rows):
+            raise ValueError(f"spatial={self.spatial!r} needs a picture, but no prompt has one.")
+        for number, row in enumerate(self.rows):
+            self._check_row(number, row)
+        if self.spatial in ("seg", "seg+depth") and needs_masks:
+            raise ValueError(
+                f"spatial={self.spatial!r} with return_dict_in_generate=True makes masks and needs mask_pixel_values: "
+                "pass everything the processor returns, model.generate(**inputs)."
+            )
+
+    def _check_row(self, number: int, row: SpatialSequence) -> None:
+        if row.open_codes is not None and row.open_codes > self.words.num_depth_tokens:
+            raise ValueError(
+                f"The prompt of row {number} ends in a depth span of {row.open_codes} codes; a span has "
+                f"{self.words.num_depth_tokens}."
+            )
+        needed = required_new_tokens(self.spatial, row.num_pictures, self.words.span_length)
+        if row.open_codes is not None:
+            needed = max(needed, self.words.num_depth_tokens - row.open_codes + 1)
+        if self.new_tokens < needed:
+            raise ValueError(
+                f"Row {number} may add {self.new_tokens} tokens, but spatial={self.spatial!r} with {row.num_pictures} "
+                f"picture(s) needs {needed} for its spans alone. Pass max_new_tokens="
+                f"{needed + _DEFAULT_ANSWER_TOKENS} or so."
+            )
+
+    @property
+    def spans_allowed(self) -> list[int]:
+        """Of each row: forced spans go through the pictures shown last; a free response may speak of any of them."""
+        free = self.spatial == "auto"
+        return [row.pictures_shown if free else row.num_pictures for row in self.rows]
+
+    def grammar(self) -> SpanGrammar:
+        """The grammar of this request."""
+        rows = self.rows
+        return SpanGrammar(
+            self.words,
+            spatial=self.spatial,
+            prompt_length=self.prompt_length,
+            max_length=self.prompt_length + self.new_tokens,
+            num_pictures=torch.tensor(self.spans_allowed or [0]),
+            open_codes=torch.tensor([-1 if row.open_codes is None else row.open_codes for row in rows] or [-1]),
+        )
+
+    def state(self, rows: int, device: torch.device) -> GrammarState:
+        """The same grammar as state on the device, for `rows` rows: the prompts, each repeated as often as asked."""
+        pictures = self._spread(self.spans_allowed or [0], rows).to(device)
+        in_span = self._spread([row.open_codes is not None for row in self.rows] or [False], rows).to(device)
+        return GrammarState(self.words, self.spatial, pictures, in_span)
+
+    def span_ends(self, rows: int) -> torch.Tensor:
+        """(rows,) position of the end marker of the span that a prompt left open; 0 where it did not."""
+        missing = [self.words.num_depth_tokens - (row.open_codes or 0) for row in self.rows] or [0]
+        return self.prompt_length + self._spread(missing, rows)
+
+    @staticmethod
+    def _spread(values: list, rows: int) -> torch.Tensor:
+        return torch.tensor(values).repeat_interleave(rows // len(values))
+
+
+def _new_token_limit(
+    prompt_length: int,
+    config: GenerationConfig,
+    kwargs: dict,
+    rows: list[SpatialSequence],
+    words: SpatialVocabulary,
+) -> int:
+    """How many tokens `generate` may add, by transformers' order of precedence."""
+    new_tokens = kwargs.get("max_new_tokens")
+    if new_tokens is not None:
+        return new_tokens
+    length = kwargs.get("max_length")
+    if length is None and config.max_new_tokens is not None:
+        return config.max_new_tokens
+    length = config.max_length if length is None else length
+    if length is None or (length == 20 and kwargs.get("max_length") is None):  # 20: the default of older versions
+        pictures = max((row.pictures_shown for row in rows), default=0)
+        return pictures * (words.span_length + 1) + _DEFAULT_ANSWER_TOKENS
+    return length - prompt_length
+
+
+def check_mode(name: str, value: str, known: Sequence[str]) -> None:
+    """Raise a ValueError for a value that does not exist."""
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, known))}.")

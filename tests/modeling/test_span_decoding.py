@@ -1,0 +1,465 @@
+"""Spans that are guessed whole and corrected: the same results as code by code, in fewer passes."""
+
+import collections
+import copy
+import itertools
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import chat, encode, picture
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    StoppingCriteria,
+)
+from transformers.generation import GenerateDecoderOnlyOutput
+
+import perceptio_hf
+from perceptio_hf.modeling import span_decoding, spatial_loop
+from perceptio_hf.modeling.grammar_state import GrammarState
+from perceptio_hf.modeling.span_grammar import SPATIAL_MODES, SpanGrammar
+from perceptio_hf.modeling.token_choice import TokenChoice
+from perceptio_hf.tokens import read_sequence
+
+CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
+STRATEGIES = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 4.0, "top_k": 0},
+    "several samples": {"do_sample": True, "temperature": 3.0, "top_k": 30, "top_p": 0.9, "num_return_sequences": 3},
+}
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+class Anything(LogitsProcessor):
+    """A processor that nobody knows, and that changes nothing: it sends generation through transformers' own loop."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, input_ids, scores):
+        self.seen.append(input_ids.tolist())
+        return scores
+
+
+@pytest.fixture(scope="module")
+def one(processor):
+    return encode(processor, chat(picture()))
+
+
+@pytest.fixture(scope="module")
+def mixed(processor):
+    """Rows of different lengths, with two pictures, one and none."""
+    return encode(
+        processor,
+        chat(picture(seed=1), picture(20, 30, seed=2)),
+        chat(picture(70, 20, seed=3), text="What is near, what is far?"),
+        HELLO,
+    )
+
+
+def generate(model, inputs, **options):
+    torch.manual_seed(0)
+    return model.generate(**inputs, **{"max_new_tokens": 60, "return_dict_in_generate": True, **options})
+
+
+def assert_same(ours, theirs):
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for name in ("mask_logits", "mask_scores", "depth_maps", "depth_codes", "depth_confidence"):
+        for a, b in zip(getattr(ours, name), getattr(theirs, name), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3, equal_nan=True)
+    assert ours.mask_pictures == theirs.mask_pictures and ours.depth_pictures == theirs.depth_pictures
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """How many passes each loop of ours took."""
+    counted, run = [], span_decoding.SpanDecoder.run
+
+    def counting(self, *args):
+        result = run(self, *args)
+        counted.append(self.passes)
+        return result
+
+    monkeypatch.setattr(span_decoding.SpanDecoder, "run", counting)
+    return counted
+
+
+@pytest.mark.parametrize("spatial", SPATIAL_MODES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_parallel_equals_sequential(model, mixed, strategy, spatial, monkeypatch):
+    monkeypatch.setitem(spatial_loop._PLACES, "cpu", 1000)
+    options = {"spatial": spatial, **STRATEGIES[strategy]}
+    parallel = generate(model, mixed, **options)
+    assert_same(parallel, generate(model, mixed, spatial_decoding="sequential", **options))
+    assert all(parallel.well_formed)
+    again = model.decode_spatial(parallel.sequences, **mixed)
+    for ours, theirs in zip(parallel.mask_logits, again.mask_logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("places", [2, 5, 1000])
+def test_any_width_gives_the_same(model, one, places, monkeypatch, passes):
+    expected = generate(model, one, spatial="seg+depth", spatial_decoding="sequential")
+    monkeypatch.setitem(spatial_loop._PLACES, "cpu", places)
+    assert_same(generate(model, one, spatial="seg+depth"), expected)
+    assert passes[1] < passes[0]
+
+
+@pytest.mark.parametrize("decoding", ["parallel", "sequential"])
+@pytest.mark.parametrize("spatial", ["auto", "seg", "seg+depth"])
+def test_it_equals_transformers_own_loop(model, mixed, spatial, decoding):
+    """Whose grammar is `SpanGrammar`, read off the ids."""
+    theirs = generate(model, mixed, spatial=spatial, logits_processor=[Anything()])
+    assert_same(generate(model, mixed, spatial=spatial, spatial_decoding=decoding), theirs)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_scores_and_logits(model, mixed, strategy, monkeypatch):
+    monkeypatch.setitem(spatial_loop._PLACES, "cpu", 1000)
+    wanted = {"output_scores": True, "output_logits": True, "spatial": "seg+depth", **STRATEGIES[strategy]}
+    parallel = generate(model, mixed, **wanted)
+    sequential = generate(model, mixed, spatial_decoding="sequential", **wanted)
+    assert len(parallel.scores) == len(parallel.logits) == parallel.sequences.shape[1] - parallel.prompt_length
+    for ours, theirs in zip(parallel.scores + parallel.logits, sequential.scores + sequential.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+    plain = generate(model, mixed, spatial="seg+depth", **STRATEGIES[strategy])
+    assert torch.equal(plain.sequences, parallel.sequences), "asking for scores changes nothing"
+    if strategy == "greedy":
+        stock = generate(model, mixed, logits_processor=[Anything()], **wanted)
+        ends = set(torch.tensor(model.generation_config.eos_token_id).reshape(-1).tolist())
+        for row, ids in enumerate(stock.sequences[:, stock.prompt_length :].tolist()):
+            length = next((step + 1 for step, token in enumerate(ids) if token in ends), len(ids))
+            for step, table in itertools.product(range(length), ("scores", "logits")):
+                ours, theirs = getattr(parallel, table)[step][row], getattr(stock, table)[step][row]
+                torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("spatial", SPATIAL_MODES)
+def test_the_state_on_the_device_is_that_of_the_reference(model, spatial):
+    """Random walks under both: at every step the same tokens are allowed."""
+    words, steps = model.spatial_vocabulary(), 60
+    vocabulary, generator = model.config.text_config.vocab_size, torch.Generator().manual_seed(0)
+    pictures = torch.tensor([0, 1, 2, 3] * 8)
+    if spatial not in ("auto", "none"):
+        steps = 3 * (words.span_length + 1) + 6
+    reference = SpanGrammar(
+        words,
+        spatial=spatial,
+        prompt_length=0,
+        max_length=steps,
+        num_pictures=pictures,
+        open_codes=torch.full_like(pictures, -1),
+    )
+    state = GrammarState(words, spatial, pictures, torch.zeros_like(pictures, dtype=torch.bool))
+    ids, tempting = torch.zeros(len(pictures), 0, dtype=torch.long), torch.zeros(vocabulary)
+    tempting[[words.seg, words.depth_start]] = 4.0
+    for step in range(steps):
+        allowed = reference(ids, torch.zeros(len(pictures), vocabulary)) == 0
+        outside = ~state.in_span
+        ours = state.restrict(
+            torch.zeros(len(pictures), vocabulary), torch.full_like(pictures, steps - step), only=True
+        )
+        assert torch.equal((ours == 0)[outside], allowed[outside])
+        only = (
+            allowed & (torch.arange(vocabulary) != words.seg) & (torch.arange(vocabulary) != words.depth_start)
+        ).any(1)
+        assert not (~only & outside & ~state.must_be_spatial()).any(), "the host is told when nothing else may come"
+        noise = torch.rand(allowed.shape, generator=generator)
+        tokens = (tempting - noise.log().neg().log()).masked_fill(~allowed, float("-inf")).argmax(1)
+        state.write(tokens, outside)
+        state.close(~outside & (tokens == words.depth_end))
+        ids = torch.cat([ids, tokens[:, None]], 1)
+    assert all(read_sequence(row, words).well_formed for row in ids[pictures > 0].tolist())
+
+
+def test_samples_follow_the_distribution():
+    logits = torch.tensor([0.0, 1.0, 2.0, float("-inf"), 0.5])
+    expected, draws = logits.softmax(-1), 20000
+    torch.manual_seed(0)
+    choice = TokenChoice(None, sample=True, rows=draws, steps=2, spans=1, code_shape=(3, 5), device=torch.device("cpu"))
+    scores = logits.expand(draws, -1)
+    words = choice.words(scores, torch.ones(draws, dtype=torch.long))
+    codes = choice.codes(scores[:, None], torch.zeros(draws, dtype=torch.long), torch.full((draws, 1), 2))[:, 0]
+    for tokens in (words, codes):
+        share = torch.bincount(tokens, minlength=5) / draws
+        error = (expected * (1 - expected) / draws).sqrt()
+        assert ((share - expected).abs() <= 4.5 * error).all(), share
+
+
+def test_seeds(model, one):
+    options = {"spatial": "depth", "do_sample": True, "temperature": 2.0, "max_new_tokens": 40}
+    torch.manual_seed(1)
+    first = model.generate(**one, **options)
+    torch.manual_seed(1)
+    assert torch.equal(model.generate(**one, **options), first)
+    assert not torch.equal(model.generate(**one, **options), first)
+
+
+def test_a_span_that_the_prompt_left_open(model, one):
+    words, full = model.spatial_vocabulary(), model.config.num_depth_tokens
+    for count in (0, 1, full):
+        given = torch.tensor([[words.depth_start, *words.codes[:count]]])
+        ids = torch.cat([one.input_ids, given], 1)
+        inputs = {**one, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        for tokens in (60, full - count + 1):
+            options = {"spatial": "none", "max_new_tokens": tokens}
+            out = generate(model, inputs, **options)
+            assert_same(out, generate(model, inputs, spatial_decoding="sequential", **options))
+            assert out.well_formed == [True] and len(out.depth_maps[0]) == 1
+
+
+def test_prompts_as_embeddings(model, processor):
+    inputs = encode(processor, HELLO)
+    embeds = model.get_input_embeddings()(inputs.input_ids)
+    expected = generate(model, inputs, logits_processor=[Anything()])
+    out = generate(model, {"inputs_embeds": embeds})
+    assert torch.equal(out.sequences, expected.sequences[:, inputs.input_ids.shape[1] :])
+
+
+@pytest.mark.parametrize("decoding", ["parallel", "sequential"])
+@pytest.mark.parametrize("which", ["one", "mixed"])
+def test_the_cache_that_comes_back_goes_on(model, request, which, decoding, monkeypatch):
+    """It holds what has been read and nothing that was guessed wrong."""
+    monkeypatch.setitem(spatial_loop._PLACES, "cpu", 1000)
+    inputs = request.getfixturevalue(which)
+    out = generate(model, inputs, spatial="depth", spatial_decoding=decoding, max_new_tokens=45, eos_token_id=-1)
+    cache = getattr(out, CACHE)
+    assert int(cache.get_seq_length()) == out.sequences.shape[1] - 1
+    ids = out.sequences
+    mask = torch.cat([inputs.attention_mask, torch.ones_like(ids[:, inputs.input_ids.shape[1] :])], 1)
+    plain, options = {"input_ids": ids, "attention_mask": mask}, {"max_new_tokens": 5, "spatial": "none"}
+    expected = generate(model, {**plain, "pixel_values": inputs.pixel_values}, **options)
+    assert torch.equal(generate(model, {**plain, CACHE: cache}, **options).sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("decoding", ["parallel", "sequential"])
+def test_one_graph_and_no_recompilation(model, processor, decoding):
+    config = CompileConfig(backend="eager", fullgraph=True)
+    config._compile_all_devices = True
+    prompts = [encode(processor, chat(picture(seed=seed), text="Where?" + " Where?" * seed)) for seed in range(4)]
+    options = {"spatial": "seg+depth", "cache_implementation": "static", "spatial_decoding": decoding}
+    torch._dynamo.reset()
+    graphs = []
+    for prompt in prompts[::-1]:
+        torch._dynamo.utils.counters.clear()
+        out = generate(model, prompt, compile_config=config, **options)
+        assert_same(out, generate(model, prompt, spatial="seg+depth", spatial_decoding="sequential"))
+        graphs.append(torch._dynamo.utils.counters["stats"].get("unique_graphs", 0))
+        assert not torch._dynamo.utils.counters["graph_break"]
+    assert graphs[0] > 0 and graphs[2:] == [0, 0], graphs
+
+
+def test_a_static_cache_of_several_rows(model, mixed):
+    expected = generate(model, mixed, spatial="seg+depth")
+    assert_same(generate(model, mixed, spatial="seg+depth", cache_implementation="static"), expected)
+
+
+@pytest.fixture
+def said(caplog):
+    """What the loop says about falling back; each sentence is said once per process, so the memory of it is cleared."""
+    log = spatial_loop.logger
+    for say in (type(log).warning_once, type(log).info_once):
+        say.cache_clear()
+    log.propagate, before = True, log.propagate
+    logging.getLogger("transformers").propagate = True
+    yield lambda: [record.getMessage() for record in caplog.records if "one by one" in record.getMessage()]
+    log.propagate = before
+
+
+class OwnCache(DynamicCache):
+    """A cache of the caller's, of which nobody knows whether it can be cut."""
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"use_cache": False}])
+def test_what_does_not_go_parallel_says_so_once(model, one, options, said):
+    first = generate(model, one, spatial="depth", spatial_decoding="parallel", **options)
+    second = generate(model, one, spatial="depth", spatial_decoding="parallel", **options)
+    assert len(said()) == 1 and torch.equal(first.sequences, second.sequences)
+    assert first.well_formed == [True] * len(first.well_formed)
+
+
+def test_a_cache_that_cannot_be_cut(model, one, said):
+    expected = generate(model, one, spatial="depth")
+    cache = OwnCache(config=model.config.text_config)
+    out = generate(model, {**one, CACHE: cache}, spatial="depth", spatial_decoding="parallel")
+    assert_same(out, expected)
+    assert len(said()) == 1 and "OwnCache" in said()[0]
+
+
+def test_a_processor_that_reads_ids_sees_what_it_would_see(model, one, said):
+    """Every prefix of the sequence, inside the span too."""
+    seen = {}
+    for decoding in ("parallel", "sequential"):
+        reader = Anything()
+        out = generate(model, one, spatial="depth", spatial_decoding=decoding, logits_processor=[reader])
+        seen[decoding] = reader.seen
+        start, ids = out.prompt_length, out.sequences.tolist()
+        assert reader.seen == [[row[:end] for row in ids] for end in range(start, len(ids[0]))]
+    assert seen["parallel"] == seen["sequential"] and len(said()) == 1
+    penalised = {"spatial": "depth", "repetition_penalty": 1.5}
+    parallel = generate(model, one, spatial_decoding="parallel", **penalised)
+    assert_same(parallel, generate(model, one, spatial_decoding="sequential", **penalised))
+
+
+class StopAfter(StoppingCriteria):
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+@pytest.mark.parametrize("decoding", ["parallel", "sequential"])
+def test_stopping_leaves_a_whole_span_or_none(model, processor, one, decoding, options):
+    start, words = one.input_ids.shape[1], model.spatial_vocabulary()
+    for length in (start + 1, start + 5, start + words.span_length, start + words.span_length + 2):
+        stop = [StopAfter(length)]
+        out = generate(model, one, spatial="depth", spatial_decoding=decoding, stopping_criteria=stop, **options)
+        assert out.well_formed == [True] and len(out.depth_maps[0]) == 1
+        assert out.sequences.shape[1] == max(length, start + words.span_length)
+    out = generate(model, one, spatial="seg+depth", spatial_decoding=decoding, max_time=1e-9, **options)
+    assert out.well_formed == [True]  # the first token is [SEG]; time is over before a span begins
+    text = {"stop_strings": ["_1"], "tokenizer": processor.tokenizer}
+    out = generate(model, one, spatial="depth", spatial_decoding=decoding, **text, **options)
+    assert out.well_formed == [True] and len(out.depth_maps[0]) == 1
+
+
+def test_time_that_is_over_within_a_span(model, one, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(spatial_loop, "time", lambda: next(clock) * 1e12)  # over at the second look, amid the span
+    out = generate(model, one, spatial="depth", max_time=1e11, max_new_tokens=60)
+    words = model.spatial_vocabulary()
+    assert out.well_formed == [True] and out.sequences.shape[1] == out.prompt_length + words.span_length
+
+
+def test_mistyped(model, one):
+    for wrong in ({"spatial_decoding": "paralel"}, {"generation_config": GenerationConfig(spatial_decoding="paralel")}):
+        with pytest.raises(
+            ValueError, match="spatial_decoding='paralel' is unknown; use one of 'parallel', 'sequential'"
+        ):
+            model.generate(**one, **wrong)
+
+
+def test_the_generation_configuration_says_how(model, one, passes):
+    for decoding in ("sequential", "parallel"):
+        config = GenerationConfig(spatial_decoding=decoding, spatial="depth", max_new_tokens=30)
+        model.generate(**one, generation_config=config)
+    assert passes[1] < passes[0]
+
+
+def test_a_streamer_gets_every_token(model, one):
+    class Streamer:
+        def __init__(self):
+            self.tokens, self.ended = [], 0
+
+        def put(self, value):
+            self.tokens += value.reshape(-1).tolist()
+
+        def end(self):
+            self.ended += 1
+
+    for options in ({}, {"logits_processor": [Anything()]}, {"spatial_decoding": "sequential"}):
+        streamer = Streamer()
+        out = generate(model, one, spatial="seg+depth", streamer=streamer, **options)
+        assert streamer.tokens == out.sequences[0].tolist() and streamer.ended == 1
+
+
+class Waits(TorchDispatchMode):
+    """Operators for which a GPU makes the host wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waiting = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount", "is_nonzero")
+        name = func.overloadpacket.__name__
+        if name in waiting:
+            self.count[name] += 1
+        if name in ("index", "index_put_", "_index_put_impl_"):
+            self.count[name] += any(index is not None and index.dtype == torch.bool for index in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("decoding", ["parallel", "sequential"])
+@pytest.mark.parametrize("returns_dict", [True, False])
+def test_the_host_waits_about_once_a_token(model, one, decoding, returns_dict, monkeypatch):
+    tolist, made = torch.Tensor.tolist, torch.tensor
+    with Waits() as waits:
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda self: waits.count.update(["tolist"]) or tolist(self))
+        monkeypatch.setattr(
+            torch, "tensor", lambda *args, **kw: waits.count.update(["tensor"] * ("device" in kw)) or made(*args, **kw)
+        )
+        model.generate(**one, spatial="depth", max_new_tokens=60, return_dict_in_generate=returns_dict)
+        first = sum(waits.count.values())
+        model.generate(
+            **one, spatial="depth", max_new_tokens=120, return_dict_in_generate=returns_dict, eos_token_id=-1
+        )
+    spent = sum(waits.count.values()) - 2 * first
+    assert spent <= 1.5 * 60, waits.count
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """The embedded checkpoint, and prompts whose spans begin at different steps or never."""
+    folder = perceptio_hf.tiny_checkpoint()
+    model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    sheet = Image.open(Path(__file__).parents[2] / "docs" / "images" / "demo.png").convert("RGB")
+    pictures = [sheet.crop((x, x // 3, x + 180, x // 3 + 180)).resize((128, 128)) for x in (0, 30, 60)]
+    questions = (
+        "How many objects are there?",
+        "Give me the mask of the ball.",
+        "Which object is closest to the camera?",
+    )
+    prompts = [chat(shown, text=text) for shown, text in zip(pictures, questions, strict=True)]
+    return model, encode(processor, *prompts, HELLO), [encode(processor, prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"do_sample": True}, {"do_sample": True, "top_p": 0.9, "num_return_sequences": 2}]
+)
+@pytest.mark.parametrize("spatial", ["auto", "seg+depth"])
+def test_the_shipped_weights(shipped, spatial, options, monkeypatch):
+    model, batch, _ = shipped
+    monkeypatch.setitem(spatial_loop._PLACES, "cpu", 1000)
+    options = {"spatial": spatial, "max_new_tokens": 140, **options}
+    parallel = generate(model, batch, **options)
+    assert_same(parallel, generate(model, batch, spatial_decoding="sequential", **options))
+    words, start = model.spatial_vocabulary(), parallel.prompt_length
+    begun = [(row == words.depth_start).nonzero()[:1].flatten().tolist() for row in parallel.sequences[:, start:]]
+    assert len({tuple(steps) for steps in begun}) > 1, "some spans begin at other steps than others, or never"
+
+
+def test_a_trained_models_spans_take_few_passes(shipped, passes, monkeypatch):
+    model, _, singles = shipped
+    monkeypatch.setitem(spatial_loop._PLACES, "cpu", 1000)
+    for prompt in singles:
+        generate(model, prompt, spatial="depth", max_new_tokens=model.spatial_vocabulary().span_length)
+    assert sum(passes) / len(passes) < 0.45 * model.config.num_depth_tokens, passes
+
+
+@pytest.mark.parametrize("places", [24, 1000])
+def test_in_half_precision_the_width_decides_as_rounding_does(shipped, places, monkeypatch):
+    """Every code is the most probable one after those before it, as far as bfloat16 can tell."""
+    model, _, singles = shipped
+    monkeypatch.setitem(spatial_loop._PLACES, "cpu", places)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    words = model.spatial_vocabulary()
+    for prompt in singles:
+        ids = half.generate(**prompt, spatial="depth", max_new_tokens=words.span_length)
+        start = prompt.input_ids.shape[1]
+        with torch.no_grad():
+            whole = {"pixel_values": prompt.pixel_values.bfloat16(), "attention_mask": torch.ones_like(ids)}
+            logits = half(input_ids=ids, **whole).logits[0, start:-2, list(words.codes)].float()
+        chosen = ids[0, start + 1 : -1] - words.codes[0]
+        lost = logits.amax(-1) - logits.gather(1, chosen[:, None])[:, 0]
+        assert (lost <= 4 * torch.finfo(torch.bfloat16).eps * logits.abs().amax(-1)).all(), lost.max()
