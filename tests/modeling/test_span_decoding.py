@@ -4,7 +4,6 @@ import collections
 import copy
 import itertools
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +27,7 @@ from perceptio_hf.modeling.grammar_state import GrammarState
 from perceptio_hf.modeling.span_grammar import SPATIAL_MODES, SpanGrammar
 from perceptio_hf.modeling.token_choice import TokenChoice
 from perceptio_hf.tokens import read_sequence
+from perceptio_hf.world import DEMO_SEED, render_scene
 
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 STRATEGIES = {
@@ -413,13 +413,8 @@ def shipped():
     """The embedded checkpoint, and prompts whose spans begin at different steps or never."""
     folder = perceptio_hf.tiny_checkpoint()
     model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
-    sheet = Image.open(Path(__file__).parents[2] / "docs" / "images" / "demo.png").convert("RGB")
-    pictures = [sheet.crop((x, x // 3, x + 180, x // 3 + 180)).resize((128, 128)) for x in (0, 30, 60)]
-    questions = (
-        "How many objects are there?",
-        "Give me the mask of the ball.",
-        "Which object is closest to the camera?",
-    )
+    pictures = [Image.fromarray(render_scene(DEMO_SEED + number, size=128).image) for number in range(3)]
+    questions = ("How many objects are there?", "Give me the mask of the ball.", "Which is closer, A or B?")
     prompts = [chat(shown, text=text) for shown, text in zip(pictures, questions, strict=True)]
     return model, encode(processor, *prompts, HELLO), [encode(processor, prompt) for prompt in prompts]
 
