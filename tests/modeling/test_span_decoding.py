@@ -22,10 +22,10 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 
 import perceptio_hf
-from perceptio_hf.modeling import span_decoding, spatial_loop
-from perceptio_hf.modeling.grammar_state import GrammarState
 from perceptio_hf.modeling.span_grammar import SPATIAL_MODES, SpanGrammar
-from perceptio_hf.modeling.token_choice import TokenChoice
+from perceptio_hf.modeling.spans import span_decoding, spatial_loop
+from perceptio_hf.modeling.spans.grammar_state import GrammarState
+from perceptio_hf.modeling.spans.token_choice import TokenChoice
 from perceptio_hf.tokens import read_sequence
 from perceptio_hf.world import DEMO_SEED, render_scene
 
