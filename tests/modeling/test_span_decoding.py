@@ -177,7 +177,7 @@ def test_the_state_on_the_device_is_that_of_the_reference(model, spatial):
         state.write(tokens, outside)
         state.close(~outside & (tokens == words.depth_end))
         ids = torch.cat([ids, tokens[:, None]], 1)
-    assert all(read_sequence(row, words).well_formed for row in ids[pictures > 0].tolist())
+    assert all(read_sequence([words.image, *row], words).well_formed for row in ids[pictures > 0].tolist())
 
 
 def test_samples_follow_the_distribution():
