@@ -167,6 +167,10 @@ class After(StoppingCriteria):
         return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length)
 
 
+def after(length: int) -> StoppingCriteriaList:
+    return StoppingCriteriaList([After(length)])
+
+
 def test_stopping_criteria_end_a_response_but_no_span(model, one):
     length, stop = one["input_ids"].shape[1], model.config.depth_end_token_id
     options = {"do_sample": False, "return_dict_in_generate": True}
