@@ -101,7 +101,8 @@ def test_from_embeddings_alone(model, one):
     assert torch.equal(found, model.generate(input_ids=ids, **options)[:, 12:])
 
 
-@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # transformers 5.24; older ones know no other
+# The name that every version knows; transformers 5.24 has another one.
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 def test_going_on_from_what_was_written(model, one):
     """From the tokens and from the cache of a first call, in the middle of a span too."""
     length = one["input_ids"].shape[1]
