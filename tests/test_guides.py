@@ -18,6 +18,13 @@ def test_the_guide_to_training_runs(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "sft" / "losses.png").is_file()
 
 
+def test_the_guide_to_generation_runs(capsys):
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", (DOCS / "generation.md").read_text(), re.DOTALL):
+        exec(block, names)
+    assert len(names["second"].mask_logits[0]) >= 1 and names["answer"].depth is not None
+
+
 def test_guides_name_files_that_exist():
     for guide in DOCS.glob("*.md"):
         text = guide.read_text()
