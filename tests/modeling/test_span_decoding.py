@@ -375,7 +375,7 @@ def test_a_streamer_gets_every_token(model, one):
 
 
 class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a GPU, where our code asks for it (older transformers waits by itself too)."""
+    """Counts what makes the host wait for a GPU, where our code asks for it (older transformers adds its own)."""
 
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount", "is_nonzero")
 
