@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "perceptio-hf needs Python 3.10 or newer, not %d.%d. Name another one: make PYTHON=python3.12" % sys.version_info[:2])'
 	@echo "Making the environment in $(VENV) (once; downloads PyTorch and transformers, a few minutes) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
+	@$(BIN)/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
 	@touch $@
 
 demo: $(STAMP)

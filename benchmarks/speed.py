@@ -41,9 +41,9 @@ from transformers import (
 
 import perceptio_hf
 from perceptio_hf import DepthVQVAE, DepthVQVAEConfig, PerceptioForConditionalGeneration
-from perceptio_hf.modeling import spatial_loop
-from perceptio_hf.modeling.grammar_state import GrammarState
 from perceptio_hf.modeling.span_grammar import SpanGrammar
+from perceptio_hf.modeling.spans import spatial_loop
+from perceptio_hf.modeling.spans.grammar_state import GrammarState
 from perceptio_hf.world import HELD_OUT_SEED, render_scene
 
 PARTS = ("spans", "answers", "masks", "second", "grammar", "large")

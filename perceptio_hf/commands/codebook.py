@@ -1,6 +1,7 @@
 """`perceptio codebook`: train, evaluate and use a depth codec."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -80,7 +81,12 @@ def train(
     bank = DepthBank.gather(_noting_distances(maps, codec_config.image_size, distances), codec_config)
     limits = {key: settings[key] for key in ("steps", "minutes", "seed")}
     with _bar("training", 1.0) as move:
-        codec = train_codebook(codec_config, bank, options=options, progress=move, **limits)
+        try:
+            codec = train_codebook(codec_config, bank, options=options, progress=move, **limits)
+        except RuntimeError as error:
+            if not str(error).startswith("The loss is"):
+                raise
+            raise ValueError(f"{error} (options: learning_rate in --config)") from None
     shown = zip(bank.head(len(distances)), distances, strict=True)
     trained_on = _known(codec_metrics(codec, (replace(item, metric=metric) for item, metric in shown)))
     record = {"settings": settings, "parameters": codec.num_parameters(), "on_training_maps": trained_on}
@@ -227,9 +233,14 @@ def _build(cls: type, fields: Any, name: str) -> Any:
     if unknown:
         raise ValueError(f"`{name}` holds {', '.join(map(str, unknown))}, which is not a field of {cls.__name__}.")
     try:
-        return cls(**fields)
+        return cls(**{name: _number(value) for name, value in fields.items()})
     except Exception as error:  # ValueError of ours, TypeError, or the type checks of huggingface_hub
         raise ValueError(f"`{name}`: {error}") from error
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 1e-4, without a point, as a text."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value.strip()) else value
 
 
 def _needed_unit(unit: str | None) -> str:

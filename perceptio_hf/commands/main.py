@@ -81,6 +81,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":  # called without arguments: the help has been printed
             return USER_ERROR
         return _failed(error, _one_line(error))
+    except (RuntimeError, MemoryError) as error:
+        if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):  # torch's, which is not imported here
+            raise
+        return _failed(error, f"not enough memory ({_one_line(error)}); try smaller batches or smaller pictures")
     if code == INTERRUPTED:
         print("perceptio: interrupted; files that were written are complete.", file=sys.stderr)
     return code if isinstance(code, int) else 0

@@ -14,7 +14,7 @@ logger = logging.get_logger(__name__)
 # What a configuration of any kind may hold without a field of that name: arguments of transformers' base class, and
 # what its versions since 4.0 have saved into config.json.
 _STANDARD = frozenset(
-    [
+    (
         "add_cross_attention",
         "attn_implementation",
         "auto_map",
@@ -54,7 +54,7 @@ _STANDARD = frozenset(
         "transformers_version",
         "use_bfloat16",
         "use_cache",
-    ]
+    )
 )
 # Names that other codes have for fields of the codec; `hidden_dim` and the like are AiT's.
 _ELSEWHERE = {

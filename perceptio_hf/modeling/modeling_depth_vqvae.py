@@ -61,8 +61,11 @@ class DepthVQVAEOutput(ModelOutput):
 
 
 def _activation(name: str) -> nn.Module:
-    """By its name in `ACT2FN`. It only ever follows a convolution, whose gradient does not need what comes out of it,
-    so that ReLU may overwrite that: fresh memory costs more time than the comparison."""
+    """By its name in `ACT2FN`.
+
+    It only ever follows a convolution, whose gradient does not need what comes out of it, so that ReLU may overwrite
+    that: fresh memory costs more time than the comparison.
+    """
     return nn.ReLU(inplace=True) if name == "relu" else ACT2FN[name]
 
 

@@ -16,6 +16,8 @@ from transformers.models.internvl.modeling_internvl import (
 )
 from transformers.models.sam2.modeling_sam2 import Sam2Model
 
+from perceptio_hf.modeling.spans.span_cache import CACHE
+from perceptio_hf.modeling.spans.spatial_reading import count_pictures
 from perceptio_hf.tokens import SpatialVocabulary, read_sequence
 
 from .attachments import attached, needed
@@ -26,9 +28,7 @@ from .modeling_depth_vqvae import DepthVQVAE
 from .placement import is_here
 from .precision import without_casts_down
 from .shards import check_shards
-from .span_cache import CACHE
 from .span_grammar import code_columns
-from .spatial_reading import count_pictures
 
 
 @dataclass
@@ -52,6 +52,9 @@ class PerceptioCausalLMOutputWithPast(InternVLCausalLMOutputWithPast):
 
 _OUTPUT_FIELDS = frozenset(field.name for field in fields(PerceptioCausalLMOutputWithPast))
 
+# The names of the linear layers that PEFT adapts without further thought.
+LANGUAGE_MODEL_LAYERS = r"model\.language_model\.layers\..*_proj"
+
 # (hidden_states (batch, sequence, hidden), lm_head, the output so far) -> (loss, its parts by name)
 Criterion = Callable[
     [torch.Tensor, nn.Module, PerceptioCausalLMOutputWithPast], tuple[torch.Tensor, dict[str, torch.Tensor]]
@@ -68,8 +71,7 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
     config: PerceptioConfig
     config_class = PerceptioConfig
     _keep_in_fp32_modules_strict: ClassVar = ["mask_model", "depth_model", "seg_projector"]
-    # What quantisation leaves alone is read from here. transformers wants no name in both lists: these are the parts'
-    # own.
+    # What quantisation leaves alone is read from here; transformers wants no name in both lists.
     _keep_in_fp32_modules: ClassVar = [
         *(
             f"mask_model.{name}"
@@ -105,6 +107,28 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
             for name, part in self.named_children():
                 part._apply(without_casts_down(fn) if name in self._keep_in_fp32_modules_strict else fn)
         return super()._apply(fn, recurse=False)
+
+    def __setattr__(self, name: str, value) -> None:
+        """As ever; PEFT leaves `peft_config` here when it has put adapters in.
+
+        Raises:
+            ValueError: if adapters that are to be trained sit in a part that never learns. `"all-linear"` reaches into
+                SAM2's image encoder, which runs without gradients.
+        """
+        super().__setattr__(name, value)
+        if name == "peft_config":
+            self._check_adapters()
+
+    def _check_adapters(self) -> None:
+        frozen = {"mask_model.vision_encoder": self.mask_model.vision_encoder, "depth_model": self.depth_model}
+        reached = [f"{part}.{name}" for part, module in frozen.items() for name in _trained(module)]
+        if reached:
+            raise ValueError(
+                f"There are {len(reached)} adapters or copies in parts that never learn, the first is {reached[0]}: "
+                "the target_modules of this PEFT configuration reach into SAM2's image encoder or the depth codec. "
+                "Load the model again and use perceptio_hf.training.lora.lora_config(model), or in a configuration of "
+                f'your own target_modules=r"{LANGUAGE_MODEL_LAYERS}".'
+            )
 
     def train(self, mode: bool = True):
         """As ever, but the frozen parts stay in evaluation mode."""
@@ -266,7 +290,7 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
                 "Use one process per GPU, `torchrun --nproc-per-node 2 ...` or `accelerate launch ...`, or show one "
                 "GPU only: CUDA_VISIBLE_DEVICES=0."
             )
-        return_dict = kwargs.pop("return_dict", None)
+        return_dict = kwargs.pop("return_dict", self.config.return_dict)
         inputs = {
             "input_ids": input_ids,
             "pixel_values": pixel_values,
@@ -362,6 +386,11 @@ def picture_features(outputs) -> torch.Tensor | None:
     if "image_outputs" in type(outputs).__dataclass_fields__:
         return None if outputs.image_outputs is None else outputs.image_outputs.pooler_output  # transformers >= 5.24
     return outputs.image_hidden_states
+
+
+def _trained(module: nn.Module) -> list[str]:
+    """The names of the parameters that would learn."""
+    return [name for name, parameter in module.named_parameters() if parameter.requires_grad]
 
 
 def _several_processes() -> bool:

@@ -42,7 +42,7 @@ def fault_of(checkpoint: Path) -> str | None:
 def _files_fault(checkpoint: Path) -> str | None:
     path = checkpoint / RECORD
     if not path.exists():
-        return next(filter(None, map(_own_fault, sorted(checkpoint.rglob("*")))), None)
+        return next(filter(None, map(own_fault, sorted(checkpoint.rglob("*")))), None)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         expected = [(name, int(item["size"]), str(item["sha256"])) for name, item in record.items()]
@@ -77,7 +77,8 @@ def _recorded_fault(path: Path, size: int, sha256: str) -> str | None:
     return None if _digest_of(path) == sha256 else f"{path.name} is not what was written (another SHA-256)"
 
 
-def _own_fault(path: Path) -> str | None:
+def own_fault(path: Path) -> str | None:
+    """What a file of weights or of torch.save says of its own damage; None where nothing, or for other files."""
     if path.suffix == ".safetensors":
         return _safetensors_fault(path)
     if path.name.endswith(".safetensors.index.json"):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import typer
 
 from perceptio_hf import __version__
@@ -115,3 +116,12 @@ def test_a_reader_that_goes_away_gets_no_traceback():
         ["bash", "-c", '"$@" --help | true; exit "${PIPESTATUS[0]}"', "bash", *COMMAND], capture_output=True, text=True
     )
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("kind", ["OutOfMemoryError", "MemoryError"])
+def test_too_little_memory_is_one_line(capsys, monkeypatch, kind):
+    error = MemoryError("x") if kind == "MemoryError" else torch.OutOfMemoryError("CUDA out of memory.\nTried 3 GiB")
+    monkeypatch.setattr("perceptio_hf.files.find_recipe", lambda *_: (_ for _ in ()).throw(error))
+    assert main.run(["train", "--config", "x"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("perceptio: not enough memory (") and len(line.splitlines()) == 1

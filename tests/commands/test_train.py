@@ -185,6 +185,10 @@ def test_a_bad_sample_is_named(tmp_path, recipe, samples, fails, capsys):
     assert "[SEG]" in fails("--config", path, "--out", tmp_path / "out")
     assert run(["train", "--config", str(path), "--out", str(tmp_path / "skip"), "--on_error", "skip"]) == 0
     assert "left out because of their masks" in capsys.readouterr().out
+    (bad / "samples.jsonl").write_text(json.dumps(broken))
+    out = tmp_path / "nothing"
+    assert "Every sample was left out" in fails("--config", path, "--out", out, "--on_error", "skip")
+    assert not (out / "checkpoint").exists()
 
 
 def test_tiny_recipes_still_train_from_scratch(tmp_path, monkeypatch, fails):
@@ -286,5 +290,6 @@ def test_a_damaged_checkpoint_is_named_and_the_training_goes_on_from_the_one_bef
     assert run(arguments) == 0
     written = caplog.text
     assert "checkpoint-3 cannot be used: optimizer.pt has 0 bytes" in written and "taking checkpoint-2" in written
-    first, second = tmp_path / "finished", tmp_path / "out" / "checkpoint"
-    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+    state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3]
+    PerceptioForConditionalGeneration.from_pretrained(tmp_path / "out" / "checkpoint")

@@ -23,10 +23,10 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 
 import perceptio_hf
-from perceptio_hf.modeling import span_decoding, spatial_loop
-from perceptio_hf.modeling.grammar_state import GrammarState
 from perceptio_hf.modeling.span_grammar import SPATIAL_MODES, SpanGrammar
-from perceptio_hf.modeling.token_choice import TokenChoice
+from perceptio_hf.modeling.spans import span_decoding, spatial_loop
+from perceptio_hf.modeling.spans.grammar_state import GrammarState
+from perceptio_hf.modeling.spans.token_choice import TokenChoice
 from perceptio_hf.tokens import read_sequence
 from perceptio_hf.world import DEMO_SEED, render_scene
 
@@ -394,9 +394,10 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in self.WAITING or (name in ("index", "index_put_", "_index_put_impl_") and any(
-            index is not None and index.dtype == torch.bool for index in args[1]
-        )):
+        if name in self.WAITING or (
+            name in ("index", "index_put_", "_index_put_impl_")
+            and any(index is not None and index.dtype == torch.bool for index in args[1])
+        ):
             self.add(name)
         return func(*args, **(kwargs or {}))
 

@@ -346,3 +346,12 @@ def test_damaged_codecs_are_refused(folder, capsys, tmp_path):
             save_file(state, weights, metadata={"format": "pt"})
         assert run(["codebook", "eval", str(copy)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_training_that_diverges_is_one_line(tmp_path, capsys):
+    recipe = {"steps": 30, "maps": 4, "codec": SMALL, "options": {"learning_rate": 1e30}}  # to YAML a text
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    assert run(["codebook", "train", "--config", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "codec")]) == 2
+    error = capsys.readouterr().err
+    assert "perceptio: The loss is " in error and "lower the learning rate" in error and "Traceback" not in error
+    assert not (tmp_path / "codec").exists()

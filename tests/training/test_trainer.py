@@ -1,6 +1,7 @@
 """The trainer: what it adds up, what it trains, what it logs, and what it says when something is wrong."""
 
 import json
+import logging
 import math
 
 import numpy as np
@@ -388,3 +389,54 @@ def test_other_settings_are_refused(processor, tmp_path):
         PerceptioSFTTrainer(
             random_model(processor), SFTConfig(str(tmp_path), use_cpu=True), train_dataset=sft.samples(4)
         )
+
+
+@pytest.mark.parametrize(("variable", "sent"), [(None, 0), ("1", 0), ("0", 1), ("false", 1)])
+def test_a_training_tells_nobody_unless_the_user_says_so(tmp_path, monkeypatch, processor, variable, sent):
+    """TRL sends telemetry when a trainer is made, the Hub's client asks for a list of agents on the way."""
+    told = []
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda **what: told.append(what))
+    monkeypatch.delenv("CI", raising=False)
+    if variable is None:
+        monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
+    else:
+        monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", variable)
+    sft.trainer(tmp_path, processor=processor)
+    assert len(told) == sent
+
+
+def test_bitsandbytes_is_silent_about_a_kernel_that_nobody_asked_for(caplog):
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "no kernels")
+    logger.warning("Something else: %s.", "x")
+    assert [record.message for record in caplog.records] == ["Something else: x."]
+
+
+def test_disturbed_spans_keep_their_targets_and_their_form(tmp_path):
+    run = sft.trainer(tmp_path, span_noise=0.25)
+    batch = run.fill_spans(run.data_collator([sft.sample(1), sft.sample(2)] * 40))
+    kept = batch["input_ids"].clone()
+    torch.manual_seed(0)
+    disturbed = run.disturb_spans(batch["input_ids"], batch["labels"])
+    words = run._vocabulary
+    is_code = torch.isin(batch["labels"], torch.tensor(words.codes))
+    assert torch.equal(batch["input_ids"], kept) and torch.equal(disturbed[~is_code], kept[~is_code])
+    before, after = (ids[is_code].view(-1, words.num_depth_tokens) for ids in (kept, disturbed))
+    assert all(set(new) <= set(old) for new, old in zip(after.tolist(), before.tolist(), strict=True))
+    shares = (before != after).float().mean(1)
+    assert 0.15 < shares.mean() <= 0.25 and shares.max() <= 0.75 and shares.min() < 0.1  # some draw the code they had
+
+
+def test_spans_are_disturbed_in_training_only(tmp_path):
+    plain, noisy = (sft.trainer(tmp_path / str(noise), span_noise=noise) for noise in (0.0, 0.5))
+    noisy.model.load_state_dict(plain.model.state_dict())
+    batch = [sft.sample(number) for number in (1, 2, 5, 6)]
+    losses = {}
+    for name, run in (("plain", plain), ("noisy", noisy)):
+        for mode in (True, False):
+            run.model.train(mode)
+            losses[name, mode] = run.compute_loss(run.model, run.data_collator(batch)).item()
+    assert losses["noisy", False] == pytest.approx(losses["plain", False])
+    assert losses["noisy", True] != pytest.approx(losses["plain", True])
+    with pytest.raises(ValueError, match=r"span_noise is 0\.7"):
+        sft.settings(tmp_path, span_noise=0.7)

@@ -40,8 +40,15 @@ class Journal:
     def append(self, record: dict[str, Any]) -> None:
         """Add the next item's result."""
         assert record["id"] == self.ids[len(self.records)], "results come in the order of the items"
+        try:
+            line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+        except ValueError:
+            raise ValueError(
+                f"The result of {record['id']} holds a number that is not finite: {_short(repr(record))} Look at this "
+                "sample's picture and truth."
+            ) from None
         with open(self.path, "ab") as file:
-            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            file.write(line + b"\n")
             file.flush()
             os.fsync(file.fileno())
         self.records.append(record)

@@ -32,6 +32,7 @@ from perceptio_hf.modeling.configuration_depth_vqvae import DepthVQVAEConfig
 from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
+from perceptio_hf.training.checkpoint_files import own_fault
 from perceptio_hf.training.codec import CodebookOptions, DepthBank, train_codebook
 from perceptio_hf.training.logging import draw_losses
 from perceptio_hf.training.losses import mask_loss, score_loss
@@ -115,6 +116,7 @@ def train_tiny(recipe: TinyRecipe, out: str | Path, *, processes: int = 2, worke
     if processes < 1 or any(getattr(recipe, f"{stage}_batch") % processes for stage in STAGES):
         raise ValueError(f"{processes} processes cannot share the recipe's batches evenly; choose a divisor of them.")
     _claim(recipe, out)
+    _check_stages(out)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     _codec_stage(recipe, out)
@@ -178,6 +180,16 @@ def _claim(recipe: TinyRecipe, out: Path) -> None:
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{out} holds the stages of another recipe ({path}); choose another folder.")
     write_text(path, text)
+
+
+def _check_stages(out: Path) -> None:
+    """Raise ValueError for what an earlier run left and a disk has damaged, before processes are started."""
+    for stage in ("codec", *STAGES):
+        path = out / "codec" / "model.safetensors" if stage == "codec" else out / f"{stage}.pt"
+        fault = own_fault(path) if path.exists() else None
+        if fault is not None:
+            what = "the folder codec" if stage == "codec" else f"it, and {stage}.done where that is there"
+            raise ValueError(f"{path} cannot be used: {fault}. Delete {what}; the stage is then trained again.")
 
 
 def _save(model: PerceptioForConditionalGeneration, processor: PerceptioProcessor, folder: Path) -> Path:

@@ -298,3 +298,10 @@ def test_a_journal_keeps_what_json_cannot_hold_out(tmp_path):
     (tmp_path / "a.claim.json").unlink()
     with pytest.raises(ValueError, match=r"without a.claim.json"):
         Journal(tmp_path / "a.jsonl", {"x": 1}, ["one", "two"])
+
+
+def test_a_result_that_is_no_number_names_its_sample(tmp_path):
+    journal = Journal(tmp_path / "a.jsonl", {"x": 1}, ["one"])
+    with pytest.raises(ValueError, match="The result of one holds a number that is not finite"):
+        journal.append({"id": "one", "score": float("nan")})
+    assert not (tmp_path / "a.jsonl").exists()

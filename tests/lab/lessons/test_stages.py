@@ -228,3 +228,13 @@ def test_the_shipped_recipe_is_read():
 
     recipe = TinyRecipe.read(Path(__file__).parents[3] / "recipes" / "tiny.yaml")
     assert recipe.codec["image_size"] == 128
+
+
+@pytest.mark.parametrize("name", ["masks.pt", "language.pt", "codec/model.safetensors"])
+def test_a_damaged_stage_is_named_before_the_work(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    torch.save({"step": 1}, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"{path.name} cannot be used: .* is damaged or incomplete. Delete"):
+        train_tiny(TinyRecipe(), tmp_path)

@@ -1,0 +1,71 @@
+"""GRPO and RLOO: two steps move what learns and nothing else, with every setting that TRL's own classes stop at."""
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import picture
+from sft_helpers import TEXTS
+from trl import GRPOConfig, RLOOConfig
+
+from perceptio_hf import PerceptioForConditionalGeneration
+from perceptio_hf.training.lora import lora_config
+from perceptio_hf.training.reinforcement import PerceptioGRPOTrainer, PerceptioRLOOTrainer
+
+KINDS = {"grpo": (PerceptioGRPOTrainer, GRPOConfig), "rloo": (PerceptioRLOOTrainer, RLOOConfig)}
+# The settings, and whether adapters learn instead of the model.
+SETTINGS = {
+    "plain": ({}, False),
+    "reference": ({"beta": 0.1}, False),
+    "several steps": ({"steps_per_generation": 2}, False),
+    "iterations": ({"num_iterations": 2}, False),
+    "adapters": ({"beta": 0.1, "num_iterations": 2}, True),
+}
+
+
+def prompts() -> Dataset:
+    turns = [{"role": "user", "content": TEXTS[0]}]
+    return Dataset.from_list([{"prompt": turns, "images": [picture(seed=number)]} for number in range(4)])
+
+
+def length_and_noise(completions: list, **kwargs) -> list[float]:
+    """Rewards that differ within every group, whatever is answered."""
+    return [len(turns[0]["content"]) / 100 + 0.5 * (index % 2) for index, turns in enumerate(completions)]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_steps(tiny_folder, processor, tmp_path, kind, name):
+    trainer_class, config_class = KINDS[kind]
+    options, adapters = SETTINGS[name]
+    model = PerceptioForConditionalGeneration.from_pretrained(tiny_folder)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    settings = config_class(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        num_generations=2,
+        max_completion_length=20,
+        learning_rate=1e-3,
+        logging_steps=1,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        bf16=False,
+        use_cpu=True,
+        disable_tqdm=True,
+        **options,
+    )
+    trainer = trainer_class(
+        model,
+        reward_funcs=length_and_noise,
+        args=settings,
+        train_dataset=prompts(),
+        processing_class=processor,
+        peft_config=lora_config(model, r=2) if adapters else None,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    after = trainer.model.merge_and_unload().state_dict() if adapters else model.state_dict()
+    moved = {key for key, value in before.items() if not torch.equal(after[key], value)}
+    assert any("q_proj" in key for key in moved)
+    assert all(key.startswith(("model.", "lm_head.")) for key in moved)  # SAM2, codec and projector have no part in it
