@@ -23,7 +23,7 @@ help:
 	@echo "make test-arithmetic   the numerical tests with other kernels and threads; test-arithmetic-quick: some of them"
 	@echo "make test-sam2     converted SAM2 weights beside Meta's own code, which this installs"
 	@echo "make test-lmms-eval   the plug-in inside lmms-eval, which this installs"
-	@echo "make plan   draw docs/images/architecture.png from the imports"
+	@echo "make plan   draw the figures of the documents: the imports, a span that converges"
 	@echo "make lint   ruff check and ruff format --check"
 	@echo "make env    only make the environment in $(VENV)"
 	@echo "make clean  remove the environment and caches"
@@ -98,6 +98,7 @@ test-lmms-eval: $(STAMP)
 
 plan: $(STAMP)
 	@$(BIN)/python docs/draw_architecture.py
+	@$(BIN)/python docs/draw_span.py
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -16,6 +16,8 @@ from transformers.models.internvl.modeling_internvl import (
 )
 from transformers.models.sam2.modeling_sam2 import Sam2Model
 
+from perceptio_hf.modeling.spans.span_cache import CACHE
+from perceptio_hf.modeling.spans.spatial_reading import count_pictures
 from perceptio_hf.tokens import SpatialVocabulary, read_sequence
 
 from .attachments import attached, needed
@@ -26,9 +28,7 @@ from .modeling_depth_vqvae import DepthVQVAE
 from .placement import is_here
 from .precision import without_casts_down
 from .shards import check_shards
-from .span_cache import CACHE
 from .span_grammar import code_columns
-from .spatial_reading import count_pictures
 
 
 @dataclass

@@ -4,7 +4,6 @@ import collections
 import copy
 import itertools
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,11 +22,12 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 
 import perceptio_hf
-from perceptio_hf.modeling import span_decoding, spatial_loop
-from perceptio_hf.modeling.grammar_state import GrammarState
 from perceptio_hf.modeling.span_grammar import SPATIAL_MODES, SpanGrammar
-from perceptio_hf.modeling.token_choice import TokenChoice
+from perceptio_hf.modeling.spans import span_decoding, spatial_loop
+from perceptio_hf.modeling.spans.grammar_state import GrammarState
+from perceptio_hf.modeling.spans.token_choice import TokenChoice
 from perceptio_hf.tokens import read_sequence
+from perceptio_hf.world import DEMO_SEED, render_scene
 
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 STRATEGIES = {
@@ -177,7 +177,7 @@ def test_the_state_on_the_device_is_that_of_the_reference(model, spatial):
         state.write(tokens, outside)
         state.close(~outside & (tokens == words.depth_end))
         ids = torch.cat([ids, tokens[:, None]], 1)
-    assert all(read_sequence(row, words).well_formed for row in ids[pictures > 0].tolist())
+    assert all(read_sequence([words.image, *row], words).well_formed for row in ids[pictures > 0].tolist())
 
 
 def test_samples_follow_the_distribution():
@@ -413,13 +413,8 @@ def shipped():
     """The embedded checkpoint, and prompts whose spans begin at different steps or never."""
     folder = perceptio_hf.tiny_checkpoint()
     model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
-    sheet = Image.open(Path(__file__).parents[2] / "docs" / "images" / "demo.png").convert("RGB")
-    pictures = [sheet.crop((x, x // 3, x + 180, x // 3 + 180)).resize((128, 128)) for x in (0, 30, 60)]
-    questions = (
-        "How many objects are there?",
-        "Give me the mask of the ball.",
-        "Which object is closest to the camera?",
-    )
+    pictures = [Image.fromarray(render_scene(DEMO_SEED + number, size=128).image) for number in range(3)]
+    questions = ("How many objects are there?", "Give me the mask of the ball.", "Which is closer, A or B?")
     prompts = [chat(shown, text=text) for shown, text in zip(pictures, questions, strict=True)]
     return model, encode(processor, *prompts, HELLO), [encode(processor, prompt) for prompt in prompts]
 

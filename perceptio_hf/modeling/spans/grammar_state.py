@@ -5,9 +5,8 @@
 
 import torch
 
+from perceptio_hf.modeling.span_grammar import code_columns
 from perceptio_hf.tokens import SpatialVocabulary
-
-from .span_grammar import code_columns
 
 
 class GrammarState:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from perceptio_hf.modeling.span_grammar import SpanGrammar, required_new_tokens
 from perceptio_hf.tokens import SpatialSequence, SpatialVocabulary, read_sequence
 
 from .grammar_state import GrammarState
-from .span_grammar import SpanGrammar, required_new_tokens
 
 # New tokens beyond the spans, where the caller sets no limit: transformers' default of 20 would fit no span at all.
 _DEFAULT_ANSWER_TOKENS = 128
