@@ -182,7 +182,15 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
 
     @classmethod
     def from_components(
-        cls, internvl, sam2, depth_codec, *, processor=None, dtype: str | torch.dtype = "auto", seed: int = 0
+        cls,
+        internvl,
+        sam2=None,
+        depth_codec=None,
+        *,
+        like=None,
+        processor=None,
+        dtype: str | torch.dtype = "auto",
+        seed: int = 0,
     ) -> "PerceptioForConditionalGeneration":
         """A fresh Perceptio out of a stock InternVL, a stock SAM2 and a depth codec.
 
@@ -199,6 +207,8 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
                 `InternVLForConditionalGeneration`.
             sam2: folder or Hub name of a SAM2 in transformers' layout, one of Meta's files, or a `Sam2Model`.
             depth_codec: folder of a `DepthVQVAE` or of a Perceptio, a `vae-final.pt` of AURORA, or a `DepthVQVAE`.
+            like: in place of these two, folder or Hub name of a Perceptio, or one that is loaded, for an InternVL that
+                was exported from it and trained further: SAM2, codec, [SEG] projector and mask settings are taken over.
             processor: `PerceptioProcessor.from_components` of the same three, which knows the ids. Default: made from
                 `internvl` where that is, or was loaded from, a folder or Hub name; otherwise the spatial tokens come
                 behind all rows of the vocabulary, where a tokenizer without unused rows has them too.
@@ -213,7 +223,9 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
             ImportError: where only a copy of this file is at hand and not the package.
         """
         from_components = needed("from_components", "from_components")
-        return from_components(cls, internvl, sam2, depth_codec, processor=processor, dtype=dtype, seed=seed)
+        return from_components(
+            cls, internvl, sam2, depth_codec, like=like, processor=processor, dtype=dtype, seed=seed
+        )
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
         """The last step before an upload; a card that says nothing gives way to ours.
