@@ -13,13 +13,14 @@ STAMP := $(VENV)/.perceptio-installed
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-oldest test-newest test-sam2 test-lmms-eval lint clean
+.PHONY: help env demo test test-oldest test-newest test-between test-sam2 test-lmms-eval lint clean
 
 help:
 	@echo "make demo   render a scene, ask the embedded model about it, write pictures to perceptio-demo/"
 	@echo "make test   run the tests"
 	@echo "make test-oldest   the quick tests with the oldest releases that are supported, in an environment of their own"
 	@echo "make test-newest   the same, the training tests and the demo with the newest releases in range, asked for at every run"
+	@echo "make test-between  what leans on transformers, with a release of each series between the oldest and the tested one"
 	@echo "make test-sam2     converted SAM2 weights beside Meta's own code, which this installs"
 	@echo "make test-lmms-eval   the plug-in inside lmms-eval, which this installs"
 	@echo "make lint   ruff check and ruff format --check"
@@ -62,6 +63,18 @@ test-newest:
 	@OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q -n 2 -m "not slow" $(NEWEST_TESTS) $(TEST_ARGS)
 	@out="$$(mktemp -d)" && $(NEWEST)/bin/perceptio demo --out "$$out"; status=$$?; rm -rf "$$out"; exit $$status
 
+# transformers changes its insides between two releases and back: 5.20 alone refuses what 5.19 and 5.21 take.
+BETWEEN := 5.18.0 5.19.0 5.20.2 5.21.1 5.22.2
+BETWEEN_TESTS := tests/modeling/test_versions.py tests/modeling/test_perceptio.py tests/test_registration.py
+test-between: $(STAMP)
+	@for version in $(BETWEEN); do \
+		folder="$(CURDIR)/.venv-between/$$version"; \
+		test -d "$$folder/transformers" || $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps \
+			--target "$$folder" "transformers==$$version" || exit 1; \
+		echo "transformers $$version"; \
+		PYTHONPATH="$$folder" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(BETWEEN_TESTS) || exit 1; \
+	done
+
 # sam2 asks for torchvision, which this comparison does without.
 test-sam2: $(STAMP)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) setuptools hydra-core iopath
@@ -80,4 +93,4 @@ lint: $(STAMP)
 	@$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) .venv-oldest $(NEWEST) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest $(NEWEST) .venv-between .pytest_cache .ruff_cache .hypothesis
