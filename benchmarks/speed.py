@@ -43,7 +43,7 @@ import perceptio_hf
 from perceptio_hf import DepthVQVAE, DepthVQVAEConfig, PerceptioForConditionalGeneration
 from perceptio_hf.modeling.span_grammar import SpanGrammar
 from perceptio_hf.modeling.spans import spatial_loop
-from perceptio_hf.modeling.spans.grammar_state import GrammarState
+from perceptio_hf.modeling.spans.grammar_state import GrammarState, LoopGrammar
 from perceptio_hf.world import HELD_OUT_SEED, render_scene
 
 PARTS = ("spans", "answers", "masks", "second", "grammar", "large")
@@ -261,13 +261,16 @@ def grammar_figures(rounds: int, device: torch.device) -> dict:
     words, rows = model.spatial_vocabulary(), 32
     pictures = torch.ones(rows, dtype=torch.long, device=device)
     state = GrammarState(words, "auto", pictures, torch.zeros(rows, dtype=torch.bool, device=device))
-    reference = SpanGrammar(
-        words, spatial="auto", prompt_length=0, max_length=400, num_pictures=pictures, open_codes=pictures - 2
-    )
+    limits = {"prompt_length": 0, "max_length": 400, "num_pictures": pictures, "open_codes": pictures - 2}
+    reference, loop = (kind(words, spatial="auto", **limits) for kind in (SpanGrammar, LoopGrammar))
     vocabulary = model.config.text_config.vocab_size
     scores, room = torch.randn(rows, vocabulary, device=device), torch.full_like(pictures, 200)
     ids = torch.randint(1000, 2000, (rows, 100), device=device)
-    sides = {"state": lambda: state.restrict(scores, room, only=False), "reference": lambda: reference(ids, scores)}
+    sides = {
+        "state": lambda: state.restrict(scores, room, only=False),
+        "in loops of transformers": lambda: loop(ids, scores),
+        "reference": lambda: reference(ids, scores),
+    }
     return in_turns(sides, 20 * rounds, device)
 
 

@@ -25,7 +25,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 import perceptio_hf
 from perceptio_hf.modeling.span_grammar import SPATIAL_MODES, SpanGrammar
 from perceptio_hf.modeling.spans import span_decoding, spatial_loop
-from perceptio_hf.modeling.spans.grammar_state import GrammarState
+from perceptio_hf.modeling.spans.grammar_state import GrammarState, LoopGrammar
 from perceptio_hf.modeling.spans.token_choice import TokenChoice
 from perceptio_hf.tokens import read_sequence
 from perceptio_hf.world import DEMO_SEED, render_scene
@@ -151,14 +151,9 @@ def test_the_state_on_the_device_is_that_of_the_reference(model, spatial):
     pictures = torch.tensor([0, 1, 2, 3] * 8)
     if spatial not in ("auto", "none"):
         steps = 3 * (words.span_length + 1) + 6
-    reference = SpanGrammar(
-        words,
-        spatial=spatial,
-        prompt_length=0,
-        max_length=steps,
-        num_pictures=pictures,
-        open_codes=torch.full_like(pictures, -1),
-    )
+    limits = {"prompt_length": 0, "max_length": steps, "num_pictures": pictures}
+    limits["open_codes"] = torch.full_like(pictures, -1)
+    reference, quick = (kind(words, spatial=spatial, **limits) for kind in (SpanGrammar, LoopGrammar))
     state = GrammarState(words, spatial, pictures, torch.zeros_like(pictures, dtype=torch.bool))
     ids, tempting = torch.zeros(len(pictures), 0, dtype=torch.long), torch.zeros(vocabulary)
     tempting[[words.seg, words.depth_start]] = 4.0
@@ -169,6 +164,9 @@ def test_the_state_on_the_device_is_that_of_the_reference(model, spatial):
             torch.zeros(len(pictures), vocabulary), torch.full_like(pictures, steps - step), only=True
         )
         assert torch.equal((ours == 0)[outside], allowed[outside])
+        scores = torch.randn(allowed.shape, generator=generator)
+        scores[::3] = float("-inf")  # other processors left nothing: the grammar wins
+        assert torch.equal(quick(ids, scores), reference(ids, scores))
         only = (
             allowed & (torch.arange(vocabulary) != words.seg) & (torch.arange(vocabulary) != words.depth_start)
         ).any(1)
