@@ -58,8 +58,9 @@ def predict(
 ) -> None:
     """Ask the same QUESTION about every PICTURE, a file or a web address; write masks, depth and the answer for each.
 
-    Each picture gets a folder OUT/NAME with overlay.png (the picture under its masks) and answer.json. Where the model
-    wrote depth there are also depth.png (16 bit, 65535 = nearest) and depth_color.png.
+    Each picture gets a folder OUT/NAME with sheet.png (masks and depth with their legends, and the words), overlay.png
+    (the picture under its masks) and answer.json. Where the model wrote depth there are also depth.png (16 bit, 65535 =
+    nearest) and depth_color.png.
     """
     pictures, question = _split(words)
     for argument in (*words, str(out), model or ""):
@@ -226,7 +227,7 @@ def describe(answer: "SpatialAnswer") -> dict:
 
 
 def write_answer(folder: Path, picture: "Image.Image", answer: "SpatialAnswer", about: dict) -> dict:
-    """Write overlay.png, answer.json and the depth files, if any, into `folder`; each appears complete or not at all.
+    """Write overlay.png, sheet.png, answer.json and the depth files, if any, into `folder`; each complete or not at all.
 
     Depth files of an earlier run go away where this answer has no depth: they would belong to nothing.
 
@@ -238,15 +239,19 @@ def write_answer(folder: Path, picture: "Image.Image", answer: "SpatialAnswer", 
     """
     from perceptio_hf.data.depth_maps import write_depth_png
     from perceptio_hf.files import write_json, write_picture
-    from perceptio_hf.visualization import colorize_depth, overlay
+    from perceptio_hf.visualization import answer_panels, colorize_depth, overlay, sheet
 
     folder.mkdir(parents=True, exist_ok=True)
     files = {
         "overlay": folder / "overlay.png",
+        "sheet": folder / "sheet.png",
         "depth": folder / "depth.png",
         "depth_color": folder / "depth_color.png",
     }
     write_picture(files["overlay"], overlay(picture, answer.masks))
+    panels = answer_panels(picture, answer.masks, answer.phrases, answer.mask_scores, answer.depth)
+    caption = f"Question: {about.get('question', '')}\nAnswer:   {answer.text or '(no words)'}"
+    write_picture(files["sheet"], sheet(panels, caption))
     if answer.depth is not None:
         write_depth_png(files["depth"], answer.depth)
         write_picture(files["depth_color"], colorize_depth(answer.depth))

@@ -150,8 +150,8 @@ class PerceptioProcessor(InternVLProcessor):
         self._read_tokenizer(tokenizer)
 
     @classmethod
-    def from_components(cls, internvl, sam2, depth_codec) -> "PerceptioProcessor":
-        """The processor for `PerceptioForConditionalGeneration.from_components` of the same three.
+    def from_components(cls, internvl, sam2=None, depth_codec=None, *, like=None) -> "PerceptioProcessor":
+        """The processor for `PerceptioForConditionalGeneration.from_components` of the same parts.
 
         Picture settings, chat template and tokenizer are InternVL's. Spatial tokens that the tokenizer lacks join it
         behind all others; those it has keep their ids. `added_token_ids` tells which are new.
@@ -160,6 +160,8 @@ class PerceptioProcessor(InternVLProcessor):
             internvl: an InternVL's folder or Hub name, or a processor of one (it is left as it is).
             sam2: a `Sam2Model` or its configuration, which says how large SAM2's picture is; or where one is saved.
             depth_codec: the same of a `DepthVQVAE`, which says how many codes there are, and in one span.
+            like: in place of these two, a Perceptio's folder or Hub name, or its processor: sizes and mask settings are
+                taken over, and the spatial tokens must have the same ids.
 
         Raises:
             ValueError: where `internvl` has no such processor, or its tokenizer lacks the tokens around pictures, has
@@ -167,7 +169,7 @@ class PerceptioProcessor(InternVLProcessor):
             ImportError: where only a copy of this file is at hand and not the package.
         """
         processor_from_components = needed("processor_from_components", "from_components")
-        return processor_from_components(cls, internvl, sam2, depth_codec)
+        return processor_from_components(cls, internvl, sam2, depth_codec, like=like)
 
     def _read_tokenizer(self, tokenizer) -> None:
         lacking = [name for name in _PICTURE_TOKENS if not hasattr(tokenizer, name)]
