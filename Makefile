@@ -115,7 +115,7 @@ ENGINES := .venv-engines
 GRAMMAR_ENGINES := xgrammar==0.2.8 apache-tvm-ffi llguidance==1.9.1 outlines_core
 SERVER_NEEDS := fastapi uvicorn openai requests
 test-engines: $(STAMP)
-	@test -x $(ENGINES)/bin/python || $(PYTHON) -m venv $(ENGINES)
+	@test -x $(ENGINES)/bin/python || $(BIN)/python -m venv $(ENGINES)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(ENGINES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/perceptio.pth"
 	@$(ENGINES)/bin/python -m pip install -qq --disable-pip-version-check --no-deps $(GRAMMAR_ENGINES)
 	@$(ENGINES)/bin/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) $(SERVER_NEEDS)

@@ -35,9 +35,6 @@ ENGINES = {"plain": "", "xgrammar": "ebnf", "xgrammar-lark": "lark", "llguidance
 RUNS = [
     ("plain", "auto", 1),
     *((engine, mode, 1) for mode in ("auto", "seg+depth") for engine in ("xgrammar", "llguidance", "outlines")),
-    *((engine, "auto", 2) for engine in ("xgrammar", "llguidance")),
-    *((engine, mode, 1) for mode in ("depth", "seg", "none") for engine in ("xgrammar", "llguidance")),
-    ("xgrammar-lark", "auto", 1),
 ]
 
 

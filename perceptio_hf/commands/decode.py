@@ -12,6 +12,8 @@ import typer
 from .predict import DType, check_out, name_folders, write_answer
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor
     from perceptio_hf.evaluation.run.engine_answers import EngineAnswer, Refused
 
@@ -78,7 +80,8 @@ def decode(
     with replacing(out / RESULTS) as temporary, open(temporary, "w", encoding="utf-8") as results:
         for record in _decoded(loaded, rows, about, out, batch_size):
             print(json.dumps(record, ensure_ascii=False), file=results)
-            records.append(record)
+            if as_json:
+                records.append(record)
             _report(answers, record, quiet=as_json)
     if as_json:
         print(json.dumps({"answers": records}, indent=2, ensure_ascii=False))
@@ -94,25 +97,42 @@ def _decoded(
     batch_size: int,
 ) -> Iterator[dict]:
     """Decode and write batch by batch: a record for each picture, or for each line that cannot be used."""
-    from perceptio_hf.evaluation.run.engine_answers import EngineAnswer, decode_answers
+    from perceptio_hf.evaluation.run.engine_answers import EngineAnswer, Refused
 
     usable = [row for row in rows if isinstance(row, EngineAnswer)]
     names = iter(name_folders([path for row in usable for path in row.pictures], out))
     folders = {row.line: [next(names) for _ in row.pictures] for row in usable}
     for start in range(0, len(rows), batch_size):
-        opened = [_open(row) for row in rows[start : start + batch_size]]
-        batch = [(row, pictures) for row, pictures in opened if isinstance(row, EngineAnswer)]
-        decoded = iter(decode_answers(*loaded, *zip(*batch, strict=True)) if batch else ())
-        for row, pictures in opened:
-            if not isinstance(row, EngineAnswer):
+        for row, pictures, answer in _answered(loaded, [_open(row) for row in rows[start : start + batch_size]]):
+            if isinstance(row, Refused):
                 yield {"line": row.line, "error": row.reason, **about}
                 continue
-            answer = next(decoded)
-            for path, folder, picture, geometry in zip(
-                row.pictures, folders[row.line], pictures, answer.pictures, strict=True
-            ):
+            parts = zip(row.pictures, folders[row.line], pictures, answer.pictures, strict=True)
+            for path, folder, picture, geometry in parts:
                 said = {"line": row.line, "picture": path, "question": row.question, **about}
                 yield write_answer(folder, picture, replace(answer, pictures=(geometry,)), said)
+
+
+def _answered(
+    loaded: tuple, opened: "Sequence[tuple[EngineAnswer | Refused, Sequence[Image.Image]]]"
+) -> Iterator[tuple]:
+    """(row, its pictures, its answer) of a batch; where the batch cannot be decoded, the row is found that cannot."""
+    from perceptio_hf.evaluation.run.engine_answers import EngineAnswer, Refused, decode_answers
+
+    batch = [(row, pictures) for row, pictures in opened if isinstance(row, EngineAnswer)]
+    try:
+        decoded = iter(decode_answers(*loaded, *zip(*batch, strict=True)) if batch else ())
+    except ValueError as error:
+        for row, pictures in opened:
+            if isinstance(row, Refused):
+                yield row, (), None
+            elif len(batch) == 1:
+                yield Refused(row.line, str(error)), (), None
+            else:
+                yield from _answered(loaded, [(row, pictures)])
+        return
+    for row, pictures in opened:
+        yield row, pictures, (next(decoded) if isinstance(row, EngineAnswer) else None)
 
 
 def _open(row: "EngineAnswer | Refused") -> tuple:

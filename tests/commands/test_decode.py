@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def test_writes_what_predict_writes_for_its_own_answer(tiny_folder, tmp_path, ca
     capsys.readouterr()
     assert decode(tiny_folder, answers) == 0
     folder = tmp_path / "out" / "a"
-    assert sorted(os.listdir(folder)) == ["answer.json", "depth.png", "depth_color.png", "overlay.png"]
+    assert sorted(os.listdir(folder)) == sorted(os.listdir(tmp_path / "own" / "a"))
     read = json.loads((folder / "answer.json").read_text())
     assert results(answers) == [read]
     for name in ("text", "masks", "phrases", "depth_codes", "well_formed", "width", "height", "question"):
@@ -90,7 +91,7 @@ def test_rows_are_flagged_one_by_one_and_the_others_go_on(tiny_folder, tmp_path,
     assert [record["line"] for record in found if record.get("well_formed") is False] == [2]
     assert [record["line"] for record in found if record.get("depth_codes")] == [1, 5]
     assert sorted(os.listdir(tmp_path / "out")) == ["a", "a-2", "answers.jsonl", "b", "b-2"]
-    assert sorted(os.listdir(tmp_path / "out" / "b")) == ["answer.json", "overlay.png"]
+    assert not (tmp_path / "out" / "b" / "depth.png").exists() and (tmp_path / "out" / "b-2" / "depth.png").exists()
 
 
 def test_several_pictures_of_one_answer(tiny_folder, tmp_path, capsys):
@@ -128,3 +129,23 @@ def test_mistakes_are_one_line(tiny_folder, tmp_path, capsys):
         assert len(error.splitlines()) == 1 and says in error
     assert decode(tiny_folder, tmp_path / "absent.jsonl") == 2 and "There is no file" in capsys.readouterr().err
     assert decode(tmp_path / "absent", answers) == 2 and "absent" in capsys.readouterr().err
+
+
+def test_a_question_that_no_prompt_can_hold_refuses_its_line_alone(tiny_folder, tmp_path, capsys):
+    """A tokenizer may have a token of one character, which cannot be taken apart."""
+    from transformers import AutoProcessor
+
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny_folder, checkpoint)
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    processor.tokenizer.add_tokens(["\u2603"], special_tokens=True)
+    processor.save_pretrained(checkpoint)
+    answers = write(tmp_path, row("one"), row("two", question="\u2603?"), row("three"), row("", picture="none.png"))
+    assert decode(checkpoint, answers) == 0
+    assert [("error" in record, record["line"]) for record in results(answers)] == [
+        (False, 1),
+        (True, 2),
+        (False, 3),
+        (True, 4),
+    ]
+    assert "line 2: The tokenizer reads a token" in capsys.readouterr().err

@@ -137,7 +137,8 @@ class AnswerReader:
 def _parsed(line: bytes) -> dict[str, Any]:
     try:
         values = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
-    except UnicodeDecodeError as error:
+        json.dumps(values, ensure_ascii=False).encode("utf-8")  # a result can hold it
+    except UnicodeError as error:
         raise ValueError(f"it is not text in UTF-8 ({error.reason}).") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not JSON ({error}); write one object per line.") from None

@@ -82,7 +82,10 @@ def test_what_cannot_be_decoded_is_refused_with_a_reason(reader, values, says):
     assert says in refusal(reader, line(**values))
 
 
-@pytest.mark.parametrize("raw", [b"{", b"[1]", b'"a"', b"\xff\xfe", b"[" * 5000], ids=range(5))
+NO_OBJECTS = [b"{", b"[1]", b'"a"', b"\xff\xfe", b"[" * 5000, b'{"picture": "\\udce9", "question": "?", "text": ""}']
+
+
+@pytest.mark.parametrize("raw", NO_OBJECTS, ids=range(6))
 def test_a_line_that_is_no_object_is_refused(reader, raw):
     assert "it is" in refusal(reader, raw)
 
