@@ -10,6 +10,7 @@ from transformers.models.internvl.configuration_internvl import InternVLConfig
 from transformers.models.internvl.modeling_internvl import InternVLForConditionalGeneration
 
 from perceptio_hf.files import new_folder, write_json, write_text
+from perceptio_hf.modeling.spans.spatial_request import keep_own_settings
 
 if TYPE_CHECKING:
     from perceptio_hf.modeling.configuration_perceptio import PerceptioConfig
@@ -70,6 +71,7 @@ def write_internvl(
             f"The export got a {type(model).__name__}; expected a PerceptioForConditionalGeneration (merge adapters "
             "into it first: merge_and_unload)."
         )
+    keep_own_settings(model.generation_config)  # for the Perceptio that may be built of it again
     stock_internvl(model).save_pretrained(folder)
     write_stock_processor(processor, folder)
 

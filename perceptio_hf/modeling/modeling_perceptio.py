@@ -224,9 +224,7 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
             ImportError: where only a copy of this file is at hand and not the package.
         """
         from_components = needed("from_components", "from_components")
-        return from_components(
-            cls, internvl, sam2, depth_codec, like=like, processor=processor, dtype=dtype, seed=seed
-        )
+        return from_components(cls, internvl, sam2, depth_codec, like=like, processor=processor, dtype=dtype, seed=seed)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
         """The last step before an upload; a card that says nothing gives way to ours.
