@@ -15,6 +15,9 @@ def export(
     form: Annotated[
         Format, typer.Option("--format", help="internvl: what stock InternVLForConditionalGeneration loads.")
     ] = "internvl",
+    verify: Annotated[
+        bool, typer.Option(help="Read OUT again and compare every weight, bit for bit, and setting with MODEL's.")
+    ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there and not empty.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")] = False,
 ) -> None:
@@ -29,9 +32,15 @@ def export(
 
     name = checkpoints.resolve(model)
     with new_folder(out, overwrite=overwrite) as partial:
-        from perceptio_hf.conversion.export import write_internvl
+        from perceptio_hf.conversion.export import stock_internvl, write_internvl
+        from perceptio_hf.conversion.written import Written
 
-        write_internvl(*checkpoints.load(name, device="cpu"), partial)
+        loaded, processor = checkpoints.load(name, device="cpu")
+        written = Written.of(stock_internvl(loaded)) if verify else None
+        write_internvl(loaded, processor, partial)
+        del loaded  # there is memory for one
+        if written is not None:
+            written.check(partial)
     files = sorted(path.name for path in out.iterdir())
     if as_json:
         print(json.dumps({"model": model, "format": form, "folder": str(out), "files": files}, indent=2))

@@ -27,6 +27,7 @@ from .opengvlab_config import read_original_config, text_architecture
 from .opengvlab_processor import PHI3_END, ProcessorParts, chatml, phi3_chat, processor_parts
 from .sam2 import sam2_from_tensors
 from .tensors import read_json, read_tensors
+from .written import Written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Sam2Config
@@ -106,6 +107,7 @@ def convert_sa2va(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    verify: bool = True,
     max_shard_size: str = "5GB",
 ) -> ConversionReport:
     """`load_sa2va`, saved to the folder `out`: model, processor, and the code `trust_remote_code` loads.
@@ -113,13 +115,14 @@ def convert_sa2va(
     Args:
         out: is there complete or not at all.
         overwrite: replace a saved model that lies there.
+        verify: read the folder again and compare every weight, bit for bit, and setting, before it appears.
         max_shard_size: of a weight file.
 
     Returns:
         What was read, mapped, ignored and added.
 
     Raises:
-        ValueError: as `load_sa2va`; or `out` may not be written.
+        ValueError: as `load_sa2va`; `out` may not be written; verification failed.
     """
     check_new_folder(out, overwrite)
     report = ConversionReport(str(source))
@@ -127,8 +130,12 @@ def convert_sa2va(
         source, depth_codec=depth_codec, mask_config=mask_config, dtype=dtype, seed=seed, report=report
     )
     with new_folder(out, overwrite) as folder:
+        written = Written.of(model) if verify else None
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
+        del model  # there is memory for one
+        if written is not None:
+            written.check(folder)
     return report
 
 
