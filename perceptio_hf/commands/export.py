@@ -15,6 +15,17 @@ def export(
     form: Annotated[
         Format, typer.Option("--format", help="internvl: what stock InternVLForConditionalGeneration loads.")
     ] = "internvl",
+    pictures: Annotated[
+        int, typer.Option(min=1, help="Write span grammars for prompts of up to so many pictures.")
+    ] = 1,
+    tokens_before_span: Annotated[
+        int,
+        typer.Option(min=1, help="Most tokens that these grammars allow in front of a depth span that is not forced."),
+    ] = 64,
+    with_code: Annotated[
+        bool,
+        typer.Option("--with-code", help="Add Perceptio's processor, for programs that are told to trust remote code."),
+    ] = False,
     verify: Annotated[
         bool, typer.Option(help="Read OUT again and compare every weight, bit for bit, and setting with MODEL's.")
     ] = True,
@@ -24,7 +35,9 @@ def export(
     """Write the InternVL inside the checkpoint MODEL, spatial vocabulary included, as a stock folder OUT.
 
     transformers' own classes and serving engines that know InternVL load it. It writes masks and depth as tokens; the
-    Perceptio it came from reads them (`decode_spatial`, see docs/export.md).
+    Perceptio it came from reads them (`perceptio decode`, see docs/export.md). OUT/grammars holds what keeps spans
+    whole in structured output, by spatial mode: MODE.ebnf for xgrammar, MODE.lark for llguidance, MODE.regex for
+    outlines.
     """
     from perceptio_hf.files import new_folder
 
@@ -37,7 +50,8 @@ def export(
 
         loaded, processor = checkpoints.load(name, device="cpu")
         written = Written.of(stock_internvl(loaded)) if verify else None
-        write_internvl(loaded, processor, partial)
+        options = {"pictures": pictures, "tokens_before_span": tokens_before_span, "with_code": with_code}
+        write_internvl(loaded, processor, partial, **options)
         del loaded  # there is memory for one
         if written is not None:
             written.check(partial)

@@ -25,8 +25,7 @@ from .configuration_perceptio import PerceptioConfig, attention_of_internvl
 from .generation_perceptio import SpatialGenerationMixin
 from .mask_prediction import MaskPredictionMixin, SegProjector
 from .modeling_depth_vqvae import DepthVQVAE
-from .placement import is_here
-from .precision import without_casts_down
+from .placement import is_here, without_casts_down
 from .shards import check_shards
 from .span_grammar import code_columns
 

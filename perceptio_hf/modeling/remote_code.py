@@ -13,7 +13,6 @@ _CODEC_FILES = (
     "modeling/configuration_depth_vqvae.py",
     "modeling/modeling_depth_vqvae.py",
     "modeling/placement.py",
-    "modeling/precision.py",
     "modeling/remote_code.py",
 )
 _FILES = (

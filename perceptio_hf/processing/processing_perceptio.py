@@ -112,7 +112,8 @@ class PerceptioProcessor(InternVLProcessor):
         chat_template: as in transformers.
         num_depth_tokens: N, codes per depth span.
         num_depth_codes: K, entries of the codebook.
-        mask_image_size: side S of SAM2's square input in pixels.
+        mask_image_size: side S of SAM2's square input in pixels; None for a model without SAM2, whose inputs are then
+            InternVL's alone.
         crop_to_patches: cut large pictures into several tiles, as InternVL does.
         mask_threshold: mask logits above it are inside; SAM2's own is 0.
         mask_resample: how SAM2's picture is scaled, "bilinear" as SAM2 does it or "bicubic" as Sa2VA does.
@@ -131,7 +132,7 @@ class PerceptioProcessor(InternVLProcessor):
         chat_template=None,
         num_depth_tokens: int = 100,
         num_depth_codes: int = 128,
-        mask_image_size: int = 1024,
+        mask_image_size: int | None = 1024,
         crop_to_patches: bool = True,
         mask_threshold: float = 0.0,
         mask_resample: str = "bilinear",
@@ -211,7 +212,8 @@ class PerceptioProcessor(InternVLProcessor):
 
     @property
     def model_input_names(self) -> list[str]:
-        return [*super().model_input_names, "mask_pixel_values", "original_sizes"]
+        of_masks = [] if self.mask_image_size is None else ["mask_pixel_values", "original_sizes"]
+        return [*super().model_input_names, *of_masks]
 
     def spatial_token_ids(self) -> dict:
         """The ids `PerceptioConfig` asks for, under its names."""
@@ -278,7 +280,7 @@ class PerceptioProcessor(InternVLProcessor):
         if "crop_to_patches" not in (kwargs.get("images_kwargs") or {}):
             kwargs.setdefault("crop_to_patches", self.crop_to_patches)
         inputs = super().__call__(images=pictures or None, text=text, **kwargs)
-        if pictures:
+        if pictures and self.mask_image_size is not None:
             inputs["mask_pixel_values"] = torch.stack([self.mask_pixels(picture) for picture in pictures])
             inputs["original_sizes"] = torch.tensor([[picture.height, picture.width] for picture in pictures])
         return inputs
