@@ -21,7 +21,7 @@ from perceptio_hf.data.world_samples import world_dataset
 from perceptio_hf.evaluation.metrics.depth import depth_metrics
 from perceptio_hf.evaluation.run.answering import encode_questions
 from perceptio_hf.files import write_json
-from perceptio_hf.modeling import spatial_loop
+from perceptio_hf.modeling.spans import spatial_loop
 from perceptio_hf.world import HELD_OUT_SEED, render_scene
 from perceptio_hf.world.questions import DEPTH_QUESTIONS
 

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 import perceptio_hf
-from perceptio_hf.modeling import spatial_loop
+from perceptio_hf.modeling.spans import spatial_loop
 from perceptio_hf.visualization import colorize_depth
 from perceptio_hf.world import DEMO_SEED, render_scene
 

@@ -5,6 +5,7 @@ options that follow those of the document. A block that is neither run nor liste
 """
 
 import glob
+import json
 import multiprocessing
 import os
 import re
@@ -124,6 +125,14 @@ def _opengvlab(path: Path) -> None:
     write_tokenizer(path)
 
 
+def _llava(path: Path) -> None:
+    """LLaVA's file, with its pictures in the folder that docs/data.md names."""
+    (path.parent / "llava" / "images" / "coco").mkdir(parents=True)
+    _picture(path.parent / "llava" / "images" / "coco" / "1.jpg")
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A ball."}]
+    path.write_text(json.dumps([{"id": "1", "image": "coco/1.jpg", "conversations": turns}]))
+
+
 INPUTS: dict[str, Callable[[Path], object]] = {
     "photo.jpg": _picture,
     "other.png": _picture,
@@ -139,6 +148,7 @@ INPUTS: dict[str, Callable[[Path], object]] = {
     "depth-codec": lambda path: codec().save_pretrained(path),
     "Sa2VA-1B": lambda path: write_source(path, "Qwen2ForCausalLM"),
     "Sa2VA-4B": lambda path: write_source(path, "Qwen2ForCausalLM"),
+    "llava_v1_5_mix665k.json": _llava,
     "HARDBLINK_FOLDER": lambda path: formats.write_hardblink(path, formats.scenes_of(range(5, 9))[:2]),
     "path/to/hardblink": lambda path: formats.write_hardblink(path, formats.scenes_of(range(5, 9))[:2]),
     "M": _tiny,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     BatchFeature,
     InternVLConfig,
@@ -28,6 +28,8 @@ from transformers import (
 from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
+
+from .predecessor import Predecessor
 
 SMALL = 100_000_000  # parameters up to which every position of every prompt is compared
 _LAST = 4  # positions of each prompt that are compared in larger models
@@ -98,15 +100,19 @@ def take_reference(
     mask_model: Sam2Model,
     codec: DepthVQVAE,
     processor: PerceptioProcessor,
+    like: Predecessor | None = None,
 ) -> Reference:
     """Note every weight of the parts, and ask the InternVL what its successor will be asked.
 
-    That is four texts and two pictures, or one of each if it is large.
+    That is four texts and two pictures, or one of each if it is large. Of `like`, whose SAM2 and codec the others are,
+    [SEG] projector and settings are noted too.
     """
     rows = torch.ones(internvl.get_input_embeddings().num_embeddings, dtype=torch.bool)
     rows[[token for token in processor.added_token_ids if token < len(rows)]] = False
     kept = rows.nonzero()[:, 0]
-    parts = {"": internvl, "mask_model.": mask_model, "depth_model.": codec}
+    parts: dict[str, nn.Module] = {"": internvl, "mask_model.": mask_model, "depth_model.": codec}
+    if like is not None:
+        parts["seg_projector."] = like.projector
     digests = {}
     for prefix, part in parts.items():
         for name, value in part.state_dict().items():
@@ -115,6 +121,7 @@ def take_reference(
             digests[prefix + name] = digest(value, kept if prefix + name in _MATRICES else None)
     configs = {"": internvl.config, "mask_config.": mask_model.config, "depth_config.": codec.config}
     settings = {prefix + name: value for prefix, config in configs.items() for name, value in _settings(config)}
+    settings |= like.settings if like else {}
     sampled = internvl.num_parameters() > SMALL
     inputs = _prompts(processor, sampled)
     logits = []

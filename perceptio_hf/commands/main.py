@@ -16,6 +16,7 @@ from .ablate import ablate
 from .build import build
 from .codebook import app as codebook
 from .convert import app as convert
+from .decode import decode
 from .demo import demo
 from .eval import evaluate
 from .export import export
@@ -46,6 +47,7 @@ app.command()(ablate)
 app.add_typer(codebook, name="codebook")
 app.add_typer(convert, name="convert")
 app.command()(export)
+app.command()(decode)
 app.command()(push)
 
 

@@ -83,8 +83,9 @@ def predict(
 ) -> None:
     """Ask the same QUESTION about every PICTURE, a file or a web address; write masks, depth and the answer for each.
 
-    Each picture gets a folder OUT/NAME with overlay.png (the picture under its masks) and answer.json. Where the model
-    wrote depth there are also depth.png (16 bit, 65535 = nearest) and depth_color.png.
+    Each picture gets a folder OUT/NAME with sheet.png (masks and depth with their legends, and the words), overlay.png
+    (the picture under its masks) and answer.json. Where the model wrote depth there are also depth.png (16 bit, 65535 =
+    nearest) and depth_color.png.
 
     Many pictures get one line each in OUT/results.jsonl, with masks as COCO run lengths, and OUT/depth. A run that was
     stopped goes on where it was; what cannot be answered is listed in OUT/failures.jsonl.
@@ -312,7 +313,7 @@ def answer_questions(
 
 
 def write_answer(folder: Path, picture: "Image.Image", answer: "SpatialAnswer", about: dict) -> dict:
-    """Write overlay.png, answer.json and the depth files, if any, into `folder`; each appears complete or not at all.
+    """Write overlay.png, sheet.png, answer.json and the depth files, if any, into `folder`; each complete or not at all.
 
     Depth files of an earlier run go away where this answer has no depth: they would belong to nothing.
 
@@ -325,15 +326,19 @@ def write_answer(folder: Path, picture: "Image.Image", answer: "SpatialAnswer", 
     from perceptio_hf.data.depth_maps import write_depth_png
     from perceptio_hf.evaluation.run.answering import describe
     from perceptio_hf.files import write_json, write_picture
-    from perceptio_hf.visualization import colorize_depth, overlay
+    from perceptio_hf.visualization import answer_panels, colorize_depth, overlay, sheet
 
     folder.mkdir(parents=True, exist_ok=True)
     files = {
         "overlay": folder / "overlay.png",
+        "sheet": folder / "sheet.png",
         "depth": folder / "depth.png",
         "depth_color": folder / "depth_color.png",
     }
     write_picture(files["overlay"], overlay(picture, answer.masks))
+    panels = answer_panels(picture, answer.masks, answer.phrases, answer.mask_scores, answer.depth)
+    caption = f"Question: {about.get('question', '')}\nAnswer:   {answer.text or '(no words)'}"
+    write_picture(files["sheet"], sheet(panels, caption))
     if answer.depth is not None:
         write_depth_png(files["depth"], answer.depth)
         write_picture(files["depth_color"], colorize_depth(answer.depth))

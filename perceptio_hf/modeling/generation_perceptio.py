@@ -17,12 +17,13 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from perceptio_hf.modeling.spans.spatial_loop import SPATIAL_DECODINGS, SpatialLoop, WholeSpans
+from perceptio_hf.modeling.spans.spatial_output import PerceptioGenerateBeamOutput, PerceptioGenerateOutput
+from perceptio_hf.modeling.spans.spatial_reading import Prompts, SpatialReadingMixin
+from perceptio_hf.modeling.spans.spatial_recorder import StepRecorder
+from perceptio_hf.modeling.spans.spatial_request import SpatialRequest, check_mode, generation_setting
+
 from .span_grammar import SPATIAL_MODES, SpanGrammar
-from .spatial_loop import SPATIAL_DECODINGS, SpatialLoop, WholeSpans
-from .spatial_output import PerceptioGenerateBeamOutput, PerceptioGenerateOutput
-from .spatial_reading import Prompts, SpatialReadingMixin
-from .spatial_recorder import StepRecorder
-from .spatial_request import SpatialRequest, check_mode, generation_setting
 
 # Settings of transformers that let something else draft tokens, which the model then checks several at a time.
 _DRAFTERS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")

@@ -31,8 +31,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
 from .configuration_depth_vqvae import DepthVQVAEConfig
-from .placement import device_of
-from .precision import full_precision, is_traced, without_casts_down
+from .placement import device_of, full_precision, is_traced, without_casts_down
 
 _SLACK = 1e-3  # by which depth may leave [0, 1]: resampling and half precision round
 

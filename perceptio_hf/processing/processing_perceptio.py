@@ -112,7 +112,8 @@ class PerceptioProcessor(InternVLProcessor):
         chat_template: as in transformers.
         num_depth_tokens: N, codes per depth span.
         num_depth_codes: K, entries of the codebook.
-        mask_image_size: side S of SAM2's square input in pixels.
+        mask_image_size: side S of SAM2's square input in pixels; None for a model without SAM2, whose inputs are then
+            InternVL's alone.
         crop_to_patches: cut large pictures into several tiles, as InternVL does.
         mask_threshold: mask logits above it are inside; SAM2's own is 0.
         mask_resample: how SAM2's picture is scaled, "bilinear" as SAM2 does it or "bicubic" as Sa2VA does.
@@ -130,7 +131,7 @@ class PerceptioProcessor(InternVLProcessor):
         chat_template=None,
         num_depth_tokens: int = 100,
         num_depth_codes: int = 128,
-        mask_image_size: int = 1024,
+        mask_image_size: int | None = 1024,
         crop_to_patches: bool = True,
         mask_threshold: float = 0.0,
         mask_resample: str = "bilinear",
@@ -149,8 +150,8 @@ class PerceptioProcessor(InternVLProcessor):
         self._read_tokenizer(tokenizer)
 
     @classmethod
-    def from_components(cls, internvl, sam2, depth_codec) -> "PerceptioProcessor":
-        """The processor for `PerceptioForConditionalGeneration.from_components` of the same three.
+    def from_components(cls, internvl, sam2=None, depth_codec=None, *, like=None) -> "PerceptioProcessor":
+        """The processor for `PerceptioForConditionalGeneration.from_components` of the same parts.
 
         Picture settings, chat template and tokenizer are InternVL's. Spatial tokens that the tokenizer lacks join it
         behind all others; those it has keep their ids. `added_token_ids` tells which are new.
@@ -159,6 +160,8 @@ class PerceptioProcessor(InternVLProcessor):
             internvl: an InternVL's folder or Hub name, or a processor of one (it is left as it is).
             sam2: a `Sam2Model` or its configuration, which says how large SAM2's picture is; or where one is saved.
             depth_codec: the same of a `DepthVQVAE`, which says how many codes there are, and in one span.
+            like: in place of these two, a Perceptio's folder or Hub name, or its processor: sizes and mask settings are
+                taken over, and the spatial tokens must have the same ids.
 
         Raises:
             ValueError: where `internvl` has no such processor, or its tokenizer lacks the tokens around pictures, has
@@ -166,7 +169,7 @@ class PerceptioProcessor(InternVLProcessor):
             ImportError: where only a copy of this file is at hand and not the package.
         """
         processor_from_components = needed("processor_from_components", "from_components")
-        return processor_from_components(cls, internvl, sam2, depth_codec)
+        return processor_from_components(cls, internvl, sam2, depth_codec, like=like)
 
     def _read_tokenizer(self, tokenizer) -> None:
         lacking = [name for name in _PICTURE_TOKENS if not hasattr(tokenizer, name)]
@@ -206,7 +209,8 @@ class PerceptioProcessor(InternVLProcessor):
 
     @property
     def model_input_names(self) -> list[str]:
-        return [*super().model_input_names, "mask_pixel_values", "original_sizes"]
+        of_masks = [] if self.mask_image_size is None else ["mask_pixel_values", "original_sizes"]
+        return [*super().model_input_names, *of_masks]
 
     def spatial_token_ids(self) -> dict:
         """The ids `PerceptioConfig` asks for, under its names."""
@@ -273,7 +277,7 @@ class PerceptioProcessor(InternVLProcessor):
         if "crop_to_patches" not in (kwargs.get("images_kwargs") or {}):
             kwargs.setdefault("crop_to_patches", self.crop_to_patches)
         inputs = super().__call__(images=pictures or None, text=text, **kwargs)
-        if pictures:
+        if pictures and self.mask_image_size is not None:
             inputs["mask_pixel_values"] = torch.stack([self.mask_pixels(picture) for picture in pictures])
             inputs["original_sizes"] = torch.tensor([[picture.height, picture.width] for picture in pictures])
         return inputs

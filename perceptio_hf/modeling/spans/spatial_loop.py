@@ -11,10 +11,11 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation import stopping_criteria as criteria_of_transformers
 from transformers.utils import logging
 
+from perceptio_hf.modeling.span_grammar import SpanGrammar
+
 from .score_trace import ScoreTrace
 from .span_cache import CACHE, can_shrink
 from .span_decoding import SpanDecoder
-from .span_grammar import SpanGrammar
 from .spatial_recorder import SpanStates, StateReader, StepRecorder
 from .spatial_request import SpatialRequest
 from .token_choice import TokenChoice, is_blind

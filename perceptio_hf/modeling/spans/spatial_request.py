@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from perceptio_hf.modeling.span_grammar import required_new_tokens
 from perceptio_hf.tokens import SpatialSequence, SpatialVocabulary, read_sequence
 
-from .grammar_state import GrammarState
-from .span_grammar import SpanGrammar, required_new_tokens
+from .grammar_state import GrammarState, LoopGrammar
 
 # New tokens beyond the spans, where the caller sets no limit: transformers' default of 20 would fit no span at all.
 _DEFAULT_ANSWER_TOKENS = 128
@@ -101,10 +101,10 @@ class SpatialRequest:
         free = self.spatial == "auto"
         return [row.pictures_shown if free else row.num_pictures for row in self.rows]
 
-    def grammar(self) -> SpanGrammar:
+    def grammar(self) -> LoopGrammar:
         """The grammar of this request."""
         rows = self.rows
-        return SpanGrammar(
+        return LoopGrammar(
             self.words,
             spatial=self.spatial,
             prompt_length=self.prompt_length,
