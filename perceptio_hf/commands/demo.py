@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from perceptio_hf.world import Question, Scene
 
 _STEP = re.compile(r"\bp\d\d d\d\d\b")  # of an answer that looks nearness up, see perceptio_hf.world.cells
+SHOWN = 512  # pixels of the pictures for people
 _SEEDS_PER_DEMO = 1000  # not every scene supports both questions; that many are tried
 
 
@@ -28,7 +29,8 @@ def demo(
     """Render a scene no training saw, ask about it, and show what the model wrote beside the truth.
 
     Look at OUT/sheet.png first. Beside it: picture.png, overlay.png (the mask), depth.png (16 bit, 65535 = nearest),
-    depth_color.png, marked.png (the points of the second question) and answer.json.
+    depth_color.png, marked.png (the points of the second question) and answer.json. They have 512 pixels; the model
+    sees the same scene at its own size.
     """
     from . import checkpoints
     from .predict import check_out
@@ -36,12 +38,12 @@ def demo(
     check_out(out)
     loaded = checkpoints.load(checkpoints.resolve(model))
     scene, refer, closest = choose_scene(seed)
-    pictures, answers = _ask(loaded, scene, refer, closest)
-    scores = compare(scene, refer, answers[0])
+    shown, marked, answers = _ask(loaded, scene, refer, closest)
+    scores = compare(shown, refer, answers[0])
     about = {"picture": str(out / "picture.png"), "seed": scene.seed, "question": refer.text, "spatial": "seg+depth"}
     about |= {"truth": refer.answer, "second_question": closest.text, "second_text": answers[1].text}
     about |= {"second_truth": closest.answer, **scores}
-    record = _write(out, scene, pictures, answers[0], about)
+    record = _write(out, shown, marked, refer, answers[0], about)
     print(json.dumps(record, indent=2, ensure_ascii=False) if as_json else _tell(record))
 
 
@@ -61,19 +63,40 @@ def choose_scene(seed: int) -> "tuple[Scene, Question, Question]":
     raise AssertionError(f"no scene from {first} on supports both questions")
 
 
-def _ask(loaded: tuple, scene: "Scene", refer: "Question", closest: "Question"):
-    """The picture, plain and with the marked points, and the answers: with masks and depth first, and with depth."""
+def _ask(
+    loaded: tuple, scene: "Scene", refer: "Question", closest: "Question"
+) -> "tuple[Scene, Image.Image, list[SpatialAnswer]]":
+    """The scene and the marked picture as people see them, and two answers: with mask and depth first, and with depth.
+
+    The model sees both at its own size; masks and depth come out at the size that is shown.
+    """
+    from PIL import Image
+
+    from perceptio_hf.evaluation.run.answering import encode_questions
+    from perceptio_hf.world import render_scene
+
+    model, processor = loaded
+    shown = render_scene(scene.seed, SHOWN)
+    seen = render_scene(scene.seed, max(scene.size, processor.image_processor.size["height"]))
+    asked = [(Image.fromarray(seen.image), refer, "seg+depth"), (_mark(seen, scene.size, closest), closest, "depth")]
+    answers = []
+    for picture, question, spatial in asked:
+        inputs = encode_questions(processor, [picture], [question.text]).to(model.device)
+        inputs["original_sizes"][:] = SHOWN
+        outputs = model.generate(**inputs, spatial=spatial, do_sample=False, return_dict_in_generate=True)
+        answers += processor.post_process_spatial(outputs)
+    return shown, _mark(shown, scene.size, closest), answers
+
+
+def _mark(scene: "Scene", size: int, question: "Question") -> "Image.Image":
+    """The scene with the question's points, which are given in pixels of a picture of `size`."""
     from PIL import Image
 
     from perceptio_hf.world import draw_points
 
-    from .predict import answer_questions
-
-    plain = Image.fromarray(scene.image)
-    marked = Image.fromarray(draw_points(scene.image, closest.points, closest.letters))
-    first = answer_questions(*loaded, [plain], [refer.text], spatial="seg+depth")
-    second = answer_questions(*loaded, [marked], [closest.text], spatial="depth")
-    return (plain, marked), [*first, *second]
+    factor = scene.size / size
+    points = [(int((x + 0.5) * factor), int((y + 0.5) * factor)) for x, y in question.points]
+    return Image.fromarray(draw_points(scene.image, points, question.letters))
 
 
 def compare(scene: "Scene", question: "Question", answer: "SpatialAnswer") -> dict[str, float]:
@@ -92,27 +115,31 @@ def compare(scene: "Scene", question: "Question", answer: "SpatialAnswer") -> di
 
 
 def _write(
-    out: Path, scene: "Scene", pictures: "tuple[Image.Image, Image.Image]", answer: "SpatialAnswer", about: dict
+    out: Path, scene: "Scene", marked: "Image.Image", refer: "Question", answer: "SpatialAnswer", about: dict
 ) -> dict:
+    from PIL import Image
+
     from perceptio_hf.data.depth_maps import relative_from_metric
     from perceptio_hf.files import write_picture
-    from perceptio_hf.visualization import colorize_depth, overlay, sheet
+    from perceptio_hf.visualization import depth_panel, mask_panel, sheet
 
     from .predict import write_answer
 
-    picture, marked = pictures
+    picture = Image.fromarray(scene.image)
     out.mkdir(parents=True, exist_ok=True)
     write_picture(out / "picture.png", picture)
     write_picture(out / "marked.png", marked)
+    record = write_answer(out, picture, answer, about)
     panels = [
         ("picture", picture),
-        (f"mask (IoU {about['mask_iou']:.2f})", overlay(picture, answer.masks)),
-        (f"depth (mean error {about['depth_error']:.2f})", colorize_depth(answer.depth)),
-        ("true depth", colorize_depth(relative_from_metric(scene.depth))),
-        ("marked points", marked),
+        mask_panel(picture, answer.masks, title=f"mask the model wrote (IoU {about['mask_iou']:.2f})"),
+        mask_panel(picture, scene.mask(refer.targets[0])[None], title="true mask"),
+        ("points of the second question", marked),
+        depth_panel(answer.depth, title=f"depth the model wrote (mean error {about['depth_error']:.2f})"),
+        depth_panel(relative_from_metric(scene.depth), title="true depth"),
     ]
-    write_picture(out / "sheet.png", sheet(panels, _conversation(about | {"text": answer.text})))
-    return write_answer(out, picture, answer, about)
+    write_picture(out / "sheet.png", sheet(panels, _conversation(record), columns=3))
+    return record
 
 
 def _conversation(record: dict) -> str:

@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image
 
 from perceptio_hf.commands import main
-from perceptio_hf.commands.demo import choose_scene
+from perceptio_hf.commands.demo import SHOWN, choose_scene
+from perceptio_hf.evaluation.run import answering
 from perceptio_hf.world import DEMO_SEED
 
 
@@ -29,6 +30,7 @@ def test_demo_writes_what_it_says(tiny_folder, tmp_path, capsys):
     names = ["answer.json", "depth.png", "depth_color.png", "marked.png", "overlay.png", "picture.png", "sheet.png"]
     assert sorted(os.listdir(out)) == names
     picture = Image.open(out / "picture.png")
+    assert picture.size == (SHOWN, SHOWN)
     for name in ("marked.png", "depth.png", "depth_color.png", "overlay.png"):
         assert Image.open(out / name).size == picture.size
     answer = json.loads((out / "answer.json").read_text())
@@ -49,3 +51,17 @@ def test_out_must_not_be_a_file(tiny_folder, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main.run(["demo", "--model", str(tiny_folder), "--out", str(tmp_path / "file")]) == 2
     assert "is a file" in capsys.readouterr().err
+
+
+def test_the_model_sees_its_own_size_and_people_a_sharper_picture(tiny_folder, tmp_path, monkeypatch):
+    seen, encode = [], answering.encode_questions
+
+    def encode_noted(processor, pictures, questions):
+        seen.extend(picture.size for picture in pictures)
+        return encode(processor, pictures, questions)
+
+    monkeypatch.setattr(answering, "encode_questions", encode_noted)
+    assert main.run(["demo", "--model", str(tiny_folder), "--out", str(tmp_path)]) == 0
+    assert seen == [(128, 128)] * 2
+    with Image.open(tmp_path / "marked.png") as marked:
+        assert marked.size == (SHOWN, SHOWN)

@@ -34,7 +34,7 @@ def predict(tiny_folder, out: Path, *arguments) -> int:
 def test_writes_masks_depth_and_answer_at_the_size_the_user_sees(tiny_folder, tmp_path, photo, capsys):
     assert predict(tiny_folder, tmp_path / "out", photo, QUESTION, "--spatial", "seg+depth") == 0
     folder = tmp_path / "out" / "photo"
-    assert sorted(os.listdir(folder)) == ["answer.json", "depth.png", "depth_color.png", "overlay.png"]
+    assert sorted(os.listdir(folder)) == ["answer.json", "depth.png", "depth_color.png", "overlay.png", "sheet.png"]
     for name in ("depth.png", "depth_color.png", "overlay.png"):
         assert Image.open(folder / name).size == (60, 40)
     assert np.asarray(Image.open(folder / "depth.png")).dtype == np.uint16
@@ -78,7 +78,7 @@ def test_batch_equals_singles(tiny_folder, photo):
 
 
 def test_depth_of_an_earlier_run_goes_when_this_one_has_none(tiny_folder, tmp_path, photo):
-    for mode, files in (("depth", 4), ("none", 2), ("seg", 2)):
+    for mode, files in (("depth", 5), ("none", 3), ("seg", 3)):
         assert predict(tiny_folder, tmp_path / "out", photo, QUESTION, "--spatial", mode) == 0
         assert len(os.listdir(tmp_path / "out" / "photo")) == files
 

@@ -12,12 +12,12 @@ from perceptio_hf.data.run_length import decode_mask
 from perceptio_hf.evaluation.benchmarks.sample import Sample, Task
 from perceptio_hf.evaluation.metrics.answer_statements import LETTERS
 from perceptio_hf.evaluation.run.scoring import SCORINGS, Record, referred_mask
-from perceptio_hf.visualization import colorize_depth, overlay, sheet
+from perceptio_hf.visualization import Panel, depth_panel, mask_panel, sheet
 
 if TYPE_CHECKING:
     from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
 
-_WIDTH = 720  # of one case, pixels
+_WIDTH = 1080  # of one case, pixels
 _GAP, _TITLE = 16, 44
 
 
@@ -62,9 +62,7 @@ def draw_cases(
 
 
 def _column(name: str, cases: Sequence[Image.Image]) -> Image.Image:
-    scaled = [
-        case.resize((_WIDTH, round(case.height * _WIDTH / case.width)), Image.Resampling.LANCZOS) for case in cases
-    ]
+    scaled = [_fitted(case) for case in cases]
     column = Image.new("RGB", (_WIDTH, _TITLE + sum(case.height + _GAP for case in scaled)), "white")
     font = ImageFont.load_default(size=26)
     ImageDraw.Draw(column).text((4, 6), f"{name} ({len(cases)})", font=font, fill="black")
@@ -76,23 +74,32 @@ def _column(name: str, cases: Sequence[Image.Image]) -> Image.Image:
     return column
 
 
+def _fitted(case: Image.Image) -> Image.Image:
+    """At most `_WIDTH` wide; a case of few pictures stays as it is."""
+    factor = min(1.0, _WIDTH / case.width)
+    return case.resize((round(case.width * factor), round(case.height * factor)), Image.Resampling.LANCZOS)
+
+
 def _draw_case(task: Task, record: Record, sample: Sample, codec: "DepthVQVAE") -> Image.Image:
     picture = sample.picture.open()
-    panels = [("picture", picture), *_PANELS.get(task, _no_panels)(record, sample, picture)]
+    panels = [Panel("picture", picture), *_PANELS.get(task, _no_panels)(record, sample, picture)]
     if record["depth_codes"]:
-        panels.append(("depth as the model wrote it", colorize_depth(_decoded(codec, record, picture))))
+        panels.append(depth_panel(_decoded(codec, record, picture), title="depth as the model wrote it"))
     if task == "depth":
         truth = sample.depth.open()
-        panels.append(("true depth", colorize_depth(truth.relative, truth.valid)))
-    return sheet(panels, _caption(task, record))
+        panels.append(depth_panel(truth.relative, truth.valid, title="true depth"))
+    return sheet(panels, _caption(task, record), columns=min(len(panels), 3))
 
 
-def _masks(record: Record, sample: Sample, picture: Image.Image) -> list[tuple[str, Image.Image]]:
+def _masks(record: Record, sample: Sample, picture: Image.Image) -> list[Panel]:
     found, true = decode_mask(record["mask"]), decode_mask(referred_mask(sample.target))
-    return [("the model's mask", overlay(picture, found[None])), ("true mask", overlay(picture, true[None]))]
+    return [
+        mask_panel(picture, found[None], title="the model's mask"),
+        mask_panel(picture, true[None], title="true mask"),
+    ]
 
 
-def _no_panels(record: Record, sample: Sample, picture: Image.Image) -> list[tuple[str, Image.Image]]:
+def _no_panels(record: Record, sample: Sample, picture: Image.Image) -> list[Panel]:
     return []
 
 
