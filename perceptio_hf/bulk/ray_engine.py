@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,13 +14,18 @@ from .engines import Batch, Job, Result, work_through
 
 _BATCHES = 8  # that a worker is sent at a time: within them it reads ahead
 _ROUNDS = 4  # each worker is sent that many parcels at least, so that all end at about the same time
-_QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+_QUIET = {
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_DATA_LOG_LEVEL": "ERROR",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 
 class RayEngine:
     """Workers that Ray Data starts, feeds, and starts again where one dies; results come in the order of the batches.
 
-    Each worker has one GPU where the cluster has any, else `threads` processors.
+    Each worker has one GPU where the cluster has any, else one processor.
 
     Args:
         address: of a running cluster, "auto" or HOST:PORT; by default Ray is started on this machine and stopped at the
@@ -77,7 +83,8 @@ class RayEngine:
             if not self.address:  # a worker more than there are processors would wait for ever
                 options["num_cpus"] = max(os.cpu_count() or 1, self.workers or 1)
             try:
-                ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+                with _without_chatter():
+                    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise ValueError(f"--address {self.address}: no Ray cluster answers there ({reason}).") from None
@@ -136,9 +143,23 @@ def _pack_error(error: Exception) -> bytes:
 
 def _quieten() -> None:
     """Keep Ray's own words out of the command's output, unless somebody debugs."""
+    if not os.environ.get("PERCEPTIO_DEBUG"):
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
+
+
+@contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Ray's own part in C++ writes to file 2, whatever its level of logging, while it starts."""
     if os.environ.get("PERCEPTIO_DEBUG"):
+        yield
         return
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
