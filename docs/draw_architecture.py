@@ -22,6 +22,7 @@ FLOORS = {  # from the ground up, and what each is for
     "modeling": "model, depth codec, generation and its grammar",
     "processing": "pictures and conversations in, answers out",
     "data": "samples, their sources, mixtures, depth maps",
+    "bulk": "many pictures: batches, engines, a journal",
     "conversion": "formats of others, in and out",
     "build": "stock parts joined to one Perceptio",
     "training": "losses, trainer, recipes, depth codec",

@@ -15,9 +15,9 @@ import pytest
 import torch
 from helpers import random_model
 
+from perceptio_hf.bulk.journal import Journal
 from perceptio_hf.data.run_length import decode_mask
 from perceptio_hf.evaluation.benchmarks import PictureSource
-from perceptio_hf.evaluation.run.journal import Journal
 from perceptio_hf.evaluation.run.runner import REPLACED_FILE, SAMPLES_FILE, RunSettings, run_benchmark
 from perceptio_hf.evaluation.run.summary import ModelFacts, build_summary
 
