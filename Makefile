@@ -13,7 +13,7 @@ STAMP := $(VENV)/.perceptio-installed
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-oldest test-newest test-between test-arithmetic test-arithmetic-quick test-sam2 test-lmms-eval plan lint clean
+.PHONY: help env demo test test-oldest test-newest test-between test-arithmetic test-arithmetic-quick test-sam2 test-lmms-eval test-engines plan lint clean
 
 help:
 	@echo "make demo   render a scene, ask the embedded model about it, write pictures to perceptio-demo/"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-between  what leans on transformers, with a release of each series between the oldest and the tested one"
 	@echo "make test-sam2     converted SAM2 weights beside Meta's own code, which this installs"
 	@echo "make test-lmms-eval   the plug-in inside lmms-eval, which this installs"
+	@echo "make test-engines  exported folders in transformers serve and under the grammars of xgrammar, llguidance and outlines, which this installs"
 	@echo "make plan   draw the figures of the documents: the imports, a span that converges"
 	@echo "make lint   ruff check and ruff format --check"
 	@echo "make env    only make the environment in $(VENV)"
@@ -109,6 +110,17 @@ test-lmms-eval: $(STAMP)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) --no-deps lmms-eval
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/integrations
 
+# In an environment of their own, which sees everything in $(VENV): xgrammar asks for triton, which no CPU needs.
+ENGINES := .venv-engines
+GRAMMAR_ENGINES := xgrammar==0.2.8 apache-tvm-ffi llguidance==1.9.1 outlines_core
+SERVER_NEEDS := fastapi uvicorn openai requests
+test-engines: $(STAMP)
+	@test -x $(ENGINES)/bin/python || $(PYTHON) -m venv $(ENGINES)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(ENGINES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/perceptio.pth"
+	@$(ENGINES)/bin/python -m pip install -qq --disable-pip-version-check --no-deps $(GRAMMAR_ENGINES)
+	@$(ENGINES)/bin/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) $(SERVER_NEEDS)
+	@OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest -q -n 2 tests/conversion/test_engine_grammars.py tests/conversion/test_transformers_serve.py
+
 plan: $(STAMP)
 	@$(BIN)/python docs/draw_architecture.py
 	@$(BIN)/python docs/draw_span.py
@@ -118,4 +130,4 @@ lint: $(STAMP)
 	@$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) .venv-oldest $(NEWEST) .venv-between .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest $(NEWEST) .venv-between $(ENGINES) .pytest_cache .ruff_cache .hypothesis

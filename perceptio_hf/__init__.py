@@ -21,6 +21,7 @@ _EXPORTS = {
     "PerceptioSFTConfig": "training.config",
     "PerceptioSFTTrainer": "training.trainer",
     "SpatialAnswer": "processing.processing_perceptio",
+    "SpatialStreamer": "processing.streaming",
 }
 __all__ = ["__version__", "tiny_checkpoint", *sorted(_EXPORTS)]
 

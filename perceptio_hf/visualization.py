@@ -1,7 +1,7 @@
 """Pictures of masks and depth for people to look at: the one way the demo, `predict`, case sheets and the app draw.
 
-Colours of masks can be told apart by colour-blind readers, and every mask has its number; equal steps of depth are equal
-steps for the eye, and what a colour means is written below it.
+Colours of masks can be told apart by colour-blind readers, and every mask has its number; equal steps of depth are
+equal steps for the eye, and what a colour means is written below it.
 """
 
 from collections.abc import Sequence
@@ -110,9 +110,9 @@ def _blurred(mask: np.ndarray, thickness: int | None = None) -> np.ndarray:
 
 
 def _strokes(mask: np.ndarray, blurred: np.ndarray, thickness: int) -> tuple[np.ndarray, np.ndarray]:
-    """Opacities (height, width) float32 of a mask's colour inside of it, contour included, and of the dark rim outside.
+    """Opacities (height, width) float32 of a mask's colour inside of it, contour included, and of the rim outside.
 
-    The distance to the edge is read off the blurred mask, so that lines are smooth where the mask goes in steps of pixels.
+    The distance to the edge is read off the blurred mask, so that lines are smooth where a mask goes in steps.
     """
     inside, outside = _opacities(thickness)
     return np.where(mask, inside[blurred], np.float32(0)), np.where(mask, np.float32(0), outside[blurred])

@@ -50,7 +50,13 @@ OUTPUTS = {
     ],
     "convert.md": ["SAM2.1 large, Meta's layout"],
     "data.md": ["my_data/samples.jsonl"],
-    "export.md": ["response = torch.tensor([output.outputs"],  # tests/conversion/test_export.py runs it
+    "export.md": [
+        "response = torch.tensor([output.outputs",  # tests/conversion/test_export.py runs it
+        "import xgrammar",  # as does tests/conversion/test_engine_grammars.py, in other words
+        "from openai import OpenAI",
+        "import requests",
+        "import base64, json, pathlib",  # tests/conversion/test_transformers_serve.py asks so
+    ],
     "extending.md": ["tasks:"],
 }
 # Commands that prepare an environment, or need another program: how they begin, and where they are tried.
@@ -91,6 +97,11 @@ ABLATION = {
 
 def _picture(path: Path, seed: int = 3) -> None:
     Image.fromarray(render_scene(seed).image).save(path)
+
+
+def _answers(path: Path) -> None:
+    _picture(path.with_name("photo.jpg"))
+    path.write_text(json.dumps({"picture": "photo.jpg", "question": "Which?", "text": "[SEG] The red ball."}) + "\n")
 
 
 def _rooms(path: Path) -> None:
@@ -135,6 +146,7 @@ def _llava(path: Path) -> None:
 
 INPUTS: dict[str, Callable[[Path], object]] = {
     "photo.jpg": _picture,
+    "answers.jsonl": _answers,
     "other.png": _picture,
     "frame.png": lambda path: _millimetres(path, render_scene(1).depth),
     "my_depth_pngs": _depth_pngs,

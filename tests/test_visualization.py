@@ -59,7 +59,7 @@ def test_overlay_colours_masks_and_nothing_else():
 
 @pytest.mark.parametrize("size", [128, 500, 2000])
 def test_contours_are_crisp_at_the_size_that_is_drawn(size):
-    """From the colour of the contour to the picture it takes two pixels, whatever the size; a resized drawing takes more."""
+    """Contours are as thin, and lie as close to the mask's end, as the drawing's own pixels allow."""
     picture = Image.new("RGB", (125, 125), (100, 100, 100))
     mask = np.zeros((1, 125, 125), bool)
     mask[0, 40:90, 40:90] = True

@@ -25,7 +25,7 @@ _IDS = ("seg_token_id", "depth_start_token_id", "depth_end_token_id", "depth_tok
 # What the parts themselves decide; all other fields of Perceptio's own are settings.
 _OF_THE_PARTS = {*_IDS, "mask_config", "depth_config", "picture_mark_token_ids", "num_depth_tokens", "num_depth_codes"}
 _PROCESSOR_SIZES = ("num_depth_tokens", "num_depth_codes", "mask_image_size")
-_PROCESSOR_SETTINGS = ("mask_threshold", "mask_resample")
+_PROCESSOR_SETTINGS = ("mask_threshold", "mask_resample", "response_end")
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def load_processor_like(source: str | os.PathLike | PerceptioProcessor) -> Perce
 
 
 def processor_settings(processor: PerceptioProcessor) -> dict[str, Any]:
-    """What a processor takes over from one it is built like: the sizes of the parts, and how masks are read."""
+    """What a processor takes over from one it is built like: sizes of the parts, and how responses are read."""
     return {name: getattr(processor, name) for name in (*_PROCESSOR_SIZES, *_PROCESSOR_SETTINGS)}
 
 

@@ -29,8 +29,8 @@ def demo(
     """Render a scene no training saw, ask about it, and show what the model wrote beside the truth.
 
     Look at OUT/sheet.png first. Beside it: picture.png, overlay.png (the mask), depth.png (16 bit, 65535 = nearest),
-    depth_color.png, marked.png (the points of the second question) and answer.json. They have 512 pixels; the model sees
-    the same scene at its own size.
+    depth_color.png, marked.png (the points of the second question) and answer.json. They have 512 pixels; the model
+    sees the same scene at its own size.
     """
     from . import checkpoints
     from .predict import check_out

@@ -26,6 +26,9 @@ def export(
         bool,
         typer.Option("--with-code", help="Add Perceptio's processor, for programs that are told to trust remote code."),
     ] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Read OUT again and compare every weight, bit for bit, and setting with MODEL's.")
+    ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there and not empty.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")] = False,
 ) -> None:
@@ -42,11 +45,16 @@ def export(
 
     name = checkpoints.resolve(model)
     with new_folder(out, overwrite=overwrite) as partial:
-        from perceptio_hf.conversion.export import write_internvl
+        from perceptio_hf.conversion.export import stock_internvl, write_internvl
+        from perceptio_hf.conversion.written import Written
 
-        loaded = checkpoints.load(name, device="cpu")
+        loaded, processor = checkpoints.load(name, device="cpu")
+        written = Written.of(stock_internvl(loaded)) if verify else None
         options = {"pictures": pictures, "tokens_before_span": tokens_before_span, "with_code": with_code}
-        write_internvl(*loaded, partial, **options)
+        write_internvl(loaded, processor, partial, **options)
+        del loaded  # there is memory for one
+        if written is not None:
+            written.check(partial)
     files = sorted(path.name for path in out.iterdir())
     if as_json:
         print(json.dumps({"model": model, "format": form, "folder": str(out), "files": files}, indent=2))

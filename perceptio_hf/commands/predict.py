@@ -313,7 +313,7 @@ def answer_questions(
 
 
 def write_answer(folder: Path, picture: "Image.Image", answer: "SpatialAnswer", about: dict) -> dict:
-    """Write overlay.png, sheet.png, answer.json and the depth files, if any, into `folder`; each complete or not at all.
+    """Write overlay.png, sheet.png, answer.json and the depth files, if any, into `folder`; each whole or not at all.
 
     Depth files of an earlier run go away where this answer has no depth: they would belong to nothing.
 

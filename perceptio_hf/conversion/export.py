@@ -11,6 +11,7 @@ from transformers.models.internvl.modeling_internvl import InternVLForConditiona
 
 from perceptio_hf.files import new_folder, write_json, write_text
 from perceptio_hf.modeling.remote_code import write_code
+from perceptio_hf.modeling.spans.spatial_request import keep_own_settings
 
 from .engine_grammars import TOKENS_BEFORE_SPAN, write_grammars
 
@@ -87,6 +88,7 @@ def write_internvl(
             f"The export got a {type(model).__name__}; expected a PerceptioForConditionalGeneration (merge adapters "
             "into it first: merge_and_unload)."
         )
+    keep_own_settings(model.generation_config)  # for the Perceptio that may be built of it again
     stock_internvl(model).save_pretrained(folder)
     write_stock_processor(processor, folder)
     if with_code:

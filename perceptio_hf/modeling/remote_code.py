@@ -21,6 +21,7 @@ _FILES = (
     "modeling/attachments.py",
     "modeling/configuration_perceptio.py",
     "modeling/generation_perceptio.py",
+    "modeling/spans/end_sequences.py",
     "modeling/spans/grammar_state.py",
     "modeling/mask_prediction.py",
     "modeling/modeling_perceptio.py",

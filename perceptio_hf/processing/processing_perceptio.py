@@ -117,6 +117,7 @@ class PerceptioProcessor(InternVLProcessor):
         crop_to_patches: cut large pictures into several tiles, as InternVL does.
         mask_threshold: mask logits above it are inside; SAM2's own is 0.
         mask_resample: how SAM2's picture is scaled, "bilinear" as SAM2 does it or "bicubic" as Sa2VA does.
+        response_end: words that end a response where the tokenizer has no token for it, and are no part of the answer.
 
     Raises:
         ValueError: an unknown `mask_resample`; a tokenizer without InternVL's picture tokens, or with depth tokens for
@@ -135,6 +136,7 @@ class PerceptioProcessor(InternVLProcessor):
         crop_to_patches: bool = True,
         mask_threshold: float = 0.0,
         mask_resample: str = "bilinear",
+        response_end: str | None = None,
     ):
         if mask_resample not in ("bilinear", "bicubic"):
             raise ValueError(f"mask_resample is {mask_resample!r}; it must be 'bilinear' or 'bicubic'.")
@@ -147,6 +149,7 @@ class PerceptioProcessor(InternVLProcessor):
         self.crop_to_patches = crop_to_patches
         self.mask_threshold = mask_threshold
         self.mask_resample = mask_resample
+        self.response_end = response_end
         self._read_tokenizer(tokenizer)
 
     @classmethod
@@ -369,9 +372,13 @@ class PerceptioProcessor(InternVLProcessor):
             for row in rows
         ]
 
+    def without_end(self, text: str) -> str:
+        """The words of a response up to `response_end`."""
+        return text.partition(self.response_end)[0] if self.response_end else text
+
     def _words(self, ids: list[int]) -> str:
         kept = [token for token in ids if token not in self._spatial_ids]
-        text = without_tags(self.tokenizer.decode(kept, skip_special_tokens=True))
+        text = without_tags(self.without_end(self.tokenizer.decode(kept, skip_special_tokens=True)))
         if len(kept) < len(ids):  # "the cat [SEG] and" leaves both of the spaces around the token
             text = re.sub(r"(?<=\S) {2,}(?=\S)", " ", text)
         return text.strip()
