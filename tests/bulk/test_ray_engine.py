@@ -33,6 +33,13 @@ def test_without_ray_the_extra_is_named(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@needs_ray
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:port", "127.0.0.1:99999999"])
+def test_a_cluster_that_is_not_there(address):
+    with pytest.raises(ValueError, match=f"--address {address}: no Ray cluster answers there"):
+        list(open_engine("ray", address).run(Sleeper, [[1]]))
+
+
 class Sleeper:
     """Says which process did the work; refuses 99."""
 
@@ -112,14 +119,3 @@ def test_predict_and_eval_give_the_rows_of_one_worker(cluster, tiny_folder, tmp_
     summaries = [json.loads((tmp_path / "eval" / name / "summary.json").read_text()) for name in ("one", "two")]
     assert summaries[0].pop("time") and summaries[1].pop("time") and summaries[0] == summaries[1]
     assert capfd.readouterr().err == "", "Ray keeps quiet"
-
-
-@needs_ray
-def test_a_cluster_that_is_not_there(tmp_path, capsys):
-    engine = open_engine("ray", "127.0.0.1:1")
-    import ray
-
-    if ray.is_initialized():
-        pytest.skip("a cluster is up in this process")
-    with pytest.raises(ValueError, match="--address 127.0.0.1:1: no Ray cluster answers there"):
-        list(engine.run(partial(Sleeper, str(tmp_path)), [[1]]))
