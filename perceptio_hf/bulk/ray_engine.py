@@ -6,7 +6,7 @@ import pickle
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 from perceptio_hf.extras import missing
@@ -67,11 +67,13 @@ class RayEngine:
                 compute=ray.data.ActorPoolStrategy(size=workers),
                 **needs,
             )
-            for row in done.iter_rows():
-                outcome = pickle.loads(row["outcome"])
-                if isinstance(outcome, BaseException):
-                    raise outcome
-                yield from outcome
+            # Closed by hand: an error's traceback would keep the rows, and they the workers and their GPUs.
+            with closing(iter(done.iter_rows())) as rows:
+                for row in rows:
+                    outcome = pickle.loads(row["outcome"])
+                    if isinstance(outcome, BaseException):
+                        raise outcome
+                    yield from outcome
 
     @contextmanager
     def _cluster(self) -> Iterator[dict[str, float]]:

@@ -1,8 +1,9 @@
-"""Workers of Ray: equal rows, errors as they are, and a worker that dies loses nothing. `make test-ray` installs Ray."""
+"""Workers of Ray: equal rows, errors as they are, a worker that dies loses nothing. `make test-ray` installs Ray."""
 
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from functools import partial
@@ -60,6 +61,9 @@ class Sleeper:
 @pytest.fixture(scope="module")
 def cluster():
     """One small Ray for the tests of this file: it takes seconds to start."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a file of tests
     engine = open_engine("ray", workers=2)
     with engine._cluster():
         yield engine
@@ -89,11 +93,12 @@ def test_a_worker_that_is_killed_loses_nothing(cluster, tmp_path):
 
 @needs_ray
 def test_errors_are_those_of_the_job(cluster, tmp_path):
-    with pytest.raises(ValueError, match="^99 is too much$"):
+    with pytest.raises(ValueError, match=r"^99 is too much$"):
         list(cluster.run(partial(Sleeper, str(tmp_path)), [[1], [99], [3]]))
     with pytest.raises(FileNotFoundError):
         list(cluster.run(partial(Sleeper, str(tmp_path / "missing")), [[1]]))
     assert list(cluster.run(None, [])) == []
+    assert len(list(cluster.run(partial(Sleeper, str(tmp_path)), [[1], [2]]))) == 2, "the workers of before are gone"
 
 
 @needs_ray
