@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -115,10 +116,8 @@ def watch_memory(ask, items: list[Item], batch_size: int, seconds: float) -> dic
             seen.append((done, resident()))
             raise _Enough
 
-    try:
+    with suppress(_Enough):
         ask(items, batch_size, watch)
-    except _Enough:
-        pass
     took = time.perf_counter() - begin
     done, megabytes = np.array(seen).T
     late = done >= done[-1] / 5

@@ -1,8 +1,9 @@
-"""Workers of Ray: equal rows, errors as they are, and a worker that dies loses nothing. `make test-ray` installs Ray."""
+"""Workers of Ray: equal rows, errors as they are, a worker that dies loses nothing. `make test-ray` installs Ray."""
 
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from functools import partial
@@ -33,6 +34,13 @@ def test_without_ray_the_extra_is_named(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@needs_ray
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:port", "127.0.0.1:99999999"])
+def test_a_cluster_that_is_not_there(address):
+    with pytest.raises(ValueError, match=f"--address {address}: no Ray cluster answers there"):
+        list(open_engine("ray", address).run(Sleeper, [[1]]))
+
+
 class Sleeper:
     """Says which process did the work; refuses 99."""
 
@@ -53,6 +61,9 @@ class Sleeper:
 @pytest.fixture(scope="module")
 def cluster():
     """One small Ray for the tests of this file: it takes seconds to start."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a file of tests
     engine = open_engine("ray", workers=2)
     with engine._cluster():
         yield engine
@@ -82,11 +93,12 @@ def test_a_worker_that_is_killed_loses_nothing(cluster, tmp_path):
 
 @needs_ray
 def test_errors_are_those_of_the_job(cluster, tmp_path):
-    with pytest.raises(ValueError, match="^99 is too much$"):
+    with pytest.raises(ValueError, match=r"^99 is too much$"):
         list(cluster.run(partial(Sleeper, str(tmp_path)), [[1], [99], [3]]))
     with pytest.raises(FileNotFoundError):
         list(cluster.run(partial(Sleeper, str(tmp_path / "missing")), [[1]]))
     assert list(cluster.run(None, [])) == []
+    assert len(list(cluster.run(partial(Sleeper, str(tmp_path)), [[1], [2]]))) == 2, "the workers of before are gone"
 
 
 @needs_ray
@@ -112,14 +124,3 @@ def test_predict_and_eval_give_the_rows_of_one_worker(cluster, tiny_folder, tmp_
     summaries = [json.loads((tmp_path / "eval" / name / "summary.json").read_text()) for name in ("one", "two")]
     assert summaries[0].pop("time") and summaries[1].pop("time") and summaries[0] == summaries[1]
     assert capfd.readouterr().err == "", "Ray keeps quiet"
-
-
-@needs_ray
-def test_a_cluster_that_is_not_there(tmp_path, capsys):
-    engine = open_engine("ray", "127.0.0.1:1")
-    import ray
-
-    if ray.is_initialized():
-        pytest.skip("a cluster is up in this process")
-    with pytest.raises(ValueError, match="--address 127.0.0.1:1: no Ray cluster answers there"):
-        list(engine.run(partial(Sleeper, str(tmp_path)), [[1]]))
