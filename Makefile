@@ -13,7 +13,7 @@ STAMP := $(VENV)/.perceptio-installed
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-oldest test-newest test-between test-arithmetic test-arithmetic-quick test-sam2 test-lmms-eval test-engines test-ray plan lint clean
+.PHONY: help env demo test test-oldest test-newest test-between test-arithmetic test-arithmetic-quick test-sam2 test-lmms-eval test-engines test-ray test-app plan lint clean
 
 help:
 	@echo "make demo   render a scene, ask the embedded model about it, write pictures to perceptio-demo/"
@@ -26,6 +26,7 @@ help:
 	@echo "make test-lmms-eval   the plug-in inside lmms-eval, which this installs"
 	@echo "make test-ray      predict and eval on several workers of Ray, which this installs"
 	@echo "make test-engines  exported folders in transformers serve and under the grammars of xgrammar, llguidance and outlines, which this installs"
+	@echo "make test-app      the page in a real browser, which this installs; SCREENSHOTS=docs/images takes README's pictures"
 	@echo "make plan   draw the figures of the documents: the imports, a span that converges"
 	@echo "make lint   ruff check and ruff format --check"
 	@echo "make env    only make the environment in $(VENV)"
@@ -125,6 +126,13 @@ test-engines: $(STAMP)
 test-ray: $(STAMP)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) "ray[data]==2.60.0"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/bulk/test_ray_engine.py
+
+# Debian's Chromium, driven by Playwright: no browser is downloaded from elsewhere.
+SCREENSHOTS ?=
+test-app: $(STAMP)
+	@command -v chromium >/dev/null || { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium >/dev/null; }
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e ".[app]" playwright
+	@PERCEPTIO_SCREENSHOTS=$(SCREENSHOTS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/app
 
 plan: $(STAMP)
 	@$(BIN)/python docs/draw_architecture.py

@@ -29,6 +29,7 @@ FLOORS = {  # from the ground up, and what each is for
     "evaluation": "metrics, benchmarks, runs, reports",
     "hub": "model cards and uploads",
     "lab": "the tiny checkpoint's lessons, the ablation",
+    "app": "the page and its HTTP interface",
     "commands": "perceptio demo, predict, train, eval ...",
     "integrations": "plug-ins for other programs",
 }

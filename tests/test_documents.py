@@ -70,6 +70,7 @@ ELSEWHERE = {
     "lmms-eval": "make test-lmms-eval",
     "perceptio predict questions.jsonl --engine ray": "make test-ray",
     "perceptio eval refcoco --data DATA --model M --engine ray": "make test-ray",
+    "perceptio app": "make test-app",
 }
 SLOW = ("README.md", "evaluation.md", "lora.md", "training.md")  # those that train
 # Further options that make long work short: the beginning of a command -> what is put behind it.
