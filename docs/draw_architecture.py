@@ -29,6 +29,7 @@ FLOORS = {  # from the ground up, and what each is for
     "evaluation": "metrics, benchmarks, runs, reports",
     "hub": "model cards and uploads",
     "lab": "the tiny checkpoint's lessons, the ablation",
+    "app": "the page and its HTTP interface",
     "commands": "perceptio demo, predict, train, eval ...",
     "integrations": "plug-ins for other programs",
 }
@@ -60,7 +61,7 @@ def size(part: str) -> str:
 
 def draw(path: Path) -> None:
     """Draw the picture."""
-    figure = Figure(figsize=(8.6, 10.6), layout="constrained")
+    figure = Figure(figsize=(8.8, 11.6), layout="constrained")
     axes = figure.subplots()
     places = {part: number * _STEP for number, part in enumerate(FLOORS)}
     for part, meaning in FLOORS.items():
@@ -78,7 +79,7 @@ def draw(path: Path) -> None:
         arc = FancyArrowPatch(
             (_WIDTH + 0.02, start + 0.06),
             (_WIDTH + 0.02, end - 0.02),
-            connectionstyle=f"arc3,rad={-0.32 - 0.012 * abs(start - end)}",
+            connectionstyle=f"arc3,rad={-0.3 - 0.004 * abs(start - end)}",
             arrowstyle="-|>,head_length=5,head_width=2.5",
             linewidth=0.5 + 0.09 * min(count, 30),
             color=colors[list(FLOORS).index(part) % len(colors)],
@@ -86,7 +87,7 @@ def draw(path: Path) -> None:
             zorder=index,
         )
         axes.add_patch(arc)
-    axes.set_xlim(-0.1, _WIDTH + 2.5)
+    axes.set_xlim(-0.1, _WIDTH + 3.4)
     axes.set_ylim(-0.6, max(places.values()) + 0.6)
     axes.set_aspect("equal")
     axes.axis("off")

@@ -2,8 +2,16 @@
 
 from pathlib import Path
 
-LIBRARIES = {"trl": "train", "peft": "train", "datasets": "train", "pycocotools": "eval", "pyarrow": "eval"}
-LIBRARIES |= {"ray": "ray", "bitsandbytes": "quantize"}
+LIBRARIES = {
+    "trl": "train",
+    "peft": "train",
+    "datasets": "train",
+    "pycocotools": "eval",
+    "pyarrow": "eval",
+    "gradio": "app",
+    "ray": "ray",
+    "bitsandbytes": "quantize",
+}
 
 
 def how_to_install(extra: str) -> str:

@@ -71,7 +71,7 @@ def overlay(
     colors = mask_colors(len(masks))
     for mask, color in zip(masks, colors, strict=True):
         if mask.any():
-            _tint(canvas, _scale_mask(mask, size or picture.size), color)
+            _tint(canvas, scale_mask(mask, size or picture.size), color)
     drawn = Image.fromarray(canvas)
     for mask, color, label in zip(masks, colors, labels or (), strict=labels is not None):
         if mask.any():
@@ -144,7 +144,7 @@ def _scale(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     return picture.resize(size, Image.Resampling.LANCZOS if smaller else Image.Resampling.BICUBIC)
 
 
-def _scale_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def scale_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(height, width) bool -> the same at size (width, height), with smooth edges; what was there does not vanish."""
     if mask.shape == size[::-1]:
         return mask
@@ -157,7 +157,7 @@ def _scale_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _write_label(drawn: Image.Image, mask: np.ndarray, color: np.ndarray, label: str) -> None:
     side = min(drawn.size)
     font = _font(max(9, min(40, round(side / 26))), bold=True)
-    place = _middle(mask) * (np.array(drawn.size) / mask.shape[::-1])
+    place = middle_of(mask) * (np.array(drawn.size) / mask.shape[::-1])
     brush = ImageDraw.Draw(drawn)
     x0, y0, x1, y1 = brush.textbbox((0, 0), label, font=font, anchor="mm")
     pad = font.size * 0.35
@@ -172,7 +172,7 @@ def _ink_on(color: np.ndarray) -> tuple[int, int, int]:
     return _INK if np.dot(color, (0.299, 0.587, 0.114)) > 120 else _PAPER
 
 
-def _middle(mask: np.ndarray) -> np.ndarray:
+def middle_of(mask: np.ndarray) -> np.ndarray:
     """(x, y) of a place far inside of mask (height, width), which its centre of mass need not be."""
     step = max(1, max(mask.shape) // 96)
     small = mask[::step, ::step]

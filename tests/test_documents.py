@@ -68,6 +68,9 @@ ELSEWHERE = {
     ".venv/bin/python -m pytest": "make test",
     "pip install": "make env",
     "lmms-eval": "make test-lmms-eval",
+    "perceptio predict questions.jsonl --engine ray": "make test-ray",
+    "perceptio eval refcoco --data DATA --model M --engine ray": "make test-ray",
+    "perceptio app": "make test-app",
 }
 SLOW = ("README.md", "evaluation.md", "lora.md", "training.md")  # those that train
 # Further options that make long work short: the beginning of a command -> what is put behind it.
@@ -97,6 +100,24 @@ ABLATION = {
 
 def _picture(path: Path, seed: int = 3) -> None:
     Image.fromarray(render_scene(seed).image).save(path)
+
+
+def _photos(path: Path) -> None:
+    (path / "2026").mkdir(parents=True)
+    _picture(path / "2026" / "a.jpg")
+
+
+def _questions(path: Path) -> None:
+    _picture(path.with_name("asked.jpg"))
+    path.write_text(json.dumps({"picture": "asked.jpg", "question": "Which object is closest?"}) + "\n")
+
+
+def _saved_data_set(path: Path) -> None:
+    from datasets import Dataset, Image
+
+    _picture(path.with_name("row.png"))
+    table = Dataset.from_dict({"image": [str(path.with_name("row.png"))]}).cast_column("image", Image())
+    table.save_to_disk(str(path))
 
 
 def _answers(path: Path) -> None:
@@ -148,6 +169,9 @@ INPUTS: dict[str, Callable[[Path], object]] = {
     "photo.jpg": _picture,
     "answers.jsonl": _answers,
     "other.png": _picture,
+    "photos": _photos,
+    "questions.jsonl": _questions,
+    "saved_data_set": _saved_data_set,
     "frame.png": lambda path: _millimetres(path, render_scene(1).depth),
     "my_depth_pngs": _depth_pngs,
     "my_room": _rooms,

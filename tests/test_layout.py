@@ -24,6 +24,7 @@ FLOORS = (
     ("evaluation",),
     ("hub",),
     ("lab",),
+    ("app",),
     ("commands",),
     ("integrations",),
 )

@@ -3,9 +3,10 @@
 import logging
 import os
 import pickle
+import socket
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 from perceptio_hf.extras import missing
@@ -66,11 +67,13 @@ class RayEngine:
                 compute=ray.data.ActorPoolStrategy(size=workers),
                 **needs,
             )
-            for row in done.iter_rows():
-                outcome = pickle.loads(row["outcome"])
-                if isinstance(outcome, BaseException):
-                    raise outcome
-                yield from outcome
+            # Closed by hand: an error's traceback would keep the rows, and they the workers and their GPUs.
+            with closing(iter(done.iter_rows())) as rows:
+                for row in rows:
+                    outcome = pickle.loads(row["outcome"])
+                    if isinstance(outcome, BaseException):
+                        raise outcome
+                    yield from outcome
 
     @contextmanager
     def _cluster(self) -> Iterator[dict[str, float]]:
@@ -79,6 +82,7 @@ class RayEngine:
 
         ours = not ray.is_initialized()
         if ours:
+            _check_address(self.address)
             options: dict[str, Any] = {"address": self.address} if self.address else {"include_dashboard": False}
             if not self.address:  # a worker more than there are processors would wait for ever
                 options["num_cpus"] = max(os.cpu_count() or 1, self.workers or 1)
@@ -97,6 +101,17 @@ class RayEngine:
             context.execution_options.preserve_order, context.enable_progress_bars = before
             if ours:
                 ray.shutdown()
+
+
+def _check_address(address: str | None) -> None:
+    """Raises ValueError where nobody listens at HOST:PORT; Ray itself would try for minutes."""
+    host, colon, port = (address or "").rpartition("://")[2].rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise ValueError(f"--address {address}: no Ray cluster answers there ({error}).") from None
 
 
 class _RayWorker:

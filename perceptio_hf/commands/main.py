@@ -13,6 +13,7 @@ import typer
 from perceptio_hf import __version__
 
 from .ablate import ablate
+from .app import app as page
 from .build import build
 from .codebook import app as codebook
 from .convert import app as convert
@@ -49,6 +50,7 @@ app.add_typer(convert, name="convert")
 app.command()(export)
 app.command()(decode)
 app.command()(push)
+app.command("app")(page)
 
 
 def _print_version(wanted: bool) -> None:

@@ -13,7 +13,7 @@ from perceptio_hf.data.rows import import_datasets
 
 def save(path, width=8, height=6, seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture(width, height, seed=seed).__array__()).save(path)
+    picture(width, height, seed=seed).save(path)
     return path
 
 

@@ -131,9 +131,11 @@ run_benchmark(*load({model!r}, "cpu"), benchmark_helpers.points(400), Path({out!
 """
 
 
-def test_sigkill_leaves_whole_lines_to_go_on_from(run, tmp_path, tiny_folder):
-    tests = Path(__file__).parents[2]
-    script = KILLED.format(tests=str(tests), model=str(tiny_folder), out=str(tmp_path / "killed"))
+def test_sigkill_leaves_whole_lines_to_go_on_from(run, tmp_path, wordy, processor):
+    tests, folder = Path(__file__).parents[2], tmp_path / "model"
+    for part in (wordy, processor):
+        part.save_pretrained(folder)
+    script = KILLED.format(tests=str(tests), model=str(folder), out=str(tmp_path / "killed"))
     environment = os.environ | {"PYTHONPATH": str(tests.parent), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-c", script], env=environment)
     journal, patience = tmp_path / "killed" / SAMPLES_FILE, time.monotonic() + 120

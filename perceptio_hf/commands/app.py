@@ -1,0 +1,63 @@
+"""`perceptio app`: a page to ask about pictures, on this machine; or the files of a Hugging Face Space."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from perceptio_hf.extras import missing
+
+from .predict import DType
+
+
+def app(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub name of a checkpoint. Default: the embedded tiny one.", show_default=False),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the model runs: cpu, cuda, cuda:1, mps ... Default: the GPU if there is one.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        DType, typer.Option(help="Numbers the language model computes with; auto takes those it was saved in.")
+    ] = "auto",
+    host: Annotated[
+        str, typer.Option(help="0.0.0.0 lets other machines in.", envvar="GRADIO_SERVER_NAME")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, envvar="GRADIO_SERVER_PORT")] = 7860,
+    share: Annotated[
+        bool, typer.Option("--share", help="Also open gradio's public tunnel to this machine (contacts gradio).")
+    ] = False,
+    space: Annotated[
+        Path | None,
+        typer.Option(help="Write a Hugging Face Space into this new folder instead of serving.", show_default=False),
+    ] = None,
+) -> None:
+    """Ask about pictures in a browser: masks, depth and words while they are written, and which point is closest.
+
+    Everything stays on this machine. The same is an HTTP interface (docs/serve.md).
+    """
+    from . import checkpoints
+
+    name = checkpoints.resolve(model)
+    if space is not None:
+        from perceptio_hf.app.space import write_space
+
+        write_space(space, None if checkpoints.is_tiny(name) else name)
+        print(f"Wrote a Space to {space}; try it with: cd {space} && python app.py")
+        return
+    try:
+        from perceptio_hf.app.assistant import Assistant
+        from perceptio_hf.app.serving import check_port, serve
+    except ImportError as error:
+        raise missing(error, "The page") from error
+    check_port(host, port)
+    if device is not None:
+        checkpoints.check_device(device)
+    loaded = checkpoints.load(name, device, dtype)
+    note = checkpoints.TINY_NOTE if checkpoints.is_tiny(name) else None
+    serve(Assistant(*loaded, "embedded tiny checkpoint" if note else name, note), host=host, port=port, share=share)
