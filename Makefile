@@ -13,7 +13,7 @@ STAMP := $(VENV)/.perceptio-installed
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-oldest test-newest test-arithmetic test-arithmetic-quick test-sam2 test-lmms-eval test-app plan lint clean
+.PHONY: help env demo test test-oldest test-newest test-between test-arithmetic test-arithmetic-quick test-sam2 test-lmms-eval test-engines test-ray test-app plan lint clean
 
 help:
 	@echo "make demo   render a scene, ask the embedded model about it, write pictures to perceptio-demo/"
@@ -21,10 +21,13 @@ help:
 	@echo "make test-oldest   the quick tests with the oldest releases that are supported, in an environment of their own"
 	@echo "make test-newest   the same, the training tests and the demo with the newest releases in range, asked for at every run"
 	@echo "make test-arithmetic   the numerical tests with other kernels and threads; test-arithmetic-quick: some of them"
+	@echo "make test-between  what leans on transformers, with a release of each series between the oldest and the tested one"
 	@echo "make test-sam2     converted SAM2 weights beside Meta's own code, which this installs"
 	@echo "make test-lmms-eval   the plug-in inside lmms-eval, which this installs"
+	@echo "make test-ray      predict and eval on several workers of Ray, which this installs"
+	@echo "make test-engines  exported folders in transformers serve and under the grammars of xgrammar, llguidance and outlines, which this installs"
 	@echo "make test-app      the page in a real browser, which this installs; SCREENSHOTS=docs/images takes README's pictures"
-	@echo "make plan   draw docs/images/architecture.png from the imports"
+	@echo "make plan   draw the figures of the documents: the imports, a span that converges"
 	@echo "make lint   ruff check and ruff format --check"
 	@echo "make env    only make the environment in $(VENV)"
 	@echo "make clean  remove the environment and caches"
@@ -84,6 +87,18 @@ test-arithmetic-quick:
 	@$(MAKE) --no-print-directory test-arithmetic ARITHMETIC_TESTS='$(ARITHMETIC_QUICK)' ARITHMETIC_ROUNDS="\
 		MKL_CBWR=COMPATIBLE,ATEN_CPU_CAPABILITY=default,ONEDNN_MAX_CPU_ISA=SSE41,OMP_NUM_THREADS=1 MKL_CBWR=AVX2,OMP_NUM_THREADS=2"
 
+# transformers changes its insides between two releases and back: 5.20 alone refuses what 5.19 and 5.21 take.
+BETWEEN := 5.18.0 5.19.0 5.20.2 5.21.1 5.22.2
+BETWEEN_TESTS := tests/modeling/test_versions.py tests/modeling/test_perceptio.py tests/test_registration.py
+test-between: $(STAMP)
+	@for version in $(BETWEEN); do \
+		folder="$(CURDIR)/.venv-between/$$version"; \
+		test -d "$$folder/transformers" || $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps \
+			--target "$$folder" "transformers==$$version" || exit 1; \
+		echo "transformers $$version"; \
+		PYTHONPATH="$$folder" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(BETWEEN_TESTS) || exit 1; \
+	done
+
 # sam2 asks for torchvision, which this comparison does without.
 test-sam2: $(STAMP)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) setuptools hydra-core iopath
@@ -97,6 +112,21 @@ test-lmms-eval: $(STAMP)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) --no-deps lmms-eval
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/integrations
 
+# In an environment of their own, which sees everything in $(VENV): xgrammar asks for triton, which no CPU needs.
+ENGINES := .venv-engines
+GRAMMAR_ENGINES := xgrammar==0.2.8 apache-tvm-ffi llguidance==1.9.1 outlines_core
+SERVER_NEEDS := fastapi uvicorn openai requests
+test-engines: $(STAMP)
+	@test -x $(ENGINES)/bin/python || $(BIN)/python -m venv $(ENGINES)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(ENGINES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/perceptio.pth"
+	@$(ENGINES)/bin/python -m pip install -qq --disable-pip-version-check --no-deps $(GRAMMAR_ENGINES)
+	@$(ENGINES)/bin/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) $(SERVER_NEEDS)
+	@OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest -q -n 2 tests/conversion/test_engine_grammars.py tests/conversion/test_transformers_serve.py
+
+test-ray: $(STAMP)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) "ray[data]==2.60.0"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/bulk/test_ray_engine.py
+
 # Debian's Chromium, driven by Playwright: no browser is downloaded from elsewhere.
 SCREENSHOTS ?=
 test-app: $(STAMP)
@@ -106,10 +136,11 @@ test-app: $(STAMP)
 
 plan: $(STAMP)
 	@$(BIN)/python docs/draw_architecture.py
+	@$(BIN)/python docs/draw_span.py
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) .venv-oldest $(NEWEST) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest $(NEWEST) .venv-between $(ENGINES) .pytest_cache .ruff_cache .hypothesis

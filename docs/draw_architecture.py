@@ -22,6 +22,7 @@ FLOORS = {  # from the ground up, and what each is for
     "modeling": "model, depth codec, generation and its grammar",
     "processing": "pictures and conversations in, answers out",
     "data": "samples, their sources, mixtures, depth maps",
+    "bulk": "many pictures: batches, engines, a journal",
     "conversion": "formats of others, in and out",
     "build": "stock parts joined to one Perceptio",
     "training": "losses, trainer, recipes, depth codec",
@@ -60,7 +61,7 @@ def size(part: str) -> str:
 
 def draw(path: Path) -> None:
     """Draw the picture."""
-    figure = Figure(figsize=(8.6, 10.6), layout="constrained")
+    figure = Figure(figsize=(8.8, 11.6), layout="constrained")
     axes = figure.subplots()
     places = {part: number * _STEP for number, part in enumerate(FLOORS)}
     for part, meaning in FLOORS.items():
@@ -78,7 +79,7 @@ def draw(path: Path) -> None:
         arc = FancyArrowPatch(
             (_WIDTH + 0.02, start + 0.06),
             (_WIDTH + 0.02, end - 0.02),
-            connectionstyle=f"arc3,rad={-0.32 - 0.012 * abs(start - end)}",
+            connectionstyle=f"arc3,rad={-0.3 - 0.004 * abs(start - end)}",
             arrowstyle="-|>,head_length=5,head_width=2.5",
             linewidth=0.5 + 0.09 * min(count, 30),
             color=colors[list(FLOORS).index(part) % len(colors)],
@@ -86,7 +87,7 @@ def draw(path: Path) -> None:
             zorder=index,
         )
         axes.add_patch(arc)
-    axes.set_xlim(-0.1, _WIDTH + 2.5)
+    axes.set_xlim(-0.1, _WIDTH + 3.4)
     axes.set_ylim(-0.6, max(places.values()) + 0.6)
     axes.set_aspect("equal")
     axes.axis("off")

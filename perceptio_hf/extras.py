@@ -9,6 +9,8 @@ LIBRARIES = {
     "pycocotools": "eval",
     "pyarrow": "eval",
     "gradio": "app",
+    "ray": "ray",
+    "bitsandbytes": "quantize",
 }
 
 

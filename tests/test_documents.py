@@ -5,6 +5,7 @@ options that follow those of the document. A block that is neither run nor liste
 """
 
 import glob
+import json
 import multiprocessing
 import os
 import re
@@ -49,7 +50,13 @@ OUTPUTS = {
     ],
     "convert.md": ["SAM2.1 large, Meta's layout"],
     "data.md": ["my_data/samples.jsonl"],
-    "export.md": ["response = torch.tensor([output.outputs"],  # tests/conversion/test_export.py runs it
+    "export.md": [
+        "response = torch.tensor([output.outputs",  # tests/conversion/test_export.py runs it
+        "import xgrammar",  # as does tests/conversion/test_engine_grammars.py, in other words
+        "from openai import OpenAI",
+        "import requests",
+        "import base64, json, pathlib",  # tests/conversion/test_transformers_serve.py asks so
+    ],
     "extending.md": ["tasks:"],
 }
 # Commands that prepare an environment, or need another program: how they begin, and where they are tried.
@@ -61,6 +68,8 @@ ELSEWHERE = {
     ".venv/bin/python -m pytest": "make test",
     "pip install": "make env",
     "lmms-eval": "make test-lmms-eval",
+    "perceptio predict questions.jsonl --engine ray": "make test-ray",
+    "perceptio eval refcoco --data DATA --model M --engine ray": "make test-ray",
     "perceptio app": "make test-app",
 }
 SLOW = ("README.md", "evaluation.md", "lora.md", "training.md")  # those that train
@@ -91,6 +100,29 @@ ABLATION = {
 
 def _picture(path: Path, seed: int = 3) -> None:
     Image.fromarray(render_scene(seed).image).save(path)
+
+
+def _photos(path: Path) -> None:
+    (path / "2026").mkdir(parents=True)
+    _picture(path / "2026" / "a.jpg")
+
+
+def _questions(path: Path) -> None:
+    _picture(path.with_name("asked.jpg"))
+    path.write_text(json.dumps({"picture": "asked.jpg", "question": "Which object is closest?"}) + "\n")
+
+
+def _saved_data_set(path: Path) -> None:
+    from datasets import Dataset, Image
+
+    _picture(path.with_name("row.png"))
+    table = Dataset.from_dict({"image": [str(path.with_name("row.png"))]}).cast_column("image", Image())
+    table.save_to_disk(str(path))
+
+
+def _answers(path: Path) -> None:
+    _picture(path.with_name("photo.jpg"))
+    path.write_text(json.dumps({"picture": "photo.jpg", "question": "Which?", "text": "[SEG] The red ball."}) + "\n")
 
 
 def _rooms(path: Path) -> None:
@@ -125,9 +157,21 @@ def _opengvlab(path: Path) -> None:
     write_tokenizer(path)
 
 
+def _llava(path: Path) -> None:
+    """LLaVA's file, with its pictures in the folder that docs/data.md names."""
+    (path.parent / "llava" / "images" / "coco").mkdir(parents=True)
+    _picture(path.parent / "llava" / "images" / "coco" / "1.jpg")
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A ball."}]
+    path.write_text(json.dumps([{"id": "1", "image": "coco/1.jpg", "conversations": turns}]))
+
+
 INPUTS: dict[str, Callable[[Path], object]] = {
     "photo.jpg": _picture,
+    "answers.jsonl": _answers,
     "other.png": _picture,
+    "photos": _photos,
+    "questions.jsonl": _questions,
+    "saved_data_set": _saved_data_set,
     "frame.png": lambda path: _millimetres(path, render_scene(1).depth),
     "my_depth_pngs": _depth_pngs,
     "my_room": _rooms,
@@ -140,6 +184,7 @@ INPUTS: dict[str, Callable[[Path], object]] = {
     "depth-codec": lambda path: codec().save_pretrained(path),
     "Sa2VA-1B": lambda path: write_source(path, "Qwen2ForCausalLM"),
     "Sa2VA-4B": lambda path: write_source(path, "Qwen2ForCausalLM"),
+    "llava_v1_5_mix665k.json": _llava,
     "HARDBLINK_FOLDER": lambda path: formats.write_hardblink(path, formats.scenes_of(range(5, 9))[:2]),
     "path/to/hardblink": lambda path: formats.write_hardblink(path, formats.scenes_of(range(5, 9))[:2]),
     "M": _tiny,

@@ -17,6 +17,7 @@ FLOORS = (
     ("modeling",),
     ("processing",),
     ("data",),
+    ("bulk",),
     ("conversion",),
     ("build",),
     ("training",),

@@ -16,7 +16,8 @@ from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGene
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 from perceptio_hf.tokens import spatial_tokens
 
-from .components import load_internvl, load_mask_model, tokens_per_tile
+from .components import check_parts, load_internvl, load_mask_model, tokens_per_tile
+from .predecessor import Predecessor, load_predecessor
 from .token_rows import fill_new_rows
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -26,20 +27,29 @@ _OWN_FIELDS = ("model_type", "architectures", "auto_map", "transformers_version"
 def from_components(
     model_class: type[PerceptioForConditionalGeneration],
     internvl: Any,
-    sam2: Any,
-    depth_codec: Any,
+    sam2: Any = None,
+    depth_codec: Any = None,
     *,
+    like: Any = None,
     processor: PerceptioProcessor | None = None,
     dtype: str | torch.dtype = "auto",
     seed: int = 0,
 ) -> PerceptioForConditionalGeneration:
     """`PerceptioForConditionalGeneration.from_components`, which says all about it, for `model_class`."""
-    mask_model, codec = load_mask_model(sam2), load_depth_codec(depth_codec)
+    check_parts(sam2, depth_codec, like)
+    old = None if like is None else load_predecessor(like)
+    mask_model, codec = (old.mask_model, old.codec) if old else (load_mask_model(sam2), load_depth_codec(depth_codec))
     source = internvl if isinstance(internvl, (str, os.PathLike)) else _origin(internvl)
     if processor is None and source is not None:
         processor = PerceptioProcessor.from_components(source, mask_model, codec)
     return assemble(
-        load_internvl(internvl, dtype=dtype), mask_model, codec, processor, seed=seed, model_class=model_class
+        load_internvl(internvl, dtype=dtype),
+        mask_model,
+        codec,
+        processor,
+        like=old,
+        seed=seed,
+        model_class=model_class,
     )
 
 
@@ -49,6 +59,7 @@ def assemble(
     codec: DepthVQVAE,
     processor: PerceptioProcessor | None,
     *,
+    like: Predecessor | None = None,
     seed: int = 0,
     model_class: type[PerceptioForConditionalGeneration] = PerceptioForConditionalGeneration,
 ) -> PerceptioForConditionalGeneration:
@@ -56,24 +67,33 @@ def assemble(
 
     Args:
         processor: whose tokenizer has the spatial tokens; None puts them behind all rows of the vocabulary.
+        like: where `mask_model` and `codec` come from, whose [SEG] projector, settings and ids are taken over; none of
+            the tokens may be new then.
         seed: of the new tokens' rows and of the [SEG] projector.
 
     Raises:
-        ValueError: if the processor is one of other models.
+        ValueError: if the processor is one of other models, or `like` one of another InternVL.
     """
     if processor is not None:
         check_processor(processor, internvl.config, mask_model.config, codec.config)
+    if like is not None:
+        like.check_internvl(internvl.config, processor)
     internvl, mask_model, codec = (share_weights(part) for part in (internvl, mask_model, codec))
-    ids = _spatial_ids(internvl, codec, processor)
+    ids = like.spatial_ids if like else _spatial_ids(internvl, codec, processor)
     _add_rows(internvl, codec, ids, processor, seed)
-    marks = None if processor is None else processor.picture_mark_token_ids()
-    config = _configuration(internvl.config, mask_model.config, codec.config, ids, marks)
+    marks = like.config.picture_mark_token_ids if like else None
+    marks = marks if processor is None else processor.picture_mark_token_ids()
+    settings = like.settings if like else {}
+    config = _configuration(internvl.config, mask_model.config, codec.config, ids, marks, settings)
     with torch.device("meta"):  # takes no memory: every part of it gets replaced
         model = model_class(copy.deepcopy(config))  # a new model chooses an attention; the parts keep theirs
     model.model, model.lm_head = internvl.model, internvl.lm_head
     model.config = model.model.config = config
     model.mask_model, model.depth_model = mask_model.float(), codec.float()
-    _start_projector(model.seg_projector, mask_model.device, seed)
+    if like is None:
+        _start_projector(model.seg_projector, mask_model.device, seed)
+    else:
+        model.seg_projector = share_weights(like.projector).float()
     model.generation_config = internvl.generation_config
     model.tie_weights()
     model.freeze()
@@ -140,12 +160,13 @@ def _configuration(
     depth_config: DepthVQVAEConfig,
     ids: list[int],
     marks: dict[str, list[int]] | None,
+    settings: dict[str, Any],
 ) -> PerceptioConfig:
-    """The configuration of the whole; the parts' own are part of it, not copies."""
+    """The configuration of the whole, with `settings` of its own; the parts' are part of it, not copies."""
     parts = {"vision_config": internvl.vision_config, "text_config": internvl.text_config}
     values = {name: value for name, value in internvl.to_dict().items() if name not in (*_OWN_FIELDS, *parts)}
     seg, start, *codes, end = ids
-    own = {
+    own = settings | {
         "mask_config": mask_config,
         "depth_config": depth_config,
         "seg_token_id": seg,

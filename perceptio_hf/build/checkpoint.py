@@ -15,7 +15,8 @@ from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGene
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 
 from .assembly import assemble, check_processor
-from .components import find_internvl, load_internvl, load_mask_model
+from .components import check_parts, find_internvl, load_internvl, load_mask_model
+from .predecessor import load_predecessor
 from .processors import load_tokenizer
 from .verification import Check, added_digests, check_against, check_tokens, take_reference
 
@@ -51,6 +52,7 @@ class BuildReport:
         mask_image_size: side of SAM2's picture in pixels.
         depth_grid: codes along one side of a depth span's grid.
         depth_codes: entries of the codebook.
+        like: the Perceptio that SAM2, codec, [SEG] projector and mask settings are from, None if there is none.
         check: what the verification saw, None if it was left out.
     """
 
@@ -66,6 +68,7 @@ class BuildReport:
     mask_image_size: int
     depth_grid: int
     depth_codes: int
+    like: str | None = None
     check: Check | None = None
 
     def as_dict(self) -> dict:
@@ -75,10 +78,11 @@ class BuildReport:
 
 def build(
     internvl: Source,
-    mask_decoder: Source,
-    depth_codec: Source,
+    mask_decoder: Source | None,
+    depth_codec: Source | None,
     out: Source,
     *,
+    like: Source | None = None,
     dtype: str | torch.dtype = "auto",
     verify: bool = True,
     max_shard_size: str = "5GB",
@@ -94,6 +98,8 @@ def build(
 
     Args:
         internvl, mask_decoder, depth_codec: folder, file or Hub name of each part.
+        like: folder or Hub name of a Perceptio whose SAM2, depth codec, [SEG] projector and mask settings are taken,
+            for an InternVL that was exported from it; the other two are None then.
         dtype: of the InternVL part; "auto" keeps it.
         verify: check that every weight is the parts', bit for bit, and that the logits of all old tokens are, within
             rounding, those of the InternVL.
@@ -108,18 +114,21 @@ def build(
         OSError: `out` could not be written, for want of space for instance.
     """
     check_new_folder(out, overwrite)
-    for source in (internvl, mask_decoder, depth_codec):
-        if os.path.realpath(source) == os.path.realpath(out):
+    check_parts(mask_decoder, depth_codec, like)
+    for source in (internvl, mask_decoder, depth_codec, like):
+        if source is not None and os.path.realpath(source) == os.path.realpath(out):
             raise ValueError(f"{out} is also a part to read; name another folder for the result.")
     if not _SIZE.fullmatch(max_shard_size):  # huggingface_hub would say so after all the work
         raise ValueError(f"max_shard_size is {max_shard_size!r}; expected a number and a unit, such as 500MB or 5GB.")
     internvl = find_internvl(internvl)
     on_step("Reading SAM2")
-    mask_model = load_mask_model(mask_decoder)
+    old = None if like is None else load_predecessor(like)
+    mask_model = old.mask_model if old else load_mask_model(mask_decoder)
     on_step("Reading the depth codec")
-    codec = load_depth_codec(depth_codec)
+    codec = old.codec if old else load_depth_codec(depth_codec)
     on_step("Reading the tokenizer")
-    processor = PerceptioProcessor.from_components(internvl, mask_model, codec)
+    parts = {"like": like} if old else {"sam2": mask_model, "depth_codec": codec}
+    processor = PerceptioProcessor.from_components(internvl, **parts)
     check_tokens(load_tokenizer(internvl), processor.tokenizer)
     on_step("Reading InternVL")
     stock = load_internvl(internvl, dtype=dtype)
@@ -128,12 +137,12 @@ def build(
     reference = None
     if verify:  # before anything could touch the weights
         on_step("Asking InternVL")
-        reference = take_reference(stock, mask_model, codec, processor)
+        reference = take_reference(stock, mask_model, codec, processor, old)
     on_step("Joining")
-    model = assemble(stock, mask_model, codec, processor, seed=seed)
+    model = assemble(stock, mask_model, codec, processor, like=old, seed=seed)
     added = added_digests(reference, model) if reference else {}
-    del stock, mask_model, codec
-    report = _report(model, processor, out, rows_before)
+    del stock, mask_model, codec, old
+    report = replace(_report(model, processor, out, rows_before), like=None if like is None else str(like))
     with new_folder(out, overwrite) as partial:
         on_step("Writing")
         _save(model, processor, partial, max_shard_size)

@@ -3,6 +3,7 @@
 import copy
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,6 +41,24 @@ def load_internvl(
         _check_grid(model.config, folder)
     _check_internvl(model)
     return model
+
+
+def check_parts(mask_decoder: Any, depth_codec: Any, like: Any) -> None:
+    """Whether there is one source for SAM2 and codec each: named by themselves, or both of a Perceptio.
+
+    Raises:
+        ValueError: there is none, or there are two.
+    """
+    named = {"mask decoder": mask_decoder, "depth codec": depth_codec}
+    given = [name for name, part in named.items() if part is not None]
+    if like is not None and given:
+        raise ValueError(
+            f"Both like and a {' and a '.join(given)} are given; like takes SAM2, depth codec and [SEG] projector from "
+            "one Perceptio, where they have learnt to work together. Leave out one or the other."
+        )
+    if like is None and len(given) < len(named):
+        (missing, *_) = (name for name in named if name not in given)
+        raise ValueError(f"No {missing} is given; name both of them, or a Perceptio as like.")
 
 
 def find_internvl(source: str | os.PathLike) -> Path:

@@ -16,26 +16,28 @@ from perceptio_hf.conversion.saved_models import load_depth_codec
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 from perceptio_hf.tokens import spatial_tokens
 
-from .components import load_mask_model
+from .components import check_parts, load_mask_model
+from .predecessor import check_same_ids, load_processor_like, processor_settings
 
 _FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 
 
 def processor_from_components(
-    processor_class: type[PerceptioProcessor], internvl: Any, sam2: Any, depth_codec: Any
+    processor_class: type[PerceptioProcessor],
+    internvl: Any,
+    sam2: Any = None,
+    depth_codec: Any = None,
+    like: Any = None,
 ) -> PerceptioProcessor:
     """`PerceptioProcessor.from_components`, which says all about it, for `processor_class`."""
-    mask_config, depth_config = _config(sam2, load_mask_model), _config(depth_codec, load_depth_codec)
-    sizes = {
-        "num_depth_tokens": depth_config.num_tokens,
-        "num_depth_codes": depth_config.num_codes,
-        "mask_image_size": mask_config.prompt_encoder_config.image_size,
-    }
+    check_parts(sam2, depth_codec, like)
+    old = None if like is None else load_processor_like(like)
+    settings = processor_settings(old) if old else _sizes(sam2, depth_codec)
     if isinstance(internvl, (str, os.PathLike)):
         folder = local_copy(internvl, _FILES)
         internvl = load_opengvlab_processor(folder) if is_original_layout(folder) else folder
     if isinstance(internvl, Path):
-        processor = _read(processor_class, internvl, sizes)
+        processor = _read(processor_class, internvl, settings)
     else:
         processor = processor_class(
             image_processor=internvl.image_processor,
@@ -43,10 +45,23 @@ def processor_from_components(
             image_seq_length=internvl.image_seq_length,
             chat_template=internvl.chat_template,
             crop_to_patches=getattr(internvl, "crop_to_patches", True),  # as stock InternVLProcessor does
-            **sizes,
+            **settings,
         )
     _check_spatial_tokens(processor)
+    if old is not None:
+        check_same_ids(
+            processor, old.spatial_token_ids(), str(like) if isinstance(like, (str, os.PathLike)) else "like"
+        )
     return processor
+
+
+def _sizes(sam2: Any, depth_codec: Any) -> dict[str, int]:
+    mask_config, depth_config = _config(sam2, load_mask_model), _config(depth_codec, load_depth_codec)
+    return {
+        "num_depth_tokens": depth_config.num_tokens,
+        "num_depth_codes": depth_config.num_codes,
+        "mask_image_size": mask_config.prompt_encoder_config.image_size,
+    }
 
 
 def _config(part: Any, load: Callable[[Any], PreTrainedModel]) -> Any:
@@ -70,9 +85,9 @@ def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerBase:
         raise ValueError(f"{folder} has no tokenizer of an InternVL: {error}") from error
 
 
-def _read(processor_class: type[PerceptioProcessor], folder: Path, sizes: dict[str, int]) -> PerceptioProcessor:
+def _read(processor_class: type[PerceptioProcessor], folder: Path, settings: dict[str, Any]) -> PerceptioProcessor:
     try:
-        return processor_class.from_pretrained(folder, local_files_only=True, **sizes)
+        return processor_class.from_pretrained(folder, local_files_only=True, **settings)
     except ValueError as error:  # one of ours says what is wrong with the tokenizer
         raise ValueError(f"{folder}: {error}") from error
     except Exception as error:  # whatever json, tokenizers or transformers raise: the user named a wrong folder

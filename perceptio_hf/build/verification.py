@@ -5,29 +5,28 @@ the epsilon of a norm, field by field. What is computed from them is compared wi
 is summed, and with it the last bits, depends on the processor, and with some libraries on where operands lie in memory.
 """
 
-import hashlib
-import json
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     BatchFeature,
     InternVLConfig,
     InternVLForConditionalGeneration,
-    PreTrainedConfig,
     PreTrainedTokenizerBase,
     Sam2Model,
 )
 
+from perceptio_hf.conversion.written import digest, settings_of
 from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
+
+from .predecessor import Predecessor
 
 SMALL = 100_000_000  # parameters up to which every position of every prompt is compared
 _LAST = 4  # positions of each prompt that are compared in larger models
@@ -40,9 +39,8 @@ _QUESTIONS = (
 _INPUTS = ("input_ids", "attention_mask", "pixel_values")
 _PICTURES = ((448, 448), (640, 231))  # width, height: one tile and, where the model tiles, several
 _MATRICES = ("model.language_model.embed_tokens.weight", "lm_head.weight")  # the two with a row for every token
-# What the result's configuration says otherwise than the parts'; dtypes are compared with the weights.
-_OWN_SETTINGS = {"architectures", "auto_map", "dtype", "model_type", "text_config.vocab_size", "transformers_version"}
-_ROWS_AT_ONCE = 4096
+# What the result's configuration says otherwise than the parts'.
+_OWN_SETTINGS = {"model_type", "text_config.vocab_size"}
 _SAFETY = 8  # of the bound on rounding; between processors with quite other kernels the whole formula gave 1.2 at most
 
 
@@ -98,15 +96,19 @@ def take_reference(
     mask_model: Sam2Model,
     codec: DepthVQVAE,
     processor: PerceptioProcessor,
+    like: Predecessor | None = None,
 ) -> Reference:
     """Note every weight of the parts, and ask the InternVL what its successor will be asked.
 
-    That is four texts and two pictures, or one of each if it is large.
+    That is four texts and two pictures, or one of each if it is large. Of `like`, whose SAM2 and codec the others are,
+    [SEG] projector and settings are noted too.
     """
     rows = torch.ones(internvl.get_input_embeddings().num_embeddings, dtype=torch.bool)
     rows[[token for token in processor.added_token_ids if token < len(rows)]] = False
     kept = rows.nonzero()[:, 0]
-    parts = {"": internvl, "mask_model.": mask_model, "depth_model.": codec}
+    parts: dict[str, nn.Module] = {"": internvl, "mask_model.": mask_model, "depth_model.": codec}
+    if like is not None:
+        parts["seg_projector."] = like.projector
     digests = {}
     for prefix, part in parts.items():
         for name, value in part.state_dict().items():
@@ -114,7 +116,10 @@ def take_reference(
                 value = value.float()
             digests[prefix + name] = digest(value, kept if prefix + name in _MATRICES else None)
     configs = {"": internvl.config, "mask_config.": mask_model.config, "depth_config.": codec.config}
-    settings = {prefix + name: value for prefix, config in configs.items() for name, value in _settings(config)}
+    settings = {
+        prefix + name: value for prefix, config in configs.items() for name, value in settings_of(config, _OWN_SETTINGS)
+    }
+    settings |= like.settings if like else {}
     sampled = internvl.num_parameters() > SMALL
     inputs = _prompts(processor, sampled)
     logits = []
@@ -169,18 +174,6 @@ def rounding_bound(config: InternVLConfig, dtype: torch.dtype, scale: float) -> 
     return _SAFETY * scale * math.sqrt(depth) * (epsilon + summing)
 
 
-def digest(value: Tensor, rows: Tensor | None = None) -> bytes:
-    """Of the bits of a tensor, its shape and its dtype; `rows` (n,) chooses some of a matrix."""
-    shape = list(value.shape) if rows is None else [len(rows), *value.shape[1:]]
-    found = hashlib.sha256(repr((str(value.dtype), shape)).encode())
-    pieces: Iterable[Tensor] = [value]
-    if rows is not None:  # in pieces, since a choice of rows is a copy
-        pieces = (value[part.to(value.device)] for part in rows.split(_ROWS_AT_ONCE))
-    for piece in pieces:
-        found.update(piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.digest()
-
-
 def _check_weights(reference: Reference, model: PerceptioForConditionalGeneration, added: dict[str, bytes]) -> None:
     values = model.state_dict()
     changed = {}  # in order, and each name once
@@ -197,20 +190,9 @@ def _check_weights(reference: Reference, model: PerceptioForConditionalGeneratio
         )
 
 
-def _settings(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
-    """(name, value) of each field of a configuration, section by section, as config.json has them."""
-    sections = [("", json.loads(json.dumps(config.to_dict(), default=str)))]
-    for prefix, section in sections:
-        for name, value in section.items():
-            if isinstance(value, dict):
-                sections.append((f"{prefix}{name}.", value))
-            elif not name.startswith("_") and not {name, prefix + name} & _OWN_SETTINGS:
-                yield prefix + name, value
-
-
 def _check_settings(reference: Reference, model: PerceptioForConditionalGeneration) -> None:
     """Of some, such as the epsilon of a norm, the logits would not tell."""
-    found = dict(_settings(model.config))
+    found = dict(settings_of(model.config, _OWN_SETTINGS))
     for name, expected in reference.settings.items():
         if name not in found or found[name] != expected:
             raise ValueError(_difference(f"config.json has {name} = {found.get(name)!r} instead of {expected!r}"))

@@ -21,14 +21,25 @@ def build(
             help="Folder or Hub name of an InternVL, transformers' layout or OpenGVLab's.", show_default=False
         ),
     ],
-    mask_decoder: Annotated[
-        str, typer.Option(help="Meta's SAM2 or SAM2.1 (.pt), or a Sam2Model's folder or Hub name.", show_default=False)
-    ],
-    depth_codec: Annotated[
-        str,
-        typer.Option(help="Folder of a depth codec, or AURORA's vae-final.pt; tiny takes the embedded one's."),
-    ],
     out: Annotated[Path, typer.Option(help="Folder to make.", show_default=False)],
+    mask_decoder: Annotated[
+        str | None,
+        typer.Option(help="Meta's SAM2 or SAM2.1 (.pt), or a Sam2Model's folder or Hub name.", show_default=False),
+    ] = None,
+    depth_codec: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of a depth codec, or AURORA's vae-final.pt; tiny takes the embedded one's.", show_default=False
+        ),
+    ] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of these two: a Perceptio whose SAM2, codec, [SEG] projector and mask settings are taken, "
+            "for an InternVL that `perceptio export` wrote from it.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the InternVL part; auto keeps it. The others are float32.")] = "auto",
     verify: Annotated[
         bool,
@@ -52,13 +63,14 @@ def build(
     from .checkpoints import quieten
 
     quieten()
-    codec = tiny_checkpoint() if depth_codec == "tiny" else depth_codec
+    codec, old = (tiny_checkpoint() if source == "tiny" else source for source in (depth_codec, like))
     with _progress(verify) as on_step:
         report = build_folder(
             internvl,
             mask_decoder,
             codec,
             out,
+            like=old,
             dtype=dtype,
             verify=verify,
             max_shard_size=max_shard_size,
@@ -97,6 +109,13 @@ def _described(report: "BuildReport") -> str:
         f"    masks from pictures of {report.mask_image_size} pixels; depth as {report.depth_grid} x "
         f"{report.depth_grid} of {report.depth_codes} codes",
     ]
+    if report.like:
+        lines.append(f"    SAM2, depth codec, [SEG] projector and mask settings are those of {report.like}")
+    elif not report.new_tokens:
+        lines.append(
+            "    the InternVL knew all spatial tokens, but the [SEG] projector is new: if it was exported from a "
+            "Perceptio, --like takes that one's"
+        )
     check = report.check
     if check is None:
         lines.append("    not verified")

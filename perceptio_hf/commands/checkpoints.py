@@ -1,5 +1,6 @@
 """Loads the checkpoint a command names, with errors that a user can act on."""
 
+import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,7 +62,7 @@ def check_device(device: str) -> None:
 
 
 def load(
-    folder: str, device: str | None = None, dtype: str = "auto"
+    folder: str, device: str | None = None, dtype: str = "auto", load_in: str | None = None
 ) -> "tuple[PerceptioForConditionalGeneration, PerceptioProcessor]":
     """Model (in evaluation mode) and processor of a checkpoint.
 
@@ -71,25 +72,80 @@ def load(
         device: where the model goes; default: the GPU where there is one.
         dtype: of the language model and its eyes, as torch names it; "auto": as it was saved. SAM2 and the codec keep
             float32.
+        load_in: "4bit" or "8bit": the matrices of the language model and its eyes, by bitsandbytes.
 
     Raises:
         ValueError: where the checkpoint is of another kind, incomplete, damaged, or not to be had.
+        ImportError: for `load_in` without bitsandbytes.
     """
     import torch
-    from transformers import AutoConfig, AutoModel, AutoProcessor
+    from transformers import AutoModel
+
+    processor = load_processor(folder)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = {} if load_in is None else _quantised(load_in, device, dtype)
+    try:
+        model = AutoModel.from_pretrained(folder, dtype=dtype, **options)
+    except Exception as error:  # whatever transformers, safetensors or the Hub raise: the user named a wrong checkpoint
+        raise _not_loaded(folder, error) from error
+    if device == "cpu" and model.num_parameters() < _SMALL:
+        torch.set_num_threads(1)
+    return (model.eval() if load_in else model.eval().to(device)), processor
+
+
+def load_processor(folder: str) -> "PerceptioProcessor":
+    """The processor of a checkpoint, alone.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    from transformers import AutoConfig, AutoProcessor
 
     quieten()
     try:
         kind = AutoConfig.from_pretrained(folder).model_type
         if kind != "perceptio":
             raise ValueError(f"it is a {kind!r} model")
-        model, processor = AutoModel.from_pretrained(folder, dtype=dtype), AutoProcessor.from_pretrained(folder)
-    except Exception as error:  # whatever transformers, safetensors or the Hub raise: the user named a wrong checkpoint
-        raise ValueError(f"{folder} cannot be loaded as a Perceptio checkpoint: {error}") from error
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cpu" and model.num_parameters() < _SMALL:
-        torch.set_num_threads(1)
-    return model.eval().to(device), processor
+        return AutoProcessor.from_pretrained(folder)
+    except Exception as error:  # as above
+        raise _not_loaded(folder, error) from error
+
+
+def _not_loaded(folder: str, error: Exception) -> ValueError:
+    return ValueError(f"{folder} cannot be loaded as a Perceptio checkpoint: {error}")
+
+
+def _quantised(load_in: str, device: str, dtype: str) -> dict:
+    """Options of `from_pretrained`. Quantised models are put on their device while they are loaded, not later."""
+    from perceptio_hf.extras import missing
+
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise missing(error, "--load-in") from error
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    computes = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    bits = {"load_in_8bit": True} if load_in == "8bit" else {"load_in_4bit": True, "bnb_4bit_compute_dtype": computes}
+    return {"quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": device}}
+
+
+def fingerprint(folder: str) -> str:
+    """What tells a checkpoint from others without loading it: SHA-256 over its settings and weights, or, of one on the
+    Hub, its name and commit. About a second for each gigabyte."""
+    if not os.path.isdir(folder):
+        from transformers import AutoConfig
+
+        return f"{folder}@{getattr(AutoConfig.from_pretrained(folder), '_commit_hash', None)}"
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".json", ".jinja", ".safetensors", ".bin") and path.is_file():
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            with open(path, "rb") as file:
+                while part := file.read(1 << 24):
+                    digest.update(part)
+    return digest.hexdigest()
 
 
 def quieten() -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the model that is in OUT.")]
+Verify = Annotated[bool, typer.Option(help="Read OUT again and compare every weight, bit for bit, and setting.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 
 app = typer.Typer(
@@ -38,6 +39,7 @@ def sam2(
         int | None,
         typer.Option(help="Side of the picture a fine-tune of Meta's was made for. Default: 1024.", show_default=False),
     ] = None,
+    verify: Verify = True,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -49,7 +51,7 @@ def sam2(
     check_new_folder(out, overwrite)
     report = ConversionReport(source)
     with _busy():
-        _save(load_sam2(source, image_size=image_size, report=report), out, overwrite)
+        _save(load_sam2(source, image_size=image_size, report=report), out, overwrite, verify)
     _show(report, out, as_json)
 
 
@@ -63,6 +65,7 @@ def aurora_vqvae(
     image_size: Annotated[int, typer.Option(help="Side of the depth map the codec was trained on.")] = 320,
     value_low: Annotated[float, typer.Option(help="What the network reads for the farthest point.")] = -1.0,
     value_high: Annotated[float, typer.Option(help="What the network reads for the nearest point.")] = 1.0,
+    verify: Verify = True,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -75,7 +78,7 @@ def aurora_vqvae(
     report = ConversionReport(str(source))
     values = {"value_low": value_low, "value_high": value_high}
     with _busy():
-        _save(load_aurora(source, image_size=image_size, report=report, **values), out, overwrite)
+        _save(load_aurora(source, image_size=image_size, report=report, **values), out, overwrite, verify)
     _show(report, out, as_json)
 
 
@@ -93,6 +96,7 @@ def sa2va(
             show_default=False,
         ),
     ] = None,
+    verify: Verify = True,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -100,15 +104,19 @@ def sa2va(
     from perceptio_hf.conversion.sa2va import convert_sa2va
 
     with _busy():
-        report = convert_sa2va(source, out, depth_codec=depth_codec, overwrite=overwrite)
+        report = convert_sa2va(source, out, depth_codec=depth_codec, overwrite=overwrite, verify=verify)
     _show(report, out, as_json)
 
 
-def _save(model: "PreTrainedModel", out: Path, overwrite: bool) -> None:
+def _save(model: "PreTrainedModel", out: Path, overwrite: bool, verify: bool) -> None:
+    from perceptio_hf.conversion.written import Written
     from perceptio_hf.files import new_folder
 
     with new_folder(out, overwrite) as folder:
+        written = Written.of(model) if verify else None
         model.save_pretrained(folder)
+        if written is not None:
+            written.check(folder)
 
 
 @contextmanager

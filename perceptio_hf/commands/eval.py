@@ -1,18 +1,18 @@
 """`perceptio eval`: a checkpoint measured on a benchmark."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .predict import Spatial, check_out
+from .predict import EngineName, Spatial, check_out
 
 if TYPE_CHECKING:
     from perceptio_hf.evaluation.benchmarks import Benchmark
-    from perceptio_hf.evaluation.run.runner import Run, Watch
+    from perceptio_hf.evaluation.run.runner import Run
 
 CARD_SUFFIXES = (".yaml", ".yml")
 CASES = 4  # of each group on the sheet
@@ -91,6 +91,14 @@ def evaluate(
         Literal["raise", "skip"], typer.Option(help="What to do with samples that cannot be used.")
     ] = "raise",
     seed: Annotated[int, typer.Option(help="Of codes that are drawn.")] = 0,
+    engine: Annotated[EngineName, typer.Option(help="What answers: this process, or workers of Ray.")] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(help="Of a Ray cluster: auto, HOST:PORT. Default: Ray on this machine.", show_default=False),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Of Ray. Default: one for each GPU, without GPUs one.", show_default=False)
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace results of another model, data or setting.")
     ] = False,
@@ -104,6 +112,8 @@ def evaluate(
     folder, card = _places(out, benchmark)
     check_out(folder)
 
+    from perceptio_hf.bulk.engines import LocalEngine, open_engine
+    from perceptio_hf.bulk.progress import progress
     from perceptio_hf.evaluation.benchmarks import open_benchmark
     from perceptio_hf.evaluation.report.hub_results import check_card, write_card
     from perceptio_hf.evaluation.run.runner import SUMMARY_FILE, RunSettings, run_benchmark
@@ -117,9 +127,10 @@ def evaluate(
     replacements = _replacements(replace_depth)
     if card is not None:
         check_card(card, shown_name, overwrite=overwrite)
-    opened = open_benchmark(
+    reopen = partial(
+        open_benchmark,
         benchmark,
-        data,
+        None if data is None else data.absolute(),
         split=split,
         limit=limit,
         on_error=on_error,
@@ -127,6 +138,7 @@ def evaluate(
         pictures=pictures,
         depths=depths,
     )
+    works, opened = open_engine(engine, address, workers), reopen()
     settings = RunSettings(
         spatial=spatial or opened.spatial,
         max_new_tokens=max_new_tokens,
@@ -139,11 +151,23 @@ def evaluate(
         seed=seed,
     )
     with in_use(folder, f"perceptio eval {benchmark}"):
-        loaded = checkpoints.load(name)
+        elsewhere: dict[str, Any] = {}
+        if not isinstance(works, LocalEngine):
+            place = os.path.abspath(name) if os.path.isdir(name) else name
+            elsewhere = {"load": partial(checkpoints.load, place), "reopen": reopen}
+        loaded = checkpoints.load(name, "cpu" if elsewhere else None)  # there it only says whose the weights are
         facts = ModelFacts.of(loaded[0], shown_name)
-        with _progress() as watch:
+        with progress("samples") as watch:
             run = run_benchmark(
-                *loaded, opened, folder, settings, weights=facts.weights_sha256, overwrite=overwrite, watch=watch
+                *loaded,
+                opened,
+                folder,
+                settings,
+                weights=facts.weights_sha256,
+                overwrite=overwrite,
+                watch=watch,
+                engine=works,
+                **elsewhere,
             )
         summary = build_summary(opened, facts, run, path=None if data is None else str(data), limit=limit)
         _write_cases(folder / "cases.png", opened, run, loaded[0])
@@ -169,31 +193,6 @@ def _replacements(words: str | None) -> tuple[str, ...]:
         return ()
     names = list(REPLACEMENTS) if words == "all" else [word.strip() for word in words.split(",")]
     return check_replacements(names)
-
-
-@contextmanager
-def _progress() -> "Iterator[Watch]":
-    """A bar on standard error with the score so far; nothing where that is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[score]}"),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        tasks: dict[str, Any] = {}
-
-        def watch(stage: str, done: int, total: int, score: str) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total, score=score)
-            bar.update(tasks[stage], completed=done, score=score)
-
-        yield watch
 
 
 def _write_cases(path: Path, benchmark: "Benchmark", run: "Run", model) -> None:

@@ -17,6 +17,7 @@ from .app import app as page
 from .build import build
 from .codebook import app as codebook
 from .convert import app as convert
+from .decode import decode
 from .demo import demo
 from .eval import evaluate
 from .export import export
@@ -47,6 +48,7 @@ app.command()(ablate)
 app.add_typer(codebook, name="codebook")
 app.add_typer(convert, name="convert")
 app.command()(export)
+app.command()(decode)
 app.command()(push)
 app.command("app")(page)
 

@@ -1,8 +1,9 @@
-"""`perceptio predict`: one question about one or more pictures."""
+"""`perceptio predict`: questions about one picture, a few, or many."""
 
 import json
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 from urllib.parse import unquote, urlsplit
@@ -13,18 +14,25 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor, SpatialAnswer
+    from perceptio_hf.bulk.engines import Engine
+    from perceptio_hf.bulk.items import Item
+    from perceptio_hf.evaluation.run.predictions import Load
 
+LoadIn = Literal["4bit", "8bit"]
+EngineName = Literal["local", "ray"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Spatial = Literal["auto", "none", "seg", "depth", "seg+depth"]
 _LONGEST_NAME = 60  # characters that an address gives to a folder; file systems allow 255 bytes
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 
 
 def predict(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar='PICTURE... "QUESTION"', help="One or more pictures, and last the question.", show_default=False
+            metavar='PICTURE... "QUESTION"',
+            help="One or more pictures, and last the question. Many: a folder, a pattern, a saved data set, or a "
+            ".jsonl file of {picture, question}, which needs no QUESTION.",
+            show_default=False,
         ),
     ],
     model: Annotated[
@@ -55,28 +63,60 @@ def predict(
     dtype: Annotated[
         DType, typer.Option(help="Numbers the language model computes with; auto takes those it was saved in.")
     ] = "auto",
+    load_in: Annotated[
+        LoadIn | None, typer.Option(help="Shrink the language model to 4 or 8 bits (bitsandbytes).", show_default=False)
+    ] = None,
+    engine: Annotated[
+        EngineName, typer.Option(help="What works on many pictures: this process, or workers of Ray.")
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(help="Of a Ray cluster: auto, HOST:PORT. Default: Ray on this machine.", show_default=False),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of Ray. Default: one for each GPU, without GPUs one.", show_default=False),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Many pictures: replace results of another model, question or setting.")
+    ] = False,
 ) -> None:
     """Ask the same QUESTION about every PICTURE, a file or a web address; write masks, depth and the answer for each.
 
     Each picture gets a folder OUT/NAME with sheet.png (masks and depth with their legends, and the words), overlay.png
     (the picture under its masks) and answer.json. Where the model wrote depth there are also depth.png (16 bit, 65535 =
     nearest) and depth_color.png.
+
+    Many pictures get one line each in OUT/results.jsonl, with masks as COCO run lengths, and OUT/depth. A run that was
+    stopped goes on where it was; what cannot be answered is listed in OUT/failures.jsonl.
     """
-    pictures, question = _split(words)
+    many, (pictures, question) = _is_many(words, engine), _split(words)
     for argument in (*words, str(out), model or ""):
         _check_utf8(argument)
-    check_pictures(pictures)
+    if not many:
+        check_pictures(pictures)
     check_out(out)
+
+    from perceptio_hf.bulk.engines import open_engine
+    from perceptio_hf.bulk.items import list_items
 
     from . import checkpoints
 
-    name = checkpoints.resolve(model)
+    name, opened = checkpoints.resolve(model), open_engine(engine, address, workers)
     if device is not None:
         checkpoints.check_device(device)
     note = checkpoints.TINY_NOTE if checkpoints.is_tiny(name) else None
+    load = partial(checkpoints.load, os.path.abspath(name) if os.path.isdir(name) else name, device, dtype, load_in)
+    if many:
+        claim = {"model": checkpoints.fingerprint(name), "dtype": dtype, "load_in": load_in}
+        summary = _predict_many(
+            list_items(pictures), question, out, opened, load, claim, spatial, batch_size, max_new_tokens, overwrite
+        )
+        _print_summary(summary, note, as_json)
+        return
     about = {"question": question, "spatial": spatial, "model": "tiny" if note else name, "note": note}
     records = []
-    loaded = checkpoints.load(name, device, dtype)
+    loaded = load()
     for record in _predictions(loaded, pictures, about, out, max_new_tokens, batch_size):
         records.append(record)
         if not as_json:
@@ -87,9 +127,21 @@ def predict(
         print(note)
 
 
-def _split(words: Sequence[str]) -> tuple[list[str], str]:
-    """The positional arguments -> pictures and question."""
+def _is_many(words: Sequence[str], engine: str) -> bool:
+    """Whether results go into one file of lines. The last word is a question, which may hold a "?", or a collection."""
+    from perceptio_hf.bulk.items import LINES_SUFFIX, is_collection
+
+    last = os.path.isdir(words[-1]) or words[-1].lower().endswith(LINES_SUFFIX)
+    return last or engine != "local" or any(is_collection(word) for word in words[:-1])
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], str | None]:
+    """The positional arguments -> pictures, and the question, if there is one: lists have questions of their own."""
+    from perceptio_hf.bulk.items import LINES_SUFFIX, PICTURE_SUFFIXES
+
     *pictures, question = words
+    if os.path.isdir(question) or question.lower().endswith(LINES_SUFFIX):
+        return list(words), None
     if os.path.exists(question) or (" " not in question and question.lower().endswith(PICTURE_SUFFIXES)):
         raise ValueError(f"The last argument is the question, but {question} names a file; add the question after it.")
     if not pictures:
@@ -190,6 +242,54 @@ def _predictions(
             yield write_answer(folder, picture, answer, {"picture": path, **about})
 
 
+def _predict_many(
+    items: "list[Item]",
+    question: str | None,
+    out: Path,
+    engine: "Engine",
+    load: "Load",
+    claim: dict,
+    spatial: Spatial,
+    batch_size: int,
+    max_new_tokens: int | None,
+    overwrite: bool,
+) -> dict:
+    """Answer into OUT/results.jsonl; returns how many were answered and failed, and where that is written."""
+    from perceptio_hf.bulk.engines import LocalEngine
+    from perceptio_hf.bulk.progress import progress
+    from perceptio_hf.evaluation.run import predictions
+    from perceptio_hf.files import in_use
+
+    from . import checkpoints
+
+    asked = predictions.ask_of_all(items, question, spatial)
+    with in_use(out, "perceptio predict"):
+        if isinstance(engine, LocalEngine):
+            loaded = load()
+            processor, load = loaded[1], lambda: loaded
+        else:
+            processor = checkpoints.load_processor(load.args[0])
+        with progress("pictures") as watch:
+            tally = predictions.predict_items(
+                asked,
+                out,
+                engine,
+                load,
+                processor,
+                claim=claim,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                overwrite=overwrite,
+                watch=lambda done, total: watch("answering", done, total, ""),
+            )
+    if not tally.answered:
+        raise ValueError(f"no picture was answered; {out / predictions.FAILURES_FILE} says why of each.")
+    files = {"results": str(out / predictions.RESULTS_FILE)}
+    if tally.failed:
+        files["failures"] = str(out / predictions.FAILURES_FILE)
+    return {**vars(tally), "files": files}
+
+
 def answer_questions(
     model: "PerceptioForConditionalGeneration",
     processor: "PerceptioProcessor",
@@ -212,20 +312,6 @@ def answer_questions(
     return processor.post_process_spatial(outputs)
 
 
-def describe(answer: "SpatialAnswer") -> dict:
-    """What an answer says, for JSON: words, masks as COCO run lengths and what they are of, depth as its codes."""
-    from perceptio_hf.data.run_length import encode_mask
-
-    return {
-        "text": answer.text,
-        "masks": [encode_mask(mask) for mask in answer.masks],
-        "phrases": answer.phrases,
-        "mask_scores": [round(float(score), 4) for score in answer.mask_scores],
-        "depth_codes": answer.depth_codes,
-        "well_formed": answer.well_formed,
-    }
-
-
 def write_answer(folder: Path, picture: "Image.Image", answer: "SpatialAnswer", about: dict) -> dict:
     """Write overlay.png, sheet.png, answer.json and the depth files, if any, into `folder`; each whole or not at all.
 
@@ -238,6 +324,7 @@ def write_answer(folder: Path, picture: "Image.Image", answer: "SpatialAnswer", 
         What answer.json holds.
     """
     from perceptio_hf.data.depth_maps import write_depth_png
+    from perceptio_hf.evaluation.run.answering import describe
     from perceptio_hf.files import write_json, write_picture
     from perceptio_hf.visualization import answer_panels, colorize_depth, overlay, sheet
 
@@ -270,3 +357,14 @@ def _print_answer(record: dict) -> None:
     parts = [f"{masks} mask{'' if masks == 1 else 's'}{of_what}", "depth" if record["depth_codes"] else "no depth"]
     print(f"{record['picture']}: {record['text'] or '(no words)'}")
     print(f"    {', '.join(parts)}; written to {Path(record['files']['answer']).parent}")
+
+
+def _print_summary(summary: dict, note: str | None, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(summary, indent=2, ensure_ascii=False))
+        return
+    print(f"{summary['answered']:,} pictures answered; written to {summary['files']['results']}")
+    if summary["failed"]:
+        print(f"{summary['failed']:,} failed; listed with the reasons in {summary['files']['failures']}")
+    if note:
+        print(note)

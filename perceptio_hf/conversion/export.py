@@ -10,6 +10,10 @@ from transformers.models.internvl.configuration_internvl import InternVLConfig
 from transformers.models.internvl.modeling_internvl import InternVLForConditionalGeneration
 
 from perceptio_hf.files import new_folder, write_json, write_text
+from perceptio_hf.modeling.remote_code import write_code
+from perceptio_hf.modeling.spans.spatial_request import keep_own_settings
+
+from .engine_grammars import TOKENS_BEFORE_SPAN, write_grammars
 
 if TYPE_CHECKING:
     from perceptio_hf.modeling.configuration_perceptio import PerceptioConfig
@@ -33,17 +37,24 @@ def export_internvl(
     folder: str | os.PathLike,
     *,
     overwrite: bool = False,
+    pictures: int = 1,
+    tokens_before_span: int = TOKENS_BEFORE_SPAN,
+    with_code: bool = False,
 ) -> list[str]:
     """Save the InternVL inside `model` as a folder of the layout that stock InternVL repositories have.
 
     transformers' own `InternVLForConditionalGeneration` and `AutoProcessor` load it, without this package. Its logits
     are those of `model`, and `model.decode_spatial` reads masks and depth off what it generates. SAM2, the codec and
-    the [SEG] projector stay behind.
+    the [SEG] projector stay behind. The folder `grammars` in it keeps spans whole in engines with structured output.
 
     Args:
         processor: the one `model` was saved with.
         folder: what to write; it appears when it is complete.
         overwrite: replace a folder that is there and not empty.
+        pictures: the most pictures of one prompt to write grammars for.
+        tokens_before_span: as in `span_grammar_texts`.
+        with_code: add Perceptio's processor, code included, for programs that load it with `trust_remote_code=True`:
+            it needs no torchvision, and what users type stays text. Others load the stock one as before.
 
     Returns:
         The names of the files, sorted.
@@ -52,17 +63,24 @@ def export_internvl(
         ValueError: if `model` is no Perceptio, or `folder` is there and `overwrite` is not set.
     """
     with new_folder(folder, overwrite=overwrite) as partial:
-        write_internvl(model, processor, partial)
+        options = {"pictures": pictures, "tokens_before_span": tokens_before_span, "with_code": with_code}
+        write_internvl(model, processor, partial, **options)
     return sorted(path.name for path in Path(folder).iterdir())
 
 
 def write_internvl(
-    model: "PerceptioForConditionalGeneration", processor: "PerceptioProcessor", folder: str | os.PathLike
+    model: "PerceptioForConditionalGeneration",
+    processor: "PerceptioProcessor",
+    folder: str | os.PathLike,
+    *,
+    pictures: int = 1,
+    tokens_before_span: int = TOKENS_BEFORE_SPAN,
+    with_code: bool = False,
 ) -> None:
     """As `export_internvl`, file by file into `folder`.
 
     Raises:
-        ValueError: if `model` is no Perceptio.
+        ValueError: if `model` is no Perceptio, or for less than one picture or token before a span.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind != "perceptio" or hasattr(model, "peft_config"):
@@ -70,8 +88,13 @@ def write_internvl(
             f"The export got a {type(model).__name__}; expected a PerceptioForConditionalGeneration (merge adapters "
             "into it first: merge_and_unload)."
         )
+    keep_own_settings(model.generation_config)  # for the Perceptio that may be built of it again
     stock_internvl(model).save_pretrained(folder)
     write_stock_processor(processor, folder)
+    if with_code:
+        add_own_processor(processor, folder)
+    if model.config.has_spatial_tokens:
+        write_grammars(model, processor, folder, pictures=pictures, tokens_before_span=tokens_before_span)
 
 
 def stock_config(config: "PerceptioConfig") -> InternVLConfig:
@@ -114,6 +137,15 @@ def write_stock_processor(processor: "PerceptioProcessor", folder: str | os.Path
     )
     if processor.chat_template is not None:
         write_text(folder / "chat_template.jinja", processor.chat_template)
+
+
+def add_own_processor(processor: "PerceptioProcessor", folder: str | os.PathLike) -> None:
+    """Add to what `write_stock_processor` wrote the code of `PerceptioProcessor` and its settings, without SAM2's."""
+    write_code(processor, folder)
+    settings = json.loads((Path(folder) / "processor_config.json").read_text(encoding="utf-8"))
+    own = {name: getattr(processor, name) for name in ("num_depth_tokens", "num_depth_codes", "crop_to_patches")}
+    settings |= own | {"mask_image_size": None, "auto_map": dict(processor.auto_map)}
+    write_json(Path(folder) / "processor_config.json", settings)
 
 
 def _picture_settings(processor: "PerceptioProcessor") -> dict:

@@ -137,7 +137,7 @@ def fill_model(
     *,
     optional: Iterable[str] = (),
 ) -> None:
-    """Copy `tensors` into `model`, all of them, in the model's own precision.
+    """Copy `tensors` into `model`, all of them, in the model's own precision; `report` notes where that rounds.
 
     Args:
         layout: What the source should be, for the error: "a SAM2 checkpoint".
@@ -160,6 +160,12 @@ def fill_model(
     if unexpected or missing or wrong:
         raise refusal(report.source, layout, unexpected=unexpected, missing=missing, wrong=wrong)
     model.load_state_dict(dict(tensors), strict=False)  # names were checked; `optional` may be absent
+    rounded = [name for name, tensor in tensors.items() if not torch.equal(wanted[name].to(tensor), tensor)]
+    if rounded:
+        report.notes.append(
+            f"{len(rounded)} tensors do not fit into {wanted[rounded[0]].dtype} and were rounded, the first is "
+            f"{origin.get(rounded[0], rounded[0])}."
+        )
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from transformers import GotOcr2ImageProcessorPil, PreTrainedTokenizerBase
 
 IMAGE_TOKEN, TURN_END = "<IMG_CONTEXT>", "<|im_end|>"
+PHI3_END = "<|end|>"
+# What a message says: its text, and a line for each picture.
+_WORDS = (
+    "{% macro words(message) %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\\n' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{% endmacro %}"
+)
 # The names transformers' InternVLProcessor looks for at a tokenizer.
 _IMAGE_TOKENS = {
     "start_image_token": "<img>",
@@ -93,11 +100,7 @@ def chatml(system: str | None = None, between: str = "\n") -> str:
         system: said before a conversation that brings no system turn; None says nothing.
         between: stands after the end of every turn.
     """
-    begin = (
-        "{% macro words(message) %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-        "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\\n' }}"
-        "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{% endmacro %}"
-    )
+    begin = _WORDS
     end, after = TURN_END, json.dumps(between)
     if system is not None:
         said = json.dumps(f"<|im_start|>system\n{system}{end}{between}", ensure_ascii=False)
@@ -109,6 +112,20 @@ def chatml(system: str | None = None, between: str = "\n") -> str:
         f"{{% endgeneration %}}{{% else %}}{{{{ words(message) + '{end}' }}}}{{% endif %}}"
         f"{{{{ {after} }}}}{{% endfor %}}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+
+
+def phi3_chat() -> str:
+    """Phi-3's format where its marks are no tokens but words, with pictures as InternVL writes them.
+
+    An answer that is given, as in training, ends with `<|im_end|>`, which the language model knows from InternVL:
+    nothing that is not a token could be learnt as the end of a turn.
+    """
+    return _WORDS + (
+        "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' }}{% if message['role'] == 'assistant' %}"
+        f"{{% generation %}}{{{{ words(message) + '{TURN_END}' }}}}{{% endgeneration %}}"
+        f"{{% else %}}{{{{ words(message) + '{PHI3_END}' }}}}{{% endif %}}{{{{ '\\n' }}}}{{% endfor %}}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
     )
 
 

@@ -132,11 +132,16 @@ def write_depth_png(path: str | os.PathLike, relative: np.ndarray, valid: np.nda
     Raises:
         ValueError: `relative` is not (H, W), or a valid pixel lies outside [0, 1].
     """
+    write_picture(path, depth_picture(relative, valid))
+
+
+def depth_picture(relative: np.ndarray, valid: np.ndarray | None = None) -> Image.Image:
+    """What `write_depth_png` writes, as a picture of 16 bits; errors as there."""
     relative = _as_plane(relative, "relative depth")
     valid = _joined_valid(np.ones(relative.shape, bool), valid)
     _check_unit_interval(relative, valid)
     grey = np.where(valid, np.round(np.clip(np.where(valid, relative, 0.0), 0.0, 1.0) * 65535.0), 0.0)
-    write_picture(path, Image.fromarray(grey.astype(np.uint16)))
+    return Image.fromarray(grey.astype(np.uint16))
 
 
 def list_depth_folder(folder: str | os.PathLike, pattern: str | None = None) -> list[Path]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Shard = tuple[str, str, int, int, int]  # file, folder of its pictures, first byte, the one after the last, line number
 MOST_IN_MEMORY = 1 << 24  # bytes of a file that is not worth a copy on disk
 _FILE_KEYS = ("images", "image", "masks", "depth", "depth_valid")
-_SCHEMES = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
+SCHEMES = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 _HEAD, _CHUNK, _MOST_ITEM = 1 << 12, 1 << 20, 1 << 28  # characters
 _BETWEEN = re.compile(r"[\s,]*")
 _STAMP = b"perceptio_hf"
@@ -132,7 +132,7 @@ def _parts(messages: Any) -> Iterator[dict]:
 def _located(value: Any, folder: Path) -> Any:
     """File names in `value` (one, a list of them, or other things) with the folder in front."""
     if isinstance(value, str):
-        return value if _SCHEMES.match(value) else str(folder / Path(value).expanduser())
+        return value if SCHEMES.match(value) else str(folder / Path(value).expanduser())
     if isinstance(value, Mapping) and isinstance(value.get("path"), str) and value.get("bytes") is None:
         return {**value, "path": _located(value["path"], folder)}
     if isinstance(value, list) and any(isinstance(item, (str, Mapping)) for item in value):

@@ -154,7 +154,7 @@ class Perceptio(lmms):
                 break
             if keep_spans or token not in spatial:
                 kept.append(token)
-        text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
+        text = self.processor.without_end(self.tokenizer.decode(kept, skip_special_tokens=True)).strip()
         for stop in [until] if isinstance(until, str) else until:
             text = text.split(stop)[0] if stop else text
         return text.strip()

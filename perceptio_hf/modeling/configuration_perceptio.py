@@ -11,6 +11,11 @@ from perceptio_hf.tokens import SpatialVocabulary
 
 from .configuration_depth_vqvae import DepthVQVAEConfig, refuse_unknown, without_foreign
 
+try:  # transformers >= 5.20
+    from transformers.configuration_utils import SubConfigSpec
+except ImportError:
+    SubConfigSpec = None
+
 _SPATIAL_CONFIGS = {"mask_config": Sam2Config, "depth_config": DepthVQVAEConfig}
 
 
@@ -50,8 +55,10 @@ class PerceptioConfig(InternVLConfig):
     """
 
     model_type = "perceptio"
-    if hasattr(InternVLConfig, "sub_configs_defaults"):  # transformers >= 5.20
-        sub_configs_defaults = {**InternVLConfig.sub_configs_defaults, **_SPATIAL_CONFIGS}
+    if SubConfigSpec is not None:  # 5.20 takes no class in its place, later releases do
+        sub_configs_defaults = InternVLConfig.sub_configs_defaults | {
+            name: SubConfigSpec(config_class=config_class) for name, config_class in _SPATIAL_CONFIGS.items()
+        }
     else:
         sub_configs = {**InternVLConfig.sub_configs, **_SPATIAL_CONFIGS}
 

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,12 +18,19 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from perceptio_hf.modeling.spans.end_sequences import EndSequences
+from perceptio_hf.modeling.spans.spatial_loop import SPATIAL_DECODINGS, SpatialLoop, WholeSpans
+from perceptio_hf.modeling.spans.spatial_output import PerceptioGenerateBeamOutput, PerceptioGenerateOutput
+from perceptio_hf.modeling.spans.spatial_reading import Prompts, SpatialReadingMixin
+from perceptio_hf.modeling.spans.spatial_recorder import StepRecorder
+from perceptio_hf.modeling.spans.spatial_request import (
+    SpatialRequest,
+    check_mode,
+    generation_setting,
+    keep_own_settings,
+)
+
 from .span_grammar import SPATIAL_MODES, SpanGrammar
-from .spatial_loop import SPATIAL_DECODINGS, SpatialLoop, WholeSpans
-from .spatial_output import PerceptioGenerateBeamOutput, PerceptioGenerateOutput
-from .spatial_reading import Prompts, SpatialReadingMixin
-from .spatial_recorder import StepRecorder
-from .spatial_request import SpatialRequest, check_mode, generation_setting
 
 # Settings of transformers that let something else draft tokens, which the model then checks several at a time.
 _DRAFTERS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
@@ -48,7 +56,8 @@ class SpatialGenerationMixin(SpatialReadingMixin):
 
         Args:
             inputs, generation_config, logits_processor, kwargs: as in transformers; any decoding strategy. Without any
-                length the limit is the spans a row may hold and 128 more tokens.
+                length the limit is the spans a row may hold and 128 more tokens. `end_sequences` of a generation
+                configuration, lists of token ids, end a response that ends in one of them.
             spatial: "auto" lets the model decide and keeps what it emits well formed; "seg", "depth", "seg+depth"
                 force the spans in this order for each picture; "none" forbids them. A row without a picture has
                 neither, whatever the mode. Default: `spatial` of the generation configuration, else "auto".
@@ -133,6 +142,11 @@ class SpatialGenerationMixin(SpatialReadingMixin):
         fields = self._read_spatial(out.sequences, prompts, loop.states)
         return (PerceptioGenerateOutput if beams is None else PerceptioGenerateBeamOutput)(**out, **fields)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """As in transformers, and the generation configuration keeps `spatial` and our other settings."""
+        keep_own_settings(self.generation_config)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     def _empty_prompt(self, config: GenerationConfig, kwargs: dict) -> torch.Tensor | None:
         """The prompt transformers begins with where none is given: (batch, 1) beginning-of-sequence ids."""
         start = config.bos_token_id if config.bos_token_id is not None else self.generation_config.bos_token_id
@@ -179,7 +193,7 @@ class SpatialGenerationMixin(SpatialReadingMixin):
 
 
 def _spare_spans(kwargs: dict, setting: Callable[[str], Any], grammar: SpanGrammar) -> None:
-    """Let no stopping criterion cut a span: the caller's own, time and stop strings are asked again behind it."""
+    """Let no stopping criterion cut a span: those of the call and of the settings are asked again behind it."""
     given, mine = list(kwargs.get("stopping_criteria") or []), {}
     if setting("max_time") is not None:
         mine["max_time"] = MaxTimeCriteria(setting("max_time"))
@@ -187,6 +201,8 @@ def _spare_spans(kwargs: dict, setting: Callable[[str], Any], grammar: SpanGramm
         mine["stop_strings"] = StopStringCriteria(kwargs["tokenizer"], setting("stop_strings"))
     kwargs |= dict.fromkeys(mine)
     given += mine.values()
+    if setting("end_sequences"):
+        given.append(EndSequences(setting("end_sequences"), grammar.prompt_length))
     if given:
         kwargs["stopping_criteria"] = StoppingCriteriaList([WholeSpans(item, grammar) for item in given])
 

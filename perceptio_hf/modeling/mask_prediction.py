@@ -1,6 +1,7 @@
 """From [SEG] states to masks: the projector, SAM2's image encoder and its mask decoder."""
 
 from collections.abc import Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -22,12 +23,52 @@ class SegProjector(nn.Module):
         return self.linear_out(self.linear_in(states.to(self.linear_in.weight.dtype)).relu())
 
 
+class MaskFeatures:
+    """SAM2's features of the `pictures` pictures that were asked about last, each beside the pixels it was made of."""
+
+    def __init__(self, pictures: int):
+        self.pictures = pictures
+        self._kept: list[tuple[torch.Tensor, list[torch.Tensor]]] = []  # the last used at the end
+
+    def get(self, pixels: torch.Tensor) -> list[torch.Tensor] | None:
+        """pixels: (3, S, S) -> its features, if they are kept."""
+        for number, (known, features) in enumerate(self._kept):
+            if known.shape == pixels.shape and known.device == pixels.device and torch.equal(known, pixels):
+                self._kept.append(self._kept.pop(number))
+                return features
+        return None
+
+    def put(self, pixels: torch.Tensor, features: list[torch.Tensor]) -> None:
+        """Keep the features of a picture, and forget those of the one that was used longest ago."""
+        self._kept = [*self._kept, (pixels, features)][-self.pictures :]
+
+
 class MaskPredictionMixin:
     """`predict_masks` and its two halves, for a model with `mask_model` (SAM2), `seg_projector` and their `config`.
 
     SAM2 may lie on another device than the language model, on disk, or in shards: parameters are read within their
     modules' forward only, and every index goes where the indexed tensor is.
     """
+
+    _mask_features: MaskFeatures | None = None
+
+    @contextmanager
+    def keep_mask_features(self, pictures: int = 8):
+        """Within this context SAM2 encodes a picture once, however often it is asked about, as in a conversation.
+
+        Args:
+            pictures: how many are kept; at 1024 pixels 17 MB each, and 13 MB of pixels that they are known by.
+
+        The features are those of the weights as they are: leave the context before these change. Where gradients are
+        computed nothing is kept.
+        """
+        if pictures < 1:
+            raise ValueError(f"keep_mask_features(pictures={pictures}): keep 1 or more, or leave the context out.")
+        before, self._mask_features = self._mask_features, MaskFeatures(pictures)
+        try:
+            yield
+        finally:
+            self._mask_features = before
 
     @property
     def mask_size(self) -> tuple[int, int]:
@@ -65,9 +106,24 @@ class MaskPredictionMixin:
         numbers = [int(picture) for picture in pictures]  # on the host they may index tensors of any device
         used = sorted(set(numbers))
         index = [used.index(number) for number in numbers]
-        embedding, fine = self.encode_mask_pixels(mask_pixel_values[used])
+        embedding, *fine = self._features_of(mask_pixel_values, used)
         prompts = self.seg_projector(seg_states.to(device_of(self.seg_projector)))
         return self.decode_masks(prompts, embedding[index], [feature[index] for feature in fine])
+
+    def _features_of(self, mask_pixel_values: torch.Tensor, used: list[int]) -> list[torch.Tensor]:
+        """Features of some of the pictures, three tensors of (len(used), ...); what is kept is not computed again."""
+        store = None if torch.is_grad_enabled() else self._mask_features
+        kept = {} if store is None else {number: store.get(mask_pixel_values[number]) for number in used}
+        missing = [number for number in used if kept.get(number) is None]
+        if not missing:
+            return [torch.stack(parts) for parts in zip(*(kept[number] for number in used), strict=True)]
+        embedding, fine = self.encode_mask_pixels(mask_pixel_values[missing])
+        if store is None:
+            return [embedding, *fine]
+        for row, number in enumerate(missing):
+            kept[number] = [part[row].clone() for part in (embedding, *fine)]
+            store.put(mask_pixel_values[number].clone(), kept[number])
+        return [torch.stack(parts) for parts in zip(*(kept[number] for number in used), strict=True)]
 
     def decode_masks(
         self, prompts: torch.Tensor, embedding: torch.Tensor, fine: list[torch.Tensor]

@@ -31,8 +31,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
 from .configuration_depth_vqvae import DepthVQVAEConfig
-from .placement import device_of
-from .precision import full_precision, is_traced, without_casts_down
+from .placement import device_of, full_precision, is_traced, without_casts_down
 
 _SLACK = 1e-3  # by which depth may leave [0, 1]: resampling and half precision round
 
@@ -251,12 +250,15 @@ class DepthVQVAE(PreTrainedModel):
             codes = self.depth_codebook.nearest(self.encode_latents(filled))
         return codes[0] if depth.ndim == 2 else codes
 
-    def decode(self, codes: Tensor, *, size: tuple[int, int] | None = None) -> Tensor:
+    def decode(self, codes: Tensor, *, size: tuple[int, int] | None = None, stretch: bool = False) -> Tensor:
         """Turn codes into depth.
 
         Args:
             codes: (B, N) or (N,) integers in [0, K).
             size: (height, width) to resample to; None keeps (image_size, image_size).
+            stretch: move the farthest point of each map to 0 and the nearest to 1, before resampling and in place of
+                cutting off what lies outside, as MolmoAct draws its maps: good to look at, but maps can no longer be
+                compared with one another, nor encoded again.
 
         Returns:
             (B, height, width) float32 in [0, 1], or (height, width) for one sequence.
@@ -265,7 +267,7 @@ class DepthVQVAE(PreTrainedModel):
             ValueError: A row has another number of codes than N, or a code outside [0, K).
         """
         vectors = self.codebook[self._checked_codes(codes)]
-        depth = self._depth_of(vectors.reshape(-1, *vectors.shape[-2:]), size)
+        depth = self._depth_of(vectors.reshape(-1, *vectors.shape[-2:]), size, stretch)
         return depth[0] if codes.ndim == 1 else depth
 
     def decode_soft(self, probabilities: Tensor, *, size: tuple[int, int] | None = None) -> Tensor:
@@ -293,10 +295,14 @@ class DepthVQVAE(PreTrainedModel):
         depth = self._depth_of(vectors, size)
         return depth[0] if probabilities.ndim == 2 else depth
 
-    def _depth_of(self, vectors: Tensor, size: tuple[int, int] | None) -> Tensor:
+    def _depth_of(self, vectors: Tensor, size: tuple[int, int] | None, stretch: bool = False) -> Tensor:
         """(B, N, d) code vectors -> (B, height, width) float32 in [0, 1]."""
         with full_precision(vectors.device):
-            depth = self._reconstruct(vectors).clamp(0.0, 1.0)
+            depth = self._reconstruct(vectors)
+        if stretch:
+            low, high = depth.amin((1, 2, 3), keepdim=True), depth.amax((1, 2, 3), keepdim=True)
+            depth = (depth - low) / (high - low).clamp(min=1e-8)  # a flat map is far everywhere
+        depth = depth.clamp(0.0, 1.0)
         if size is not None:
             depth = F.interpolate(depth, size=size, mode="bilinear", antialias=True)
         return depth[:, 0].float()

@@ -16,6 +16,8 @@ from transformers.models.internvl.modeling_internvl import (
 )
 from transformers.models.sam2.modeling_sam2 import Sam2Model
 
+from perceptio_hf.modeling.spans.span_cache import CACHE
+from perceptio_hf.modeling.spans.spatial_reading import count_pictures
 from perceptio_hf.tokens import SpatialVocabulary, read_sequence
 
 from .attachments import attached, needed
@@ -23,12 +25,9 @@ from .configuration_perceptio import PerceptioConfig, attention_of_internvl
 from .generation_perceptio import SpatialGenerationMixin
 from .mask_prediction import MaskPredictionMixin, SegProjector
 from .modeling_depth_vqvae import DepthVQVAE
-from .placement import is_here
-from .precision import without_casts_down
+from .placement import is_here, without_casts_down
 from .shards import check_shards
-from .span_cache import CACHE
 from .span_grammar import code_columns
-from .spatial_reading import count_pictures
 
 
 @dataclass
@@ -183,7 +182,15 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
 
     @classmethod
     def from_components(
-        cls, internvl, sam2, depth_codec, *, processor=None, dtype: str | torch.dtype = "auto", seed: int = 0
+        cls,
+        internvl,
+        sam2=None,
+        depth_codec=None,
+        *,
+        like=None,
+        processor=None,
+        dtype: str | torch.dtype = "auto",
+        seed: int = 0,
     ) -> "PerceptioForConditionalGeneration":
         """A fresh Perceptio out of a stock InternVL, a stock SAM2 and a depth codec.
 
@@ -200,6 +207,8 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
                 `InternVLForConditionalGeneration`.
             sam2: folder or Hub name of a SAM2 in transformers' layout, one of Meta's files, or a `Sam2Model`.
             depth_codec: folder of a `DepthVQVAE` or of a Perceptio, a `vae-final.pt` of AURORA, or a `DepthVQVAE`.
+            like: in place of these two, folder or Hub name of a Perceptio, or one that is loaded, for an InternVL that
+                was exported from it and trained further: SAM2, codec, [SEG] projector and mask settings are taken over.
             processor: `PerceptioProcessor.from_components` of the same three, which knows the ids. Default: made from
                 `internvl` where that is, or was loaded from, a folder or Hub name; otherwise the spatial tokens come
                 behind all rows of the vocabulary, where a tokenizer without unused rows has them too.
@@ -214,7 +223,7 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
             ImportError: where only a copy of this file is at hand and not the package.
         """
         from_components = needed("from_components", "from_components")
-        return from_components(cls, internvl, sam2, depth_codec, processor=processor, dtype=dtype, seed=seed)
+        return from_components(cls, internvl, sam2, depth_codec, like=like, processor=processor, dtype=dtype, seed=seed)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
         """The last step before an upload; a card that says nothing gives way to ours.

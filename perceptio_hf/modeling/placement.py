@@ -1,14 +1,18 @@
-"""Parameters that are not always there, and devices that differ within one model.
+"""Where parameters are and what they are: not always there, on devices that differ within one model, and in float32.
 
 Under `device_map` with parts on disk, and under ZeRO-3, a parameter exists only while the forward of the module that
 owns it runs; with parts on several devices a hook moves the inputs of every module's forward, and nothing else.
+
+Parts that need float32 keep it when the model is cast, and compute in it whatever torch's settings allow.
 """
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _T = TypeVar("_T")
 
@@ -49,3 +53,96 @@ def device_of(module: nn.Module) -> torch.device | None:
         if device is not None:
             return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     return None
+
+
+def without_casts_down(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `Module._apply` is to do to the tensors of a part that keeps its precision.
+
+    `model.to(bfloat16)`, `.half()` and `.to("cuda", bfloat16)` hand one function to every tensor of the model; here it
+    moves them, and casts them to float32 or finer only.
+    """
+
+    def apply(tensor: Tensor) -> Tensor:
+        converted = convert(tensor)
+        if converted.element_size() >= min(tensor.element_size(), torch.float32.itemsize):
+            return converted
+        return tensor.to(converted.device, torch.float32)
+
+    return apply
+
+
+def is_traced() -> bool:
+    """Whether this runs to become a graph (torch.compile, torch.export, ONNX), where no value can be looked at."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+class _Products:
+    """torch's settings of how products of float32 are computed, and who asks at the moment for full precision.
+
+    They are global: with several threads the first one in sets them, and the last one out puts them back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._found: list[tuple[object, str]] = []
+        self._matmul = "highest"
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._set()
+            self._users += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._restore()
+
+    def _set(self) -> None:
+        backends = torch.backends
+        settings = (backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul)
+        self._found = [(setting, setting.fp32_precision) for setting in settings]
+        try:
+            self._matmul = torch.get_float32_matmul_precision()
+        except RuntimeError:  # torch refuses to name it where somebody used the settings above instead
+            self._matmul = "highest"
+        if self._matmul != "highest":  # both ways of saying it have to agree, or torch refuses to multiply
+            torch.set_float32_matmul_precision("highest")
+        for setting, value in self._found:
+            if value not in ("none", "ieee"):
+                setting.fp32_precision = "ieee"
+
+    def _restore(self) -> None:
+        if self._matmul != "highest":
+            torch.set_float32_matmul_precision(self._matmul)
+        for setting, value in self._found:
+            if setting.fp32_precision != value:
+                setting.fp32_precision = "none"  # which takes after `torch.backends.fp32_precision`, maybe as before
+            if setting.fp32_precision != value:
+                setting.fp32_precision = value
+
+
+_products = _Products()
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Products and convolutions of float32 in float32, on all devices: no autocast, no TF32, no bfloat16.
+
+    TF32, which torch uses in convolutions unless told otherwise, keeps 10 of 23 bits. In a graph that is being traced
+    the settings are whatever they are when it runs.
+
+    Args:
+        device: where the tensors are.
+    """
+    with torch.autocast(device.type, enabled=False):
+        if is_traced():
+            yield
+            return
+        _products.enter()
+        try:
+            yield
+        finally:
+            _products.leave()

@@ -13,7 +13,6 @@ _CODEC_FILES = (
     "modeling/configuration_depth_vqvae.py",
     "modeling/modeling_depth_vqvae.py",
     "modeling/placement.py",
-    "modeling/precision.py",
     "modeling/remote_code.py",
 )
 _FILES = (
@@ -22,20 +21,21 @@ _FILES = (
     "modeling/attachments.py",
     "modeling/configuration_perceptio.py",
     "modeling/generation_perceptio.py",
-    "modeling/grammar_state.py",
+    "modeling/spans/end_sequences.py",
+    "modeling/spans/grammar_state.py",
     "modeling/mask_prediction.py",
     "modeling/modeling_perceptio.py",
-    "modeling/score_trace.py",
+    "modeling/spans/score_trace.py",
     "modeling/shards.py",
-    "modeling/span_cache.py",
-    "modeling/span_decoding.py",
+    "modeling/spans/span_cache.py",
+    "modeling/spans/span_decoding.py",
     "modeling/span_grammar.py",
-    "modeling/spatial_loop.py",
-    "modeling/spatial_output.py",
-    "modeling/spatial_reading.py",
-    "modeling/spatial_recorder.py",
-    "modeling/spatial_request.py",
-    "modeling/token_choice.py",
+    "modeling/spans/spatial_loop.py",
+    "modeling/spans/spatial_output.py",
+    "modeling/spans/spatial_reading.py",
+    "modeling/spans/spatial_recorder.py",
+    "modeling/spans/spatial_request.py",
+    "modeling/spans/token_choice.py",
     "processing/messages.py",
     "processing/phrases.py",
     "processing/picture_sources.py",
@@ -57,7 +57,7 @@ _AUTO_MAPS = {
     },
     "PerceptioProcessor": {"AutoProcessor": "processing_perceptio.PerceptioProcessor"},
 }
-_OWN_IMPORT = re.compile(r"^(\s*from )(?:\.|perceptio_hf\.(?:\w+\.)?)(\w+ import )", re.MULTILINE)
+_OWN_IMPORT = re.compile(r"^(\s*from )(?:\.|perceptio_hf\.(?:\w+\.)*)(\w+ import )", re.MULTILINE)
 
 
 def flatten_imports(source: str) -> str:

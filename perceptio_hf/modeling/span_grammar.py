@@ -58,17 +58,7 @@ class SpanGrammar(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """input_ids: (rows, length), scores: (rows, vocabulary) -> scores with -inf where the grammar says no."""
         words = self.vocabulary
-        expand = input_ids.shape[0] // self.num_pictures.shape[0]  # beams or returned sequences of each prompt
-        pictures = self.num_pictures.to(scores.device).repeat_interleave(expand)  # (rows,)
-        opened = self.open_codes.to(scores.device).repeat_interleave(expand)
-        response = input_ids[:, self.prompt_length :]
-
-        starts, ends = response == words.depth_start, response == words.depth_end
-        closed = ends.sum(1)
-        in_span = starts.sum(1) + (opened >= 0) > closed
-        codes = _tokens_since_last(starts, otherwise=opened.clamp(min=0))
-        segs = _count_since_last(response == words.seg, ends)
-
+        closed, in_span, codes, segs, pictures = self.read(input_ids, scores.device)
         allowed = torch.ones_like(scores, dtype=torch.bool)
         code_ids = torch.tensor(words.codes, device=scores.device)
         for token in (words.depth_end, words.image):
@@ -82,6 +72,19 @@ class SpanGrammar(LogitsProcessor):
         allowed[:, code_ids] |= (in_span & ~full)[:, None]
         allowed[:, words.depth_end] |= in_span & full
         return _mask_scores(scores, allowed)
+
+    def read(self, input_ids: torch.LongTensor, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Spans closed, whether one is open, codes in it, [SEG] since the last, pictures: (rows,) each."""
+        words = self.vocabulary
+        expand = input_ids.shape[0] // self.num_pictures.shape[0]  # beams or returned sequences of each prompt
+        pictures = self.num_pictures.to(device).repeat_interleave(expand)
+        opened = self.open_codes.to(device).repeat_interleave(expand)
+        response = input_ids[:, self.prompt_length :].to(device)
+        starts, ends = response == words.depth_start, response == words.depth_end
+        closed = ends.sum(1)
+        in_span = starts.sum(1) + (opened >= 0) > closed
+        codes = _tokens_since_last(starts, otherwise=opened.clamp(min=0))
+        return closed, in_span, codes, _count_since_last(response == words.seg, ends), pictures
 
     def _outside(
         self, closed: torch.Tensor, segs: torch.Tensor, pictures: torch.Tensor, room: int

@@ -112,10 +112,12 @@ class PerceptioProcessor(InternVLProcessor):
         chat_template: as in transformers.
         num_depth_tokens: N, codes per depth span.
         num_depth_codes: K, entries of the codebook.
-        mask_image_size: side S of SAM2's square input in pixels.
+        mask_image_size: side S of SAM2's square input in pixels; None for a model without SAM2, whose inputs are then
+            InternVL's alone.
         crop_to_patches: cut large pictures into several tiles, as InternVL does.
         mask_threshold: mask logits above it are inside; SAM2's own is 0.
         mask_resample: how SAM2's picture is scaled, "bilinear" as SAM2 does it or "bicubic" as Sa2VA does.
+        response_end: words that end a response where the tokenizer has no token for it, and are no part of the answer.
 
     Raises:
         ValueError: an unknown `mask_resample`; a tokenizer without InternVL's picture tokens, or with depth tokens for
@@ -130,10 +132,11 @@ class PerceptioProcessor(InternVLProcessor):
         chat_template=None,
         num_depth_tokens: int = 100,
         num_depth_codes: int = 128,
-        mask_image_size: int = 1024,
+        mask_image_size: int | None = 1024,
         crop_to_patches: bool = True,
         mask_threshold: float = 0.0,
         mask_resample: str = "bilinear",
+        response_end: str | None = None,
     ):
         if mask_resample not in ("bilinear", "bicubic"):
             raise ValueError(f"mask_resample is {mask_resample!r}; it must be 'bilinear' or 'bicubic'.")
@@ -146,11 +149,12 @@ class PerceptioProcessor(InternVLProcessor):
         self.crop_to_patches = crop_to_patches
         self.mask_threshold = mask_threshold
         self.mask_resample = mask_resample
+        self.response_end = response_end
         self._read_tokenizer(tokenizer)
 
     @classmethod
-    def from_components(cls, internvl, sam2, depth_codec) -> "PerceptioProcessor":
-        """The processor for `PerceptioForConditionalGeneration.from_components` of the same three.
+    def from_components(cls, internvl, sam2=None, depth_codec=None, *, like=None) -> "PerceptioProcessor":
+        """The processor for `PerceptioForConditionalGeneration.from_components` of the same parts.
 
         Picture settings, chat template and tokenizer are InternVL's. Spatial tokens that the tokenizer lacks join it
         behind all others; those it has keep their ids. `added_token_ids` tells which are new.
@@ -159,6 +163,8 @@ class PerceptioProcessor(InternVLProcessor):
             internvl: an InternVL's folder or Hub name, or a processor of one (it is left as it is).
             sam2: a `Sam2Model` or its configuration, which says how large SAM2's picture is; or where one is saved.
             depth_codec: the same of a `DepthVQVAE`, which says how many codes there are, and in one span.
+            like: in place of these two, a Perceptio's folder or Hub name, or its processor: sizes and mask settings are
+                taken over, and the spatial tokens must have the same ids.
 
         Raises:
             ValueError: where `internvl` has no such processor, or its tokenizer lacks the tokens around pictures, has
@@ -166,7 +172,7 @@ class PerceptioProcessor(InternVLProcessor):
             ImportError: where only a copy of this file is at hand and not the package.
         """
         processor_from_components = needed("processor_from_components", "from_components")
-        return processor_from_components(cls, internvl, sam2, depth_codec)
+        return processor_from_components(cls, internvl, sam2, depth_codec, like=like)
 
     def _read_tokenizer(self, tokenizer) -> None:
         lacking = [name for name in _PICTURE_TOKENS if not hasattr(tokenizer, name)]
@@ -206,7 +212,8 @@ class PerceptioProcessor(InternVLProcessor):
 
     @property
     def model_input_names(self) -> list[str]:
-        return [*super().model_input_names, "mask_pixel_values", "original_sizes"]
+        of_masks = [] if self.mask_image_size is None else ["mask_pixel_values", "original_sizes"]
+        return [*super().model_input_names, *of_masks]
 
     def spatial_token_ids(self) -> dict:
         """The ids `PerceptioConfig` asks for, under its names."""
@@ -273,7 +280,7 @@ class PerceptioProcessor(InternVLProcessor):
         if "crop_to_patches" not in (kwargs.get("images_kwargs") or {}):
             kwargs.setdefault("crop_to_patches", self.crop_to_patches)
         inputs = super().__call__(images=pictures or None, text=text, **kwargs)
-        if pictures:
+        if pictures and self.mask_image_size is not None:
             inputs["mask_pixel_values"] = torch.stack([self.mask_pixels(picture) for picture in pictures])
             inputs["original_sizes"] = torch.tensor([[picture.height, picture.width] for picture in pictures])
         return inputs
@@ -365,9 +372,13 @@ class PerceptioProcessor(InternVLProcessor):
             for row in rows
         ]
 
+    def without_end(self, text: str) -> str:
+        """The words of a response up to `response_end`."""
+        return text.partition(self.response_end)[0] if self.response_end else text
+
     def _words(self, ids: list[int]) -> str:
         kept = [token for token in ids if token not in self._spatial_ids]
-        text = without_tags(self.tokenizer.decode(kept, skip_special_tokens=True))
+        text = without_tags(self.without_end(self.tokenizer.decode(kept, skip_special_tokens=True)))
         if len(kept) < len(ids):  # "the cat [SEG] and" leaves both of the spaces around the token
             text = re.sub(r"(?<=\S) {2,}(?=\S)", " ", text)
         return text.strip()

@@ -59,6 +59,9 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
             a span's probability on codes: without the grammar, spans then break.
         gradient_weight: of the gradient-matching term inside the reconstruction loss.
         merge_temperature: of soft-merge, above 0.
+        span_noise: mean share of a depth span's *input* codes that are replaced by others of the same span, while the
+            targets stay, so that the model learns to correct a guessed span: `generate` then writes spans in fewer
+            passes (docs/generation.md has the measurements). Each span draws its own share, up to twice this one.
         look_weight: of teaching attention where to look (`alignment`), 0 by default: codes at their own place in the
             picture, [SEG] at its object. For small models, or little data. Needs a language model with eager attention
             and keeps the attention weights of all its layers in memory.
@@ -94,6 +97,9 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
     )
     merge_temperature: float = field(
         default=LossWeights.temperature, metadata={"help": "Temperature of soft-merge; towards 0 it decodes hard."}
+    )
+    span_noise: float = field(
+        default=0.0, metadata={"help": "Mean share of a span's input codes that are replaced; targets stay. 0 to 0.5."}
     )
     look_weight: float = field(default=0.0, metadata={"help": "Weight of teaching attention where to look."})
     look_layer: int | None = field(default=None, metadata={"help": "The layer whose attention is taught."})
@@ -165,6 +171,8 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
                 raise ValueError(f"{name}_weight is {value}; a weight of the loss is a finite number of 0 or more.")
         if not (math.isfinite(self.look_weight) and self.look_weight >= 0):
             raise ValueError(f"look_weight is {self.look_weight}; it must be a finite number of 0 or more.")
+        if not 0 <= self.span_noise <= 0.5:
+            raise ValueError(f"span_noise is {self.span_noise}; a mean share of replaced codes lies between 0 and 0.5.")
         if self.look_weight and self.look_heads < 1:
             raise ValueError(f"look_heads is {self.look_heads}; at least one head can be taught where to look.")
         if self.look_weight and self._checkpoints_activations:

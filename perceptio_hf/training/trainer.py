@@ -201,6 +201,8 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
                 "leave out samples without a picture, or train without FSDP."
             )
         inputs = self.fill_spans(inputs)
+        if self.args.span_noise and model.training:
+            inputs["input_ids"] = self.disturb_spans(inputs["input_ids"], inputs["labels"])
         targets = {name: inputs.pop(name) for name in _TARGETS}
         counts = num_items_in_batch
         if counts is None:
@@ -245,6 +247,22 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
             filled[name] = inputs[name].clone()
             filled[name][rows, columns] = tokens
         return {**inputs, **filled}
+
+    def disturb_spans(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Replace some codes of every learnt span by codes of other places of that span, as wrong guesses would be.
+
+        Args:
+            input_ids, labels: (b, L), with all codes filled in.
+
+        Returns:
+            (b, L) ids in which each span has lost a share of its codes, drawn from 0 to twice `span_noise`.
+        """
+        is_code = torch.isin(labels, torch.tensor(self._vocabulary.codes, device=labels.device))
+        codes = input_ids[is_code].view(-1, self._vocabulary.num_depth_tokens)  # (spans, N) token ids
+        share = 2 * self.args.span_noise * torch.rand(len(codes), 1, device=codes.device)
+        others = codes.gather(1, torch.randint(codes.shape[1], codes.shape, device=codes.device))
+        disturbed = torch.where(torch.rand(codes.shape, device=codes.device) < share, others, codes)
+        return input_ids.masked_scatter(is_code, disturbed)
 
     def _criterion(self, input_ids: Tensor, targets: dict[str, Tensor], counts: LossCounts) -> Callable:
         """What the model calls inside its forward, where every use of a parameter is seen by DDP and FSDP."""

@@ -1,7 +1,6 @@
 """from_components: a Perceptio out of loaded or saved parts, and the processor that goes with it."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -251,8 +250,7 @@ def test_a_processor_of_other_parts(folder, parts, built):
 
 def test_without_the_package_the_error_says_so(parts, monkeypatch):
     """A copy of the files that travel with a checkpoint stands where the package is not installed."""
-    monkeypatch.setitem(sys.modules, "perceptio_hf.build.assembly", None)
-    monkeypatch.setitem(sys.modules, "perceptio_hf.build.processors", None)
+    monkeypatch.setattr("perceptio_hf.modeling.attachments._loaders", {})
     with pytest.raises(ImportError, match="from_components needs the package perceptio-hf"):
         PerceptioForConditionalGeneration.from_components(stock_internvl(400), *parts)
     with pytest.raises(ImportError, match="from_components needs the package perceptio-hf"):

@@ -5,13 +5,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import typer
 from component_helpers import codec, mask_model, save_internvl
-from transformers import AutoModel
+from transformers import AutoModel, AutoProcessor
 
 from perceptio_hf import PerceptioConfig, tiny_checkpoint
 from perceptio_hf.commands import main
 from perceptio_hf.commands.build import build
+from perceptio_hf.conversion.export import export_internvl
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,32 @@ def test_what_it_says(run, options, tmp_path):
     assert "tensors are the parts', bit for bit; 400 logits at" in said
     assert "of 6 prompts are the InternVL's within rounding" in said
     assert AutoModel.from_pretrained(tmp_path / "out").config.seg_token_id == 400
+
+
+def test_like(run, options, tmp_path):
+    """An InternVL that knows the spatial tokens: a hint without --like, the name with it; and never both."""
+    code, _, errors = run({**options, "--out": str(tmp_path / "old")}, "--no-verify")
+    assert (code, errors) == (0, "")
+    export_internvl(
+        AutoModel.from_pretrained(tmp_path / "old"),
+        AutoProcessor.from_pretrained(tmp_path / "old"),
+        tmp_path / "served",
+    )
+    served = {**options, "--internvl": str(tmp_path / "served"), "--out": str(tmp_path / "new")}
+    code, said, errors = run(served, "--no-verify")
+    assert (code, errors) == (
+        0,
+        "",
+    ) and "the [SEG] projector is new: if it was exported from a Perceptio, --like" in said
+    code, _, errors = run({**served, "--like": str(tmp_path / "old")}, "--overwrite")
+    assert code == 2 and errors.startswith("perceptio: Both like and a mask decoder and a depth codec are given")
+    like = {"--internvl": served["--internvl"], "--out": served["--out"], "--like": str(tmp_path / "old")}
+    code, said, errors = run(like, "--overwrite")
+    assert (code, errors) == (0, "") and f"mask settings are those of {tmp_path / 'old'}\n" in said
+    one, other = (AutoModel.from_pretrained(tmp_path / name).state_dict() for name in ("old", "new"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    code, _, errors = run({"--internvl": served["--internvl"], "--out": str(tmp_path / "other")})
+    assert code == 2 and "No mask decoder is given; name both of them, or a Perceptio as like" in errors
 
 
 def test_json_and_the_other_options(run, options, tmp_path):

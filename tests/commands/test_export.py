@@ -43,3 +43,16 @@ def test_another_kind_of_model_is_refused(tiny_folder, tmp_path, capsys):
     assert export(tiny_folder, tmp_path / "stock") == 0
     assert export(tmp_path / "stock", tmp_path / "again") == 2
     assert "internvl" in capsys.readouterr().err and not (tmp_path / "again").exists()
+
+
+def test_grammars_for_several_pictures_and_code_on_demand(tiny_folder, tmp_path, capsys):
+    assert export(tiny_folder, tmp_path / "plain") == 0
+    assert export(tiny_folder, tmp_path / "more", "--pictures", 2, "--tokens-before-span", 9, "--with-code") == 0
+    plain, more = ({path.name for path in (tmp_path / name).iterdir()} for name in ("plain", "more"))
+    assert "grammars" in plain and "processing_perceptio.py" in more - plain
+    assert all(name.endswith(".py") for name in more - plain)
+    assert not (tmp_path / "plain" / "grammars" / "2-pictures").exists()
+    assert "(free{0,9} span){0,2}" in (tmp_path / "more" / "grammars" / "2-pictures" / "auto.lark").read_text()
+    capsys.readouterr()
+    assert export(tiny_folder, tmp_path / "none", "--pictures", 0) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1 and not (tmp_path / "none").exists()

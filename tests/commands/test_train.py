@@ -185,6 +185,10 @@ def test_a_bad_sample_is_named(tmp_path, recipe, samples, fails, capsys):
     assert "[SEG]" in fails("--config", path, "--out", tmp_path / "out")
     assert run(["train", "--config", str(path), "--out", str(tmp_path / "skip"), "--on_error", "skip"]) == 0
     assert "left out because of their masks" in capsys.readouterr().out
+    (bad / "samples.jsonl").write_text(json.dumps(broken))
+    out = tmp_path / "nothing"
+    assert "Every sample was left out" in fails("--config", path, "--out", out, "--on_error", "skip")
+    assert not (out / "checkpoint").exists()
 
 
 def test_tiny_recipes_still_train_from_scratch(tmp_path, monkeypatch, fails):

@@ -92,6 +92,19 @@ def test_the_range_of_values_can_be_said(tmp_path):
     assert (codec.decode(codes) - grey[:, 0].clamp(0, 1)).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("value_low", [-1.0, 0.0])
+def test_the_picture_molmoact_draws(tmp_path, value_low):
+    """Its script moves the decoder's output to 0..1 by its own minimum and maximum, and so loses nothing beyond."""
+    tensors = aurora_tensors()
+    codec = load_aurora(saved(tensors, tmp_path / "vae.pt"), image_size=64, value_low=value_low)
+    codes, drawn = formula(tensors, depth_maps(3, 64)[:, None] * 2 - 1)
+    low, high = drawn.amin((1, 2, 3), keepdim=True), drawn.amax((1, 2, 3), keepdim=True)
+    expected = ((drawn - low) / (high - low))[:, 0]
+    assert (codec.decode(codes, stretch=True) - expected).abs().max() <= 1e-5
+    assert (codec.decode(codes) - expected).abs().max() > 0.05
+    assert (codec.decode(codes[0], stretch=True) - expected[0]).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("kind", ["bare.pt", "module.pt", "wrapped_module.pt", "x.safetensors"])
 def test_every_way_to_save_it(tmp_path, kind):
     tensors, path = aurora_tensors(), tmp_path / kind

@@ -110,3 +110,15 @@ def test_what_a_reader_needs_first_is_required():
 
 def test_a_refusal_names_only_what_there_is():
     assert str(refusal("x", "y", missing=["m"])) == "x is not y: missing m."
+
+
+def test_what_is_rounded_is_said():
+    """A source of mixed precision: three of four values of a matrix fit into bfloat16."""
+    model = nn.Linear(2, 2, dtype=torch.bfloat16)
+    tensors = {"weight": torch.tensor([[1.0, 0.5], [2.0, 0.1]]), "bias": torch.tensor([0.25, -3.0])}
+    report = ConversionReport("x.pt", mapped={"old.w": "weight", "old.b": "bias"})
+    fill_model(model, tensors, report, "an example")
+    assert report.notes == ["1 tensors do not fit into torch.bfloat16 and were rounded, the first is old.w."]
+    report = ConversionReport("x.pt")
+    fill_model(nn.Linear(2, 2), {name: value.bfloat16() for name, value in tensors.items()}, report, "an example")
+    assert report.notes == []

@@ -20,11 +20,13 @@ from original_layout import (
 )
 from original_sam2 import sa2va_masks, sam2_shapes
 from safetensors.torch import load_file
+from transformers import LogitsProcessorList
 
 from perceptio_hf import DepthVQVAE, DepthVQVAEConfig, PerceptioForConditionalGeneration, PerceptioProcessor
 from perceptio_hf.conversion.keys import ConversionReport
 from perceptio_hf.conversion.sa2va import convert_sa2va, load_sa2va
 from perceptio_hf.lab.lessons.model import tiny_mask_config
+from perceptio_hf.training.conversations import ConversationEncoder
 
 TOKENS = ("[SEG]", "<p>", "</p>", "<vp>", "</vp>")
 TEXTS = ["Qwen2ForCausalLM", "InternLM2ForCausalLM"]
@@ -199,6 +201,60 @@ def qwen2(tmp_path_factory) -> Path:
     return write_source(tmp_path_factory.mktemp("qwen2"), "Qwen2ForCausalLM")
 
 
+PHI3 = "<|user|>\n{}<|end|>\n<|assistant|>\n"  # Sa2VA's template phi3_chat, whose marks Qwen's tokenizer does not know
+
+
+@pytest.fixture(scope="module")
+def phi3(tmp_path_factory, qwen2) -> Path:
+    """Sa2VA-4B's first generation: Qwen2.5 with Phi-3's chat format."""
+    folder = Path(shutil.copytree(qwen2, tmp_path_factory.mktemp("phi3") / "source"))
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | {"template": "phi3_chat"})
+    )
+    return folder
+
+
+def test_phi3_chat_is_written_as_sa2va_writes_it(phi3, codec):
+    """Prompt as the template's words, whose marks are no tokens; turns that are given end with a token."""
+    model, processor = load_sa2va(phi3, depth_codec=codec, mask_config=tiny_mask_config())
+    assert not {"<|user|>", "<|assistant|>", "<|end|>"} & set(processor.tokenizer.get_vocab())
+    inputs = encode(processor, chat(picture(40, 30), text="Segment the red ball, please."))
+    places = f"<img>{'<IMG_CONTEXT>' * (4 * len(inputs['pixel_values']))}</img>\n"
+    query = PHI3.format(f"{places}Segment the red ball, please.")
+    assert inputs["input_ids"][0].tolist() == processor.tokenizer(query)["input_ids"]
+    turns = [("user", "Which?"), ("assistant", "The red ball."), ("user", "[SEG]?")]
+    chats = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    text = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    text = text.replace("\u2060\u2063", "")  # the marks inside what a user typed
+    assert text == PHI3.format("Which?") + "The red ball.<|im_end|>\n" + PHI3.format("[SEG]?")
+    encoder = ConversationEncoder(processor)  # training: it refuses templates whose turns end with no token
+    ids, labels = encoder.encode(chats[:2], [])
+    learnt = [token for token, label in zip(ids, labels, strict=True) if label != -100]
+    assert processor.tokenizer.decode(learnt) == "The red ball.<|im_end|>"
+    assert model.generation_config.eos_token_id == [processor.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_phi3_answers_end_with_words(phi3, codec, tmp_path):
+    """A processor makes the model say them."""
+    out = tmp_path / "converted"
+    report = convert_sa2va(phi3, out, depth_codec=codec, mask_config=tiny_mask_config())
+    assert "Answers end with the words <|end|>" in report.notes[-1]
+    model, processor = (kind.from_pretrained(out) for kind in (PerceptioForConditionalGeneration, PerceptioProcessor))
+    tokenizer = processor.tokenizer
+    (end,) = model.generation_config.end_sequences
+    for answer in ("red", "Sure, [SEG].", "it is 3", "[SEG]", "(a)", "the ball "):
+        ids = tokenizer(answer + "<|end|>", add_special_tokens=False)["input_ids"]
+        assert ids[-len(end) :] == end
+    said = tokenizer("Sure, the red ball.<|end|>\n<|user|>", add_special_tokens=False)["input_ids"]
+    script = iter(said)
+    processors = LogitsProcessorList([lambda ids, scores: scores.index_fill(1, torch.tensor(next(script)), 1e4)])
+    inputs = encode(processor, chat(picture(30, 20)))
+    found = model.generate(**inputs, max_new_tokens=30, return_dict_in_generate=True, logits_processor=processors)
+    assert processor.post_process_spatial(found)[0].text == "Sure, the red ball."
+    new = found.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    assert tokenizer.decode(new) == "Sure, the red ball.<|end|>"
+
+
 def test_without_a_codec_a_new_one_is_made_and_said(qwen2):
     report = ConversionReport("source")
     model, processor = load_sa2va(qwen2, mask_config=tiny_mask_config(), report=report)
@@ -214,9 +270,16 @@ def folder(qwen2, tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"architectures": ["Sa2VAChatModelQwen"]}, "'Sa2VAChatModelQwen', expected Sa2VAChatModel"),
+        (
+            {"architectures": ["Sa2VAChatModelQwen"], "vision_config": {"model_type": "qwen2_5_vl"}},
+            r"is a Sa2VA on Qwen2\.5-VL \(architectures is 'Sa2VAChatModelQwen'\).*Sa2VA-InternVL3-2B.* can be conv",
+        ),
+        (
+            {"architectures": ["Sa2VAChatModelQwen"], "vision_config": {"model_type": "qwen3_vl"}},
+            "is a Sa2VA on Qwen3-VL",
+        ),
         ({"architectures": ["InternVLChatModel"]}, "'InternVLChatModel', expected Sa2VAChatModel"),
-        ({"template": "phi3_chat"}, "template in config.json is 'phi3_chat'"),
+        ({"template": "vicuna"}, "template in config.json is 'vicuna'; known are .*phi3_chat"),
     ],
 )
 def test_other_layouts_are_refused(folder, codec, changes, named):

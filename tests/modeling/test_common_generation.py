@@ -79,6 +79,30 @@ def test_prompt_look_up_is_greedy(model, one, mode):
     assert torch.equal(answers(model, one, do_sample=False, spatial=mode, prompt_lookup_num_tokens=3), wanted)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_the_model_as_its_own_assistant_is_greedy(model, one, mode):
+    wanted = answers(model, one, do_sample=False, spatial=mode)
+    assert torch.equal(answers(model, one, do_sample=False, spatial=mode, assistant_model=model), wanted)
+    options = {"do_sample": False, "spatial": mode, "max_new_tokens": NEW, "return_dict_in_generate": True}
+    found, plain = (model.generate(**one, **options, **extra) for extra in ({"assistant_model": model}, {}))
+    assert torch.equal(found.sequences, plain.sequences)
+    for name in ("mask_logits", "depth_maps", "depth_confidence"):
+        for left, right in zip(getattr(found, name), getattr(plain, name), strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-3)
+
+
+def test_from_embeddings_alone(model, one):
+    """As from their tokens; without a picture, whose tokens embeddings do not show."""
+    ids = one["input_ids"][:, -12:]
+    assert model.config.image_token_id not in ids
+    embeds = model.get_input_embeddings()(ids)
+    options = {"do_sample": False, "max_new_tokens": NEW, "spatial": "none"}
+    found = model.generate(inputs_embeds=embeds, **options)
+    assert torch.equal(found, model.generate(input_ids=ids, **options)[:, 12:])
+
+
+# The name that every version knows; transformers 5.24 has another one.
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 def test_going_on_from_what_was_written(model, one):
     """From the tokens and from the cache of a first call, in the middle of a span too."""
     length = one["input_ids"].shape[1]
@@ -145,17 +169,24 @@ class After(StoppingCriteria):
         return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length)
 
 
-def test_stopping_criteria_end_a_response(model, two):
-    length = two["input_ids"].shape[1] + 10
-    out = model.generate(
-        **two,
-        do_sample=False,
-        spatial="seg+depth",
-        max_new_tokens=NEW,
-        stopping_criteria=StoppingCriteriaList([After(length)]),
-        return_dict_in_generate=True,
+def after(length: int) -> StoppingCriteriaList:
+    return StoppingCriteriaList([After(length)])
+
+
+def test_stopping_criteria_end_a_response_but_no_span(model, one):
+    length, stop = one["input_ids"].shape[1], model.config.depth_end_token_id
+    options = {"do_sample": False, "return_dict_in_generate": True}
+    short = model.generate(
+        **one, **options, max_new_tokens=40, stopping_criteria=StoppingCriteriaList([After(length + 3)])
     )
-    assert out.sequences.shape[1] == length and [len(depth) for depth in out.depth_maps] == [0, 0]  # spans are open
+    assert short.sequences.shape[1] == length + 3
+    inside = model.generate(**one, **options, spatial="seg+depth", max_new_tokens=NEW).sequences[:, : length + 8]
+    assert model.config.depth_start_token_id in inside and stop not in inside
+    rows = dict(one, input_ids=inside, attention_mask=torch.ones_like(inside))
+    out = model.generate(
+        **rows, **options, max_new_tokens=40, stopping_criteria=StoppingCriteriaList([After(length + 10)])
+    )
+    assert out.sequences[0, -1] == stop and out.sequences.shape[1] < length + 8 + 18 and out.well_formed == [True]
 
 
 def test_a_streamer_sees_every_token(model, one):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from perceptio_hf import DepthVQVAEConfig, PerceptioConfig, PerceptioSFTConfig, tiny_checkpoint
+from perceptio_hf import DepthVQVAEConfig, PerceptioConfig, tiny_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,9 @@ def test_a_key_that_does_not_exist_is_refused(config_class, fields, message):
 
 
 def test_settings_of_the_trainer_refuse_it_too(tmp_path):
+    pytest.importorskip("trl")
+    from perceptio_hf import PerceptioSFTConfig
+
     with pytest.raises(TypeError, match="text_weigth"):
         PerceptioSFTConfig(output_dir=str(tmp_path), text_weigth=1.0)
 

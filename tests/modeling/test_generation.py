@@ -262,3 +262,31 @@ def test_foreign_text_without_a_picture_has_no_masks(model, processor):
     said = torch.tensor([[words.seg, min(words.turn_ends)], [words.seg, min(words.turn_ends)]])
     out = model.decode_spatial(torch.cat([inputs.input_ids, said], 1), **inputs)
     assert [len(masks) for masks in out.mask_logits] == [0, 1] and out.well_formed == [False, True]
+
+
+def test_a_second_question_encodes_no_picture_again(model, processor, monkeypatch):
+    """The language model's cache and the kept features stand for the pictures; masks are those of a fresh start."""
+    inputs = encode(processor, chat(picture(seed=1), picture(seed=2)))
+    seen = []
+    for name, part in (("tower", model.model.vision_tower), ("encoder", model.mask_model.vision_encoder)):
+        forward = part.forward
+        monkeypatch.setattr(part, "forward", lambda *a, n=name, f=forward, **kw: seen.append(n) or f(*a, **kw))
+    with model.keep_mask_features(pictures=2):
+        first = generate(model, inputs, spatial="seg")
+        assert sorted(seen) == ["encoder", "tower"]
+        ids = torch.cat([first.sequences, inputs.input_ids[:, -4:]], 1)
+        given = {"input_ids": ids, "mask_pixel_values": inputs.mask_pixel_values.clone()}
+        cached = {name: first[name] for name in ("cache", "past_key_values") if name in first}
+        second = generate(model, {**given, **cached}, spatial="seg")
+        assert len(seen) == 2 and len(second.mask_logits[0])
+        fresh = generate(model, {**given, "pixel_values": inputs.pixel_values}, spatial="seg")
+        assert seen[2:] == ["tower"]
+        other = encode(processor, chat(picture(seed=3)), chat(picture(seed=1)))
+        generate(model, other, spatial="seg")
+        assert seen[3:] == ["tower", "encoder"], "one of the two pictures is new"
+    assert torch.equal(second.sequences, fresh.sequences)
+    again = generate(model, {**given, "pixel_values": inputs.pixel_values}, spatial="seg")
+    assert seen[-1] == "encoder", "behind the context nothing is kept"
+    torch.testing.assert_close(second.mask_logits[0], again.mask_logits[0], atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="keep 1 or more"), model.keep_mask_features(0):
+        pass

@@ -8,7 +8,7 @@ import torch
 from helpers import chat, encode, picture
 
 from perceptio_hf import DepthVQVAE, DepthVQVAEConfig
-from perceptio_hf.modeling.precision import full_precision
+from perceptio_hf.modeling.placement import full_precision
 
 SMALL = {"image_size": 32, "downsample": 8, "num_codes": 16, "code_dim": 8, "base_channels": 4}
 OURS = ("mask_model.", "depth_model.", "seg_projector.")

@@ -410,3 +410,33 @@ def test_bitsandbytes_is_silent_about_a_kernel_that_nobody_asked_for(caplog):
     logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "no kernels")
     logger.warning("Something else: %s.", "x")
     assert [record.message for record in caplog.records] == ["Something else: x."]
+
+
+def test_disturbed_spans_keep_their_targets_and_their_form(tmp_path):
+    run = sft.trainer(tmp_path, span_noise=0.25)
+    batch = run.fill_spans(run.data_collator([sft.sample(1), sft.sample(2)] * 40))
+    kept = batch["input_ids"].clone()
+    torch.manual_seed(0)
+    disturbed = run.disturb_spans(batch["input_ids"], batch["labels"])
+    words = run._vocabulary
+    is_code = torch.isin(batch["labels"], torch.tensor(words.codes))
+    assert torch.equal(batch["input_ids"], kept) and torch.equal(disturbed[~is_code], kept[~is_code])
+    before, after = (ids[is_code].view(-1, words.num_depth_tokens) for ids in (kept, disturbed))
+    assert all(set(new) <= set(old) for new, old in zip(after.tolist(), before.tolist(), strict=True))
+    shares = (before != after).float().mean(1)
+    assert 0.15 < shares.mean() <= 0.25 and shares.max() <= 0.75 and shares.min() < 0.1  # some draw the code they had
+
+
+def test_spans_are_disturbed_in_training_only(tmp_path):
+    plain, noisy = (sft.trainer(tmp_path / str(noise), span_noise=noise) for noise in (0.0, 0.5))
+    noisy.model.load_state_dict(plain.model.state_dict())
+    batch = [sft.sample(number) for number in (1, 2, 5, 6)]
+    losses = {}
+    for name, run in (("plain", plain), ("noisy", noisy)):
+        for mode in (True, False):
+            run.model.train(mode)
+            losses[name, mode] = run.compute_loss(run.model, run.data_collator(batch)).item()
+    assert losses["noisy", False] == pytest.approx(losses["plain", False])
+    assert losses["noisy", True] != pytest.approx(losses["plain", True])
+    with pytest.raises(ValueError, match=r"span_noise is 0\.7"):
+        sft.settings(tmp_path, span_noise=0.7)

@@ -58,7 +58,7 @@ def test_same_seed_gives_same_bytes():
 
 
 def test_another_process_gives_the_same_bytes():
-    code = "import sys; sys.path[:0] = sys.argv[1:]; import test_world_render as t; print(t.digest(t.render_scene(11)))"
+    code = "import sys; sys.path[:0] = sys.argv[1:]; import test_render as t; print(t.digest(t.render_scene(11)))"
     here = os.path.dirname(__file__)
     command = [sys.executable, "-c", code, here, *[p for p in sys.path if p]]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

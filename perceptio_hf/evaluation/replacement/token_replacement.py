@@ -16,7 +16,7 @@ from transformers import BatchFeature, GenerationMixin
 
 from perceptio_hf.modeling.modeling_perceptio import CACHE
 from perceptio_hf.modeling.span_grammar import SpanGrammar
-from perceptio_hf.modeling.spatial_output import SpatialOutput
+from perceptio_hf.modeling.spans.spatial_output import SpatialOutput
 
 if TYPE_CHECKING:
     from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from perceptio_hf.data.run_length import encode_mask
 from perceptio_hf.tokens import SpatialVocabulary, read_sequence
 
 if TYPE_CHECKING:
@@ -101,6 +102,18 @@ def answer_questions(
         Response(answer, _before_depth(row, out.prompt_length, words))
         for answer, row in zip(answers, out.sequences.tolist(), strict=True)
     ]
+
+
+def describe(answer: "SpatialAnswer") -> dict:
+    """What an answer says, for JSON: words, masks as COCO run lengths and what they are of, depth as its codes."""
+    return {
+        "text": answer.text,
+        "masks": [encode_mask(mask) for mask in answer.masks],
+        "phrases": answer.phrases,
+        "mask_scores": [round(float(score), 4) for score in answer.mask_scores],
+        "depth_codes": answer.depth_codes,
+        "well_formed": answer.well_formed,
+    }
 
 
 def _before_depth(row: list[int], prompt_length: int, words: SpatialVocabulary) -> list[int] | None:

@@ -7,11 +7,15 @@ same samples however often a run was stopped, so that the lines come out the sam
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from perceptio_hf.bulk.engines import Engine, LocalEngine, Result, fill_journal
+from perceptio_hf.bulk.journal import Journal, claim_path
+from perceptio_hf.bulk.progress import Watch
 from perceptio_hf.evaluation.benchmarks.sample import Benchmark, Sample
 from perceptio_hf.evaluation.replacement.oracle import DepthOf, encode_oracle, lacks_depth, open_oracle
 from perceptio_hf.evaluation.replacement.token_replacement import (
@@ -22,8 +26,7 @@ from perceptio_hf.evaluation.replacement.token_replacement import (
 )
 from perceptio_hf.files import in_use
 
-from .answering import answer_questions, encode_questions, token_budget
-from .journal import Journal, claim_path
+from .answering import Response, answer_questions, encode_questions, token_budget
 from .scoring import SCORINGS, Record, score_answer, score_text
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
     from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 
 SAMPLES_FILE, REPLACED_FILE, SUMMARY_FILE = "samples.jsonl", "replaced.jsonl", "summary.json"
-Watch = Callable[[str, int, int, str], None]  # what is done, how many of how many, the score so far
+Load = Callable[[], "tuple[PerceptioForConditionalGeneration, PerceptioProcessor]"]
 
 
 @dataclass(frozen=True)
@@ -110,14 +113,20 @@ def run_benchmark(
     weights: str,
     overwrite: bool = False,
     watch: Watch | None = None,
+    engine: Engine | None = None,
+    load: Load | None = None,
+    reopen: Callable[[], Benchmark] | None = None,
 ) -> Run:
     """Answer every sample that the folder has no result of yet.
 
     Args:
+        model: answers itself, unless `load` is given.
         folder: of the results; it is made.
         weights: what tells the model from others (see `summary.digest_weights`).
         overwrite: replace results of another model, data or setting.
         watch: told after every batch.
+        engine: what works on the batches; default: this process.
+        load, reopen: how a worker in another process comes by model and processor, and by the benchmark.
 
     Raises:
         ValueError: a folder with results of another model, data or setting; a sample that cannot be used (named).
@@ -139,10 +148,12 @@ def run_benchmark(
         journal = Journal(folder / SAMPLES_FILE, claim, ids, overwrite=overwrite)
         if not journal.records:
             _remove_results(folder)
-        runner = _Runner(model, processor, benchmark, settings, watch or _ignore)
+        parts = _Parts(load or (lambda: (model, processor)), reopen or (lambda: benchmark))
+        runner = _Runner(parts, benchmark, settings, engine or LocalEngine(), watch or _ignore)
         seconds, answered = runner.answer(journal)
         if settings.replacements:
-            replaced = runner.replace(journal, folder / REPLACED_FILE, claim, overwrite, oracle, notes)
+            oracle_of = None if oracle is None or reopen else lambda *_: oracle
+            replaced = runner.replace(journal, folder / REPLACED_FILE, claim, overwrite, oracle_of, notes)
     records = [
         record | {"target": sample.target}
         for record, sample in zip(journal.records, benchmark.samples, strict=True)
@@ -180,62 +191,37 @@ def _ignore(*_: object) -> None:
     """Nobody watches."""
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """How a worker comes by what it works with: functions that give model and processor, and the benchmark."""
+
+    load: Load
+    benchmark: Callable[[], Benchmark]
+
+
 class _Runner:
     """The two passes over a benchmark: own answers, and answers behind replaced spans."""
 
-    def __init__(self, model, processor, benchmark: Benchmark, settings: RunSettings, watch: Watch):
-        self.model, self.processor, self.settings, self.watch = model, processor, settings, watch
+    def __init__(self, parts: _Parts, benchmark: Benchmark, settings: RunSettings, engine: Engine, watch: Watch):
+        self.parts, self.settings, self.engine, self.watch = parts, settings, engine, watch
         self.task, self.samples = benchmark.task, benchmark.samples
 
     def answer(self, journal: Journal) -> tuple[float, int]:
         """Fill the journal. Returns seconds and samples of this process."""
-        begin, known = time.perf_counter(), len(journal.records)
-        for start in self._starts(journal, len(self.samples)):
-            chunk = self.samples[start : start + self.settings.batch_size]
-            # A batch that was cut short is answered as a whole once more, so that its rows are computed as ever.
-            for record in self._answer_chunk(chunk)[len(journal.records) - start :]:
-                journal.append(record)
+        begin = time.perf_counter()
+
+        def tell(_: list[Result]) -> None:
             scores = [record["score"] for record in journal.records if "score" in record]
             shown = f"{SCORINGS[self.task].running} {np.mean(scores):.3f}" if scores else ""
-            self.watch("answering", len(journal.records), len(self.samples), shown)
-        return time.perf_counter() - begin, len(journal.records) - known
+            self.watch("answering", journal.done, len(self.samples), shown)
 
-    def _starts(self, journal: Journal, count: int) -> Sequence[int]:
+        job = partial(_AnswerWorker, self.parts, self.settings)
+        answered = fill_journal(journal, self.engine, job, self._batches(range(len(self.samples))), tell)
+        return time.perf_counter() - begin, answered
+
+    def _batches(self, items: Sequence[Any]) -> list[Sequence[Any]]:
         size = self.settings.batch_size
-        return range(len(journal.records) // size * size, count, size) if len(journal.records) < count else ()
-
-    def _answer_chunk(self, chunk: Sequence[Sample]) -> list[Record]:
-        records: dict[str, Record] = {}
-        usable: list[tuple[Sample, Image.Image]] = []
-        for sample in chunk:
-            try:
-                usable.append((sample, sample.picture.open()))
-            except ValueError as error:
-                records[sample.id] = self._broken(sample, error)
-        if usable:
-            responses = answer_questions(
-                self.model,
-                self.processor,
-                [picture for _, picture in usable],
-                [sample.question for sample, _ in usable],
-                spatial=self.settings.spatial,
-                max_new_tokens=self.settings.max_new_tokens,
-                masks=self.task == "referring_segmentation",
-            )
-            for (sample, _), response in zip(usable, responses, strict=True):
-                try:
-                    scored = score_answer(self.task, sample, response.answer)
-                except ValueError as error:
-                    records[sample.id] = self._broken(sample, error)
-                else:
-                    head = {"id": sample.id, "picture": sample.picture.name, "question": sample.question}
-                    records[sample.id] = head | scored | {"before_depth": response.before_depth}
-        return [records[sample.id] for sample in chunk]
-
-    def _broken(self, sample: Sample, error: ValueError) -> Record:
-        if not self.settings.skip_broken:
-            raise ValueError(f"{error} (sample {sample.id}; --on-error skip leaves such samples out.)") from None
-        return {"id": sample.id, "left_out": str(error)}
+        return [items[start : start + size] for start in range(0, len(items), size)]
 
     def replace(
         self,
@@ -243,7 +229,7 @@ class _Runner:
         path: Path,
         claim: dict[str, Any],
         overwrite: bool,
-        oracle: DepthOf | None,
+        oracle: Callable[..., DepthOf] | None,
         notes: list[str],
     ) -> list[Record]:
         """Answer behind replaced spans, for every sample whose own answer has one."""
@@ -267,38 +253,121 @@ class _Runner:
         journal = Journal(path, claim, [sample.id for sample, _ in spans], overwrite=overwrite)
         own = np.array([record["depth_codes"] for _, record in spans])
         codes = replaced_codes(settings.replacements, own, pictures, seed=settings.seed)
-        for start in self._starts(journal, len(spans)):
-            part = slice(start, start + settings.batch_size)
-            records = self._replace_chunk(spans[part], {name: table[part] for name, table in codes.items()}, oracle)
-            for record in records[len(journal.records) - start :]:
-                journal.append(record)
+        places = {sample.id: place for place, sample in enumerate(self.samples)}
+        items = [
+            _Span(places[sample.id], record["before_depth"], {name: table[row] for name, table in codes.items()})
+            for row, (sample, record) in enumerate(spans)
+        ]
+
+        def tell(_: list[Result]) -> None:
             shown = " ".join(
                 f"{name} {np.mean([record[name]['score'] for record in journal.records]):.3f}"
                 for name in settings.replacements[:3]
             )
-            self.watch("replacing", len(journal.records), len(spans), shown)
+            self.watch("replacing", journal.done, len(spans), shown)
+
+        job = partial(_ReplaceWorker, self.parts, settings, oracle or open_oracle)
+        fill_journal(journal, self.engine, job, self._batches(items), tell)
         return journal.records
 
-    def _replace_chunk(
-        self, chunk: list[tuple[Sample, Record]], codes: dict[str, np.ndarray], oracle: DepthOf | None
-    ) -> list[Record]:
-        samples = [sample for sample, _ in chunk]
-        if oracle is not None:
-            true = [encode_oracle(self.model.depth_model, oracle(sample)) for sample in samples]
-            codes = codes | {"oracle": np.array(true)}
-        pictures = [sample.picture.open() for sample in samples]
-        inputs = encode_questions(self.processor, pictures, [sample.question for sample in samples])
+
+class _AnswerWorker:
+    """Answers samples, given by their places in the benchmark."""
+
+    def __init__(self, parts: _Parts, settings: RunSettings):
+        self.model, self.processor = parts.load()
+        benchmark = parts.benchmark()
+        self.task, self.samples, self.settings = benchmark.task, benchmark.samples, settings
+
+    def read(self, batch: Sequence[int]) -> "list[Image.Image | Record]":
+        """Of each sample the picture, or what is recorded where it cannot be read."""
+        return [self._picture(self.samples[place]) for place in batch]
+
+    def _picture(self, sample: Sample) -> "Image.Image | Record":
+        try:
+            return sample.picture.open()
+        except ValueError as error:
+            return self._broken(sample, error)
+
+    def work(self, batch: Sequence[int], read: "list[Image.Image | Record]") -> list[Result]:
+        samples = [self.samples[place] for place in batch]
+        records = {sample.id: found for sample, found in zip(samples, read, strict=True) if isinstance(found, dict)}
+        usable = [(sample, found) for sample, found in zip(samples, read, strict=True) if sample.id not in records]
+        if usable:
+            responses = answer_questions(
+                self.model,
+                self.processor,
+                [picture for _, picture in usable],
+                [sample.question for sample, _ in usable],
+                spatial=self.settings.spatial,
+                max_new_tokens=self.settings.max_new_tokens,
+                masks=self.task == "referring_segmentation",
+            )
+            for (sample, _), response in zip(usable, responses, strict=True):
+                records[sample.id] = self._record(sample, response)
+        return [Result(records[sample.id]) for sample in samples]
+
+    def _record(self, sample: Sample, response: Response) -> Record:
+        try:
+            scored = score_answer(self.task, sample, response.answer)
+        except ValueError as error:
+            return self._broken(sample, error)
+        head = {"id": sample.id, "picture": sample.picture.name, "question": sample.question}
+        return head | scored | {"before_depth": response.before_depth}
+
+    def _broken(self, sample: Sample, error: ValueError) -> Record:
+        if not self.settings.skip_broken:
+            raise ValueError(f"{error} (sample {sample.id}; --on-error skip leaves such samples out.)") from None
+        return {"id": sample.id, "left_out": str(error)}
+
+
+@dataclass(frozen=True)
+class _Span:
+    """A depth span of an answer: the sample's place in the benchmark, the ids of the tokens in front of it, and for
+    each replacement but the oracle the codes (N,) that take its place."""
+
+    place: int
+    before: list[int]
+    codes: dict[str, np.ndarray]
+
+
+class _ReplaceWorker:
+    """Answers samples behind replaced spans.
+
+    Args:
+        oracle: called as `open_oracle`.
+    """
+
+    def __init__(self, parts: _Parts, settings: RunSettings, oracle: Callable[..., DepthOf]):
+        self.model, self.processor = parts.load()
+        benchmark = parts.benchmark()
+        self.task, self.samples, self.settings = benchmark.task, benchmark.samples, settings
+        self.depth_of = None
+        if "oracle" in settings.replacements:
+            self.depth_of = oracle(settings.oracle, settings.oracle_unit, self.samples, str(self.model.device))
+
+    def read(self, batch: Sequence[_Span]) -> "list[Image.Image]":
+        return [self.samples[span.place].picture.open() for span in batch]
+
+    def work(self, batch: Sequence[_Span], read: "list[Image.Image]") -> list[Result]:
+        samples = [self.samples[span.place] for span in batch]
+        codes = {name: np.array([span.codes[name] for span in batch]) for name in batch[0].codes}
+        if self.depth_of is not None:
+            codes["oracle"] = np.array(
+                [encode_oracle(self.model.depth_model, self.depth_of(sample)) for sample in samples]
+            )
+        inputs = encode_questions(self.processor, read, [sample.question for sample in samples])
         texts = answers_with_codes(
             self.model,
             self.processor,
             inputs.to(self.model.device),
-            [record["before_depth"] for _, record in chunk],
+            [span.before for span in batch],
             {name: codes[name] for name in self.settings.replacements},
             spatial=self.settings.spatial,
             max_new_tokens=self.settings.max_new_tokens,
         )
         return [
-            {"id": sample.id} | {name: _scored(self.task, sample, found[row]) for name, found in texts.items()}
+            Result({"id": sample.id} | {name: _scored(self.task, sample, found[row]) for name, found in texts.items()})
             for row, sample in enumerate(samples)
         ]
 

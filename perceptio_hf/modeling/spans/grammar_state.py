@@ -5,9 +5,8 @@
 
 import torch
 
+from perceptio_hf.modeling.span_grammar import SpanGrammar, code_columns
 from perceptio_hf.tokens import SpatialVocabulary
-
-from .span_grammar import code_columns
 
 
 class GrammarState:
@@ -88,3 +87,39 @@ class GrammarState:
         scores[:, words.seg].masked_fill_(~seg, impossible)
         scores[:, words.depth_start].masked_fill_(~start, impossible)
         return scores
+
+
+class LoopGrammar(SpanGrammar):
+    """`SpanGrammar` for the loops of transformers: the same from the ids, with one write over the vocabulary.
+
+    Beams trade places, so that a state which is advanced would have to move with them; ids cost little to read. Scores
+    are the scores of few columns and of closed rows only.
+    """
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """input_ids: (rows, length), scores: (rows, vocabulary) -> scores with -inf where the grammar says no."""
+        words, codes = self.vocabulary, code_columns(self.vocabulary, scores.device)
+        closed, in_span, count, segs, pictures = self.read(input_ids, scores.device)
+        seg, start, only = self._outside(closed, segs, pictures, room=self.max_length - input_ids.shape[1])
+        full = count >= words.num_depth_tokens
+        columns = {  # which rows may write it
+            words.depth_end: in_span & full,
+            words.image: torch.zeros_like(in_span),
+            words.seg: seg & ~in_span,
+            words.depth_start: start & ~in_span,
+        }
+        impossible, shut = float("-inf"), only | in_span  # shut: rows that may write nothing but spatial tokens
+
+        def write_columns(masked: torch.Tensor, dead: torch.Tensor) -> None:
+            chosen = scores[:, codes].masked_fill(dead[:, None], 0.0)
+            masked[:, codes] = chosen.masked_fill(~(in_span & ~full)[:, None], impossible)
+            for column, rows in columns.items():
+                masked[:, column] = scores[:, column].masked_fill(dead, 0.0).masked_fill(~rows, impossible)
+
+        masked = scores.masked_fill(shut[:, None], impossible)
+        write_columns(masked, torch.zeros_like(shut))
+        # Other processors may have forbidden all that the grammar allows: the grammar wins.
+        dead = masked.amax(-1).isneginf()
+        masked.masked_fill_((dead & ~shut)[:, None], 0.0)
+        write_columns(masked, dead)
+        return masked

@@ -11,10 +11,12 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation import stopping_criteria as criteria_of_transformers
 from transformers.utils import logging
 
+from perceptio_hf.modeling.span_grammar import SpanGrammar
+
+from .end_sequences import EndSequences
 from .score_trace import ScoreTrace
 from .span_cache import CACHE, can_shrink
 from .span_decoding import SpanDecoder
-from .span_grammar import SpanGrammar
 from .spatial_recorder import SpanStates, StateReader, StepRecorder
 from .spatial_request import SpatialRequest
 from .token_choice import TokenChoice, is_blind
@@ -158,6 +160,7 @@ class SpatialLoop:
             ids=input_ids,
             new_tokens=request.new_tokens,
             end_ids=None if ends is None else ends.to(device),
+            end_sequences=_asked(stopping_criteria, EndSequences),
             pad=0 if pad is None else int(pad),
             span_ends=request.span_ends(len(input_ids)),
             width=self._width(len(input_ids), device, cache, is_static),
@@ -201,12 +204,19 @@ class SpatialLoop:
 def _is_known(criterion) -> bool:
     """Whether our own loop does by itself what a stopping criterion asks for."""
     if isinstance(criterion, WholeSpans):
-        return type(criterion.criterion) is criteria_of_transformers.MaxTimeCriteria
+        return type(criterion.criterion) in (criteria_of_transformers.MaxTimeCriteria, EndSequences)
     return type(criterion) in (criteria_of_transformers.MaxLengthCriteria, criteria_of_transformers.EosTokenCriteria)
+
+
+def _asked(criteria: StoppingCriteriaList, kind: type[StoppingCriteria]) -> StoppingCriteria | None:
+    """The last of `criteria` of that kind, which are all heard outside of spans only."""
+    found = [item.criterion for item in criteria if isinstance(item, WholeSpans) and type(item.criterion) is kind]
+    return found[-1] if found else None
 
 
 def _clock(criteria: StoppingCriteriaList) -> Callable[[], bool] | None:
     limits = [item.criterion for item in criteria if isinstance(item, WholeSpans)]
+    limits = [limit for limit in limits if type(limit) is criteria_of_transformers.MaxTimeCriteria]
     if not limits:
         return None
     return lambda: any(time() - limit.initial_timestamp > limit.max_time for limit in limits)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .end_sequences import EndSequences
 from .grammar_state import GrammarState
 from .score_trace import ScoreTrace
 from .span_cache import CACHE, drop_last, move_last
@@ -45,6 +46,7 @@ class SpanDecoder:
         ids: (rows, length) prompts.
         new_tokens: the most that may be added.
         end_ids: (e,) tokens that end a response; `pad` fills rows behind theirs.
+        end_sequences: ends that are several tokens long.
         span_ends: (rows,) position of the end marker of a span the prompt left open.
         width: the most places of one row in a pass; 1 is sequential.
         fixed: every pass within a span is `width` wide, so that a compiled forward sees few shapes.
@@ -63,6 +65,7 @@ class SpanDecoder:
         ids: torch.Tensor,
         new_tokens: int,
         end_ids: torch.Tensor | None,
+        end_sequences: EndSequences | None = None,
         pad: int,
         span_ends: torch.Tensor,
         width: int,
@@ -84,7 +87,7 @@ class SpanDecoder:
         self.length = torch.full((rows,), self.prompt_length, device=device)
         self.span_end = span_ends.to(device)
         self.active = torch.ones(rows, dtype=torch.bool, device=device)
-        self.end_ids = end_ids
+        self.end_ids, self.end_sequences = end_ids, end_sequences
         self.row = torch.arange(rows, device=device)
         self.draft = model.draft_codes(device)  # (N,) ids
         self.places = torch.arange(self.words.num_depth_tokens + 1, device=device)
@@ -261,6 +264,8 @@ class SpanDecoder:
         self._begin(begun)
         if self.end_ids is not None:
             self.active = self.active & ~(rows & torch.isin(tokens, self.end_ids))
+        if self.end_sequences is not None:
+            self.active = self.active & ~(rows & self.end_sequences.ends(self.ids, self.length))
 
     def _begin(self, rows: torch.Tensor) -> None:
         """Guess the codes that are missing in the spans of `rows` (rows,) bool; their end markers are certain."""

@@ -7,14 +7,18 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from perceptio_hf.modeling.span_grammar import required_new_tokens
 from perceptio_hf.tokens import SpatialSequence, SpatialVocabulary, read_sequence
 
-from .grammar_state import GrammarState
-from .span_grammar import SpanGrammar, required_new_tokens
+from .grammar_state import GrammarState, LoopGrammar
 
 # New tokens beyond the spans, where the caller sets no limit: transformers' default of 20 would fit no span at all.
 _DEFAULT_ANSWER_TOKENS = 128
 _FORCED = ("seg", "depth", "seg+depth")
+
+
+# Fields of a generation configuration that transformers does not have.
+OWN_SETTINGS = ("spatial", "spatial_decoding", "end_sequences")
 
 
 def generation_setting(name: str, argument: Any, asked: GenerationConfig | None, own: GenerationConfig) -> Any:
@@ -25,6 +29,15 @@ def generation_setting(name: str, argument: Any, asked: GenerationConfig | None,
         if getattr(config, name, None) is not None:
             return getattr(config, name)
     return None
+
+
+def keep_own_settings(config: GenerationConfig) -> None:
+    """Let a generation configuration that is going to be saved keep our settings when it is read again.
+
+    transformers marks those it derived from a model's configuration, and of marked ones reads no field but its own.
+    """
+    if any(getattr(config, name, None) is not None for name in OWN_SETTINGS):
+        config._from_model_config = False
 
 
 @dataclass
@@ -101,10 +114,10 @@ class SpatialRequest:
         free = self.spatial == "auto"
         return [row.pictures_shown if free else row.num_pictures for row in self.rows]
 
-    def grammar(self) -> SpanGrammar:
+    def grammar(self) -> LoopGrammar:
         """The grammar of this request."""
         rows = self.rows
-        return SpanGrammar(
+        return LoopGrammar(
             self.words,
             spatial=self.spatial,
             prompt_length=self.prompt_length,

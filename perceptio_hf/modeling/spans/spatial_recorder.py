@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from perceptio_hf.modeling.span_grammar import code_columns
 from perceptio_hf.tokens import SpatialVocabulary
-
-from .span_grammar import code_columns
 
 _CHECK_EVERY = 16  # steps; the buffer of [SEG] states has room for one in each of them
 

@@ -19,27 +19,32 @@ class Journal:
         claim: what the results depend on; they are never mixed with those of another claim.
         ids: the items, in order.
         overwrite: start anew over the results of another claim, or over lines that cannot be used.
+        keep: whether the records stay in memory, as `records`; without it only their number does, as `done`.
 
     Raises:
         ValueError: for results of another claim, or lines that are damaged or about other items.
     """
 
-    def __init__(self, path: Path, claim: dict[str, Any], ids: Sequence[str], *, overwrite: bool = False):
-        self.path, self.ids = path, ids
+    def __init__(
+        self, path: Path, claim: dict[str, Any], ids: Sequence[str], *, overwrite: bool = False, keep: bool = True
+    ):
+        self.path, self.ids, self.keep = path, ids, keep
+        self.records: list[dict[str, Any]] = []
+        self.done = 0
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._check_claim(claim_path(path), claim)
-            self.records = self._read()
+            self._read()
         except ValueError:
             if not overwrite:
                 raise
             path.unlink(missing_ok=True)
-            self.records = []
+            self.records, self.done = [], 0
         write_json(claim_path(path), claim)
 
     def append(self, record: dict[str, Any]) -> None:
         """Add the next item's result."""
-        assert record["id"] == self.ids[len(self.records)], "results come in the order of the items"
+        assert record["id"] == self.ids[self.done], "results come in the order of the items"
         try:
             line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
         except ValueError:
@@ -51,7 +56,12 @@ class Journal:
             file.write(line + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        self.records.append(record)
+        self._count(record)
+
+    def _count(self, record: dict[str, Any]) -> None:
+        self.done += 1
+        if self.keep:
+            self.records.append(record)
 
     def _check_claim(self, path: Path, claim: dict[str, Any]) -> None:
         if not path.exists():
@@ -72,17 +82,18 @@ class Journal:
                 f"{_short(claim.get(key))} now; {_WAY_OUT}"
             )
 
-    def _read(self) -> list[dict[str, Any]]:
+    def _read(self) -> None:
         if not self.path.exists():
-            return []
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):  # the last line was being written
-            os.truncate(self.path, len(whole))
-        records = []
-        for number, line in enumerate(whole.splitlines(), start=1):
-            records.append(self._parse(line, number))
-        return records
+            return
+        whole = 0  # bytes of lines that are complete
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):  # the last line was being written
+                    break
+                self._count(self._parse(line, number))
+                whole += len(line)
+        if whole < self.path.stat().st_size:
+            os.truncate(self.path, whole)
 
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
         try:

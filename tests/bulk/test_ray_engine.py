@@ -1,0 +1,126 @@
+"""Workers of Ray: equal rows, errors as they are, a worker that dies loses nothing. `make test-ray` installs Ray."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from helpers import picture
+
+from perceptio_hf.bulk.engines import Result, open_engine
+from perceptio_hf.commands import main
+
+try:
+    import ray  # noqa: F401
+except ImportError:
+    RAY = False
+else:
+    RAY = True
+needs_ray = pytest.mark.skipif(not RAY, reason="ray[data] is not installed; make test-ray installs it")
+
+
+def test_without_ray_the_extra_is_named(tmp_path, capsys):
+    if RAY:
+        pytest.skip("ray is installed")
+    picture().save(tmp_path / "a.png")
+    assert main.run(["predict", str(tmp_path), "What?", "--engine", "ray", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "--engine ray needs the library ray: pip install" in error
+    assert not (tmp_path / "out").exists()
+
+
+@needs_ray
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:port", "127.0.0.1:99999999"])
+def test_a_cluster_that_is_not_there(address):
+    with pytest.raises(ValueError, match=f"--address {address}: no Ray cluster answers there"):
+        list(open_engine("ray", address).run(Sleeper, [[1]]))
+
+
+class Sleeper:
+    """Says which process did the work; refuses 99."""
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+        (self.folder / str(os.getpid())).touch()
+
+    def read(self, batch):
+        return batch
+
+    def work(self, batch, read):
+        if 99 in batch:
+            raise ValueError("99 is too much")
+        time.sleep(0.05)
+        return [Result({"id": number, "twice": 2 * number}, {"a": b"\0"}) for number in read]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """One small Ray for the tests of this file: it takes seconds to start."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a file of tests
+    engine = open_engine("ray", workers=2)
+    with engine._cluster():
+        yield engine
+
+
+@needs_ray
+def test_a_worker_that_is_killed_loses_nothing(cluster, tmp_path):
+    killed = []
+
+    def kill_one():
+        patience = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < patience:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        killed.append(int(next(tmp_path.iterdir()).name))
+        os.kill(killed[0], signal.SIGKILL)
+
+    batches = [[number, number + 1] for number in range(0, 80, 2)]
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    results = [result for part in cluster.run(partial(Sleeper, str(tmp_path)), batches) for result in part]
+    killer.join()
+    assert killed and len(list(tmp_path.iterdir())) >= 3, "another one took its place"
+    assert [result.record["id"] for result in results] == list(range(80)), "all of them, once, in order"
+    assert results[7].record["twice"] == 14 and results[7].files == {"a": b"\0"}
+
+
+@needs_ray
+def test_errors_are_those_of_the_job(cluster, tmp_path):
+    with pytest.raises(ValueError, match=r"^99 is too much$"):
+        list(cluster.run(partial(Sleeper, str(tmp_path)), [[1], [99], [3]]))
+    with pytest.raises(FileNotFoundError):
+        list(cluster.run(partial(Sleeper, str(tmp_path / "missing")), [[1]]))
+    assert list(cluster.run(None, [])) == []
+    assert len(list(cluster.run(partial(Sleeper, str(tmp_path)), [[1], [2]]))) == 2, "the workers of before are gone"
+
+
+@needs_ray
+def test_predict_and_eval_give_the_rows_of_one_worker(cluster, tiny_folder, tmp_path, capfd):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for index in range(6):
+        picture(30 + 7 * index, 40, seed=index).save(photos / f"{index}.png")
+    (photos / "text.png").write_text("no picture")
+    common = ["--model", str(tiny_folder), "--max-new-tokens", "24", "--batch-size", "2"]
+    ray_options = ["--engine", "ray", "--workers", "2"]
+    for command, words, file in (
+        ("predict", [str(photos), "Which is closer?", "--spatial", "seg+depth"], "results.jsonl"),
+        ("eval", ["world-closest", "--limit", "6", "--replace-depth", "identity,oracle"], "replaced.jsonl"),
+    ):
+        for name, options in (("one", []), ("two", ray_options)):
+            assert main.run([command, *words, *common, *options, "--out", str(tmp_path / command / name)]) == 0
+        one, two = tmp_path / command / "one", tmp_path / command / "two"
+        assert (one / file).read_bytes() == (two / file).read_bytes()
+        assert len((one / file).read_bytes().splitlines()) == 7 - (command == "eval")
+        for path in (one / "depth").glob("*.png"):
+            assert path.read_bytes() == (two / "depth" / path.name).read_bytes()
+    summaries = [json.loads((tmp_path / "eval" / name / "summary.json").read_text()) for name in ("one", "two")]
+    assert summaries[0].pop("time") and summaries[1].pop("time") and summaries[0] == summaries[1]
+    assert capfd.readouterr().err == "", "Ray keeps quiet"
