@@ -49,7 +49,7 @@ def address(tmp_path_factory) -> str:
     command = [sys.executable, "-c", SERVE, str(network), str(port)]
     with open(log, "w") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300
     while True:
         try:
             urllib.request.urlopen(url).read()

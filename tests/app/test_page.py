@@ -243,7 +243,7 @@ def test_a_phone_shows_all_of_it(browser, address, colors, tmp_path):
 
 
 def test_the_picture_in_the_readme(browser, address):
-    with opened(browser, address, device_scale_factor=1.5) as page:
+    with opened(browser, address, viewport={"width": 1280, "height": 900}, device_scale_factor=1.5) as page:
         page.click(".pp-example >> nth=0")
         page.wait_for_function(READY)
         page.click("button#ask")
