@@ -58,6 +58,7 @@ OUTPUTS = {
         "import base64, json, pathlib",  # tests/conversion/test_transformers_serve.py asks so
     ],
     "extending.md": ["tasks:"],
+    "serve.md": ["from gradio_client import"],  # tests/app/test_api.py runs it
 }
 # Commands that prepare an environment, or need another program: how they begin, and where they are tried.
 ELSEWHERE = {

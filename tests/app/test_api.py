@@ -119,7 +119,7 @@ def test_only_answer_is_offered(client):
 
 def test_the_snippets_of_the_document_run(address, scene, tmp_path, monkeypatch):
     text = DOCUMENT.read_text(encoding="utf-8")
-    snippets = re.findall(r"```python no-run\n(.*?)```", text, re.DOTALL)
+    snippets = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
     assert snippets
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photo.jpg").write_bytes(scene.read_bytes())
