@@ -135,7 +135,8 @@ class Page:
     def _answer(self, view: dict, question: Question) -> Iterator[tuple]:
         view = {**view, "busy": True, "error": "", "masks": [], "depth": None, "veil": None}
         events: list[SpatialEvent] = []
-        words, codes, drawn = "", [], 0.0
+        words, codes, shown, drawn = "", [], 0, 0.0
+        width = self.assistant.model.config.depth_config.grid_size
         off = [gr.update(interactive=False, value=None)] * 3
         yield view, results.show_words(question.text, "", True), results.show_written(events), *off
         for event in self.assistant.ask(question):
@@ -146,12 +147,16 @@ class Page:
                 words += event.text
             elif isinstance(event, DepthRowEvent):
                 codes = [*codes, *event.codes] if event.row else list(event.codes)
-                last = event.row + 1 == event.rows
-                if last or time.monotonic() - drawn > _EVERY:
-                    shown = results.show_depth(self.assistant.partial_depth(codes), event.row + 1, event.rows)
-                    view, drawn = {**view, "depth": shown}, time.monotonic()
+            if time.monotonic() - drawn < _EVERY:
+                continue  # more than the eye can follow: the next event, or the whole answer, shows this one too
+            seen = gr.skip()
+            if len(codes) != shown:
+                depth = results.show_depth(self.assistant.partial_depth(codes), len(codes) // width, width)
+                view, shown = {**view, "depth": depth}, len(codes)
+                seen = view
             said = results.show_words(question.text, words, True)
-            yield view, said, results.show_written(events), *[gr.skip()] * 3
+            yield seen, said, results.show_written(events), *[gr.skip()] * 3
+            drawn = time.monotonic()
         answer = event.answer
         depth = None if answer.depth is None else results.show_depth(answer.depth)
         veil = None if answer.depth_confidence is None else results.show_veil(answer.depth_confidence)

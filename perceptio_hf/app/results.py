@@ -138,7 +138,7 @@ def show_written(events: Sequence[SpatialEvent]) -> str:
             parts.append(html.escape(event.text))
         elif isinstance(event, MaskEvent):
             color = "#" + bytes(colors[event.number]).hex()
-            parts.append(f' <span class="pp-token" style="--of:{color}">[SEG]</span> ')
+            parts.append(f'<span class="pp-token" style="--of:{color}">[SEG]</span> ')
     if span:
         parts.append(_folded(span))
     return f'<div class="pp-written">{"".join(parts)}</div>'

@@ -82,4 +82,4 @@ def _gradio_version() -> str:
     try:
         return version("gradio")
     except PackageNotFoundError:  # the Space takes the newest that is in range
-        return "6.0.0"
+        return "6.31.0"

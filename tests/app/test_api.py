@@ -87,6 +87,26 @@ def test_a_file_of_the_server_is_not_given_away(client, address):
         Page._own(type("P", (), {"folder": Path("/nowhere")})(), secret)
 
 
+def test_depth_and_words_grow_while_they_are_written(monkeypatch, tmp_path):
+    from perceptio_hf.app import page as pages
+
+    monkeypatch.setattr(pages, "_EVERY", 0.0)
+    page = pages.Page(Assistant(*checkpoints.load(perceptio_hf.tiny_checkpoint(), "cpu"), "tiny"), tmp_path)
+    begun = page.read_picture({"chosen": page.examples[0]["path"], "name": "scene.png"})
+    steps = list(page.ask(begun, "Show me the yellow object.", "seg+depth"))
+    views = [step[0] for step in steps if "picture" in step[0]]
+    rows = [view["depth"]["rows"] for view in views if view["depth"] and view["depth"]["of"] == 8]
+    assert rows == list(range(1, 9))
+    words = [re.search(r'pp-said">(.*?)<', step[1])[1] for step in steps]
+    assert len(set(words)) > 4 and all(late.startswith(early) for early, late in zip(words, words[1:], strict=False))
+    assert [view["busy"] for view in views] == [True] * (len(views) - 1) + [False]
+    assert views[-1]["masks"] and views[-1]["veil"] and steps[-1][3]["interactive"]
+    broken = page.read_picture({**views[-1], "chosen": str(tmp_path / "gone.png"), "name": "mine.png"})
+    assert broken["picture"] == begun["picture"] and "mine.png" in broken["error"]
+    (last,) = page.ask({**begun, "points": [[9999, 0]]}, "Where?", "none")
+    assert "outside" in last[0]["error"] and not last[0]["busy"]
+
+
 def post(url: str, data: dict) -> dict:
     request = urllib.request.Request(url, json.dumps(data).encode(), {"Content-Type": "application/json"})
     return json.loads(urllib.request.urlopen(request).read())

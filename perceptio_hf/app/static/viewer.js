@@ -204,7 +204,9 @@ for (const stage of [left, right]) {
   stage.addEventListener("pointerleave", () => point(null));
 }
 left.addEventListener("click", (event) => {
-  if (!event.target.closest(".pp-drop")) addPoint(...place(event, left));
+  if (event.target.closest(".pp-drop")) return;
+  addPoint(...place(event, left));
+  point(null); // the circle would cover the point that was just set
 });
 left.addEventListener("keydown", (event) => {
   if (event.target !== left || !view().picture) return;
