@@ -1,5 +1,6 @@
 """The HTTP interface gives what Python gives; its errors are one line. Also the snippets of docs/serve.md."""
 
+import itertools
 import json
 import re
 import urllib.request
@@ -98,7 +99,7 @@ def test_depth_and_words_grow_while_they_are_written(monkeypatch, tmp_path):
     rows = [view["depth"]["rows"] for view in views if view["depth"] and view["depth"]["of"] == 8]
     assert rows == list(range(1, 9))
     words = [re.search(r'pp-said">(.*?)<', step[1])[1] for step in steps]
-    assert len(set(words)) > 4 and all(late.startswith(early) for early, late in zip(words, words[1:], strict=False))
+    assert len(set(words)) > 4 and all(late.startswith(early) for early, late in itertools.pairwise(words))
     assert [view["busy"] for view in views] == [True] * (len(views) - 1) + [False]
     assert views[-1]["masks"] and views[-1]["veil"] and steps[-1][3]["interactive"]
     broken = page.read_picture({**views[-1], "chosen": str(tmp_path / "gone.png"), "name": "mine.png"})
