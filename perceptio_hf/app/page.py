@@ -20,6 +20,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from PIL import Image
 
+from perceptio_hf.evaluation.run.answering import describe
 from perceptio_hf.processing.pictures import load_picture
 from perceptio_hf.processing.streaming import AnswerEvent, DepthRowEvent, SpatialEvent, TextEvent
 from perceptio_hf.visualization import depth_colors
@@ -118,7 +119,7 @@ class Page:
         """One question over HTTP.
 
         Returns:
-            What `results.describe` says, with `width`, `height`, `question` and `note`; the path of the 16-bit depth.
+            What `describe` says, with `width`, `height`, `question` and `note`; the path of the 16-bit depth.
         """
         try:
             if not picture:
@@ -130,7 +131,7 @@ class Page:
             raise gr.Error(str(error), print_exception=False) from None
         files = results.write_files(last.answer, self._folder())
         about = {"question": asked.text, "width": opened.width, "height": opened.height, "note": self.assistant.note}
-        return {**about, **results.describe(last.answer)}, files["depth"]
+        return {**about, **describe(last.answer)}, files["depth"]
 
     def _answer(self, view: dict, question: Question) -> Iterator[tuple]:
         view = {**view, "busy": True, "error": "", "masks": [], "depth": None, "veil": None}

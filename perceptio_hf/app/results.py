@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from perceptio_hf.data.depth_maps import write_depth_png
-from perceptio_hf.data.run_length import encode_mask
+from perceptio_hf.evaluation.run.answering import describe
 from perceptio_hf.files import write_json
 from perceptio_hf.processing.processing_perceptio import SpatialAnswer
 from perceptio_hf.processing.streaming import DepthRowEvent, MaskEvent, SpatialEvent, TextEvent
@@ -22,18 +22,6 @@ SHOWN = 1024  # the longest side of a picture on the page, pixels
 _FINE = 768  # smaller pictures get masks of this size
 _DEPTH_SHOWN = 512
 _STEP = re.compile(r"\bp\d\d d\d\d\b")  # of an answer that looks nearness up, see perceptio_hf.world.cells
-
-
-def describe(answer: SpatialAnswer) -> dict:
-    """What an answer says, for JSON: words, masks as COCO run lengths and what they are of, depth as its codes."""
-    return {
-        "text": answer.text,
-        "masks": [encode_mask(mask) for mask in answer.masks],
-        "phrases": answer.phrases,
-        "mask_scores": [round(float(score), 4) for score in answer.mask_scores],
-        "depth_codes": answer.depth_codes,
-        "well_formed": answer.well_formed,
-    }
 
 
 def write_files(answer: SpatialAnswer, folder: Path) -> dict[str, str | None]:
