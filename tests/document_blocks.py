@@ -18,7 +18,8 @@ SHELL = (
     ".",
     "lmms-eval",
 )
-SHOWN = ("json", "yaml", "diff", "text", "bibtex")  # languages of blocks that are data, or are tried elsewhere
+# Languages of blocks that are data, or are tried elsewhere.
+SHOWN = ("json", "yaml", "diff", "text", "bibtex", "python no-run")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Block:
     def kind(self) -> str:
         """python, shell, shown, or unknown: what nobody has said how to try."""
         first = self.text.split(maxsplit=1)[0] if self.text.split() else ""
-        if self.language.split(" ")[0] == "python":
+        if self.language.split(" ")[0] == "python" and self.language not in SHOWN:
             return "python"
         if self.language in ("bash", "sh", "shell", "console") or (not self.language and first in SHELL):
             return "shell"

@@ -89,9 +89,11 @@ class RayEngine:
             try:
                 with _without_chatter():
                     ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except Exception as error:  # also bare ones, where a busy machine lets its processes start too slowly
                 reason = " ".join(str(error).split())[:200]
-                raise ValueError(f"--address {self.address}: no Ray cluster answers there ({reason}).") from None
+                if self.address:
+                    raise ValueError(f"--address {self.address}: no Ray cluster answers there ({reason}).") from None
+                raise ValueError(f"Ray could not be started on this machine ({reason}); try again.") from None
         context = ray.data.DataContext.get_current()
         before = context.execution_options.preserve_order, context.enable_progress_bars
         context.execution_options.preserve_order, context.enable_progress_bars = True, False

@@ -7,7 +7,7 @@ import torch
 from helpers import chat, encode, picture
 
 from perceptio_hf import SpatialStreamer
-from perceptio_hf.modeling import spatial_loop
+from perceptio_hf.modeling.spans import spatial_loop
 from perceptio_hf.processing.streaming import (
     AnswerEvent,
     DepthRowEvent,

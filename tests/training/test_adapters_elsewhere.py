@@ -1,5 +1,7 @@
 """Adapters that PEFT or TRL put in by a configuration of the user's, and merging where weights are quantised."""
 
+import re
+
 import pytest
 import torch
 from helpers import random_model
@@ -38,8 +40,11 @@ def test_adapters_in_frozen_parts_are_refused_with_what_to_use(processor, tmp_pa
             data_collator=list,
         )
 
-    with pytest.raises(ValueError, match=r"mask_model\.vision_encoder.*lora_config\(model\).*language_model"):
+    with pytest.raises(ValueError) as caught:
         EVERYWHERE[way](random_model(processor), LoraConfig(target_modules="all-linear"), trainer)
+    if way == "transformers" and "version of PEFT" in str(caught.value):
+        pytest.skip(f"this transformers takes no PEFT that is released: {caught.value}")
+    assert re.search(r"mask_model\.vision_encoder.*lora_config\(model\).*language_model", str(caught.value))
 
 
 def test_the_pattern_of_the_error_is_the_language_model(processor):
