@@ -8,11 +8,18 @@ from pathlib import Path
 
 import pytest
 from helpers import depth_config, random_model
+from PIL import ImageFile
 
 from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor
 
 SHARED = Path(__file__).parents[2] / "shared"
 TEXTS = ["Which is closer, the red ball or the blue box?", "Segment the red ball.", "Here is the depth map."]
+
+
+@pytest.fixture(autouse=True)
+def cut_files_are_refused(monkeypatch):
+    """Importing gradio, as some tests do, lets Pillow fill up files that were cut off, in the whole process."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ SHELL = (
     "lmms-eval",
 )
 # Languages of blocks that are data, or are tried elsewhere.
-SHOWN = ("json", "yaml", "diff", "text", "bibtex", "python no-run")
+SHOWN = ("json", "yaml", "diff", "text", "bibtex", "python served")
 
 
 @dataclass(frozen=True)

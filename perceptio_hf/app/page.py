@@ -18,7 +18,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is i
 
 import gradio as gr
 from gradio.utils import get_upload_folder
-from PIL import Image
+from PIL import Image, ImageFile
 
 from perceptio_hf.evaluation.run.answering import describe
 from perceptio_hf.processing.pictures import load_picture
@@ -28,6 +28,9 @@ from perceptio_hf.visualization import depth_colors
 from . import results
 from .assistant import CLOSEST, LETTERS, Assistant, Question, mark
 from .examples import EXAMPLES, write_examples
+
+# gradio lets Pillow fill up files that were cut off, in the whole process; here they are refused, as everywhere.
+ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 MOST_BYTES = 50_000_000  # of an upload
 _STATIC = Path(__file__).parent / "static"
