@@ -20,17 +20,16 @@ from transformers import (
     LogitsProcessor,
     StoppingCriteria,
 )
-from transformers.generation import GenerateDecoderOnlyOutput
 
 import perceptio_hf
 from perceptio_hf.modeling.span_grammar import SPATIAL_MODES, SpanGrammar
 from perceptio_hf.modeling.spans import span_decoding, spatial_loop
 from perceptio_hf.modeling.spans.grammar_state import GrammarState, LoopGrammar
+from perceptio_hf.modeling.spans.span_cache import CACHE
 from perceptio_hf.modeling.spans.token_choice import TokenChoice
 from perceptio_hf.tokens import read_sequence
 from perceptio_hf.world import DEMO_SEED, render_scene
 
-CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 STRATEGIES = {
     "greedy": {},
     "sampling": {"do_sample": True, "temperature": 4.0, "top_k": 0},
