@@ -253,6 +253,8 @@ def _predict_many(
 
     from . import checkpoints
 
+    if question is None and not any(item.question.strip() for item in items):
+        raise ValueError("Nothing is asked: add a question as the last word, or `question` to the lines of the list.")
     asked = predictions.ask_of_all(items, question, spatial)
     with in_use(out, "perceptio predict"):
         if isinstance(engine, LocalEngine):
