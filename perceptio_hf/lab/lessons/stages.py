@@ -50,7 +50,7 @@ STAGES = ("masks", "vision", "lookup", "grounding", "language")
 _PROJECTOR_RATE = 0.2
 _SHOWN = 20  # steps that progress bar and plot average over
 _DECODER_RATE = 0.5  # of the mask decoder, which knows how to segment by then
-_REVISED = 0.5  # spans that are asked about without their pictures, per scene of a batch
+_REVISED = 4  # spans per process and step that are also asked about without their pictures
 _PHRASES = {"masks": 6, "grounding": 10, "language": 6}  # referring questions about a scene, besides all others
 # How scenes are asked about; in the language stage in every way.
 _WAYS = {"masks": "referred", "vision": "practice", "lookup": "practice", "grounding": "referred"}
@@ -263,7 +263,9 @@ class _Stages:
         self.device, nearness = torch.device(device), nearness_of_codes(model.depth_model)
         head = CellHead(model.config.text_config.hidden_size, model.config.num_depth_codes)
         self.model, self.cell_head = model.to(self.device), head.to(self.device)
-        self.lesson = LanguageLesson(model, processor, nearness, alignment=_LOOKING, span_noise=recipe.span_noise)
+        self.lesson = LanguageLesson(
+            model, processor, nearness, alignment=_LOOKING, revise=_REVISED, span_noise=recipe.span_noise
+        )
         # The last [SEG] states, and what they should become.
         self.fitting: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -276,7 +278,6 @@ class _Stages:
         steps, batch, rate = (getattr(self.recipe, f"{stage}_{what}") for what in ("steps", "batch", "lr"))
         parameters = self._parameters(stage)
         optimizer = adamw(self.model, parameters, decoder_rate=1.0 if stage == "masks" else _DECODER_RATE)
-        self.lesson.revise = max(1, round(_REVISED * batch / self.processes))
         self.history: list[dict[str, float]] = []
         first = self._load(path, optimizer) if path.exists() else 0
         shown: dict[str, deque[torch.Tensor]] = defaultdict(lambda: deque(maxlen=_SHOWN))
