@@ -176,15 +176,15 @@ def main() -> None:
     parser.add_argument("--only", help="parts, separated by commas; default: all. " + ", ".join(ORDER))
     parser.add_argument("--part", nargs=2, metavar=("NAME", "PATH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    names = options.only.split(",") if options.only else list(ORDER)
+    unknown = sorted(set(names) - set(ORDER))
+    if unknown:
+        parser.error(f"--only names {unknown[0]!r}; the parts are {', '.join(ORDER)}.")
     setup = Setup(torch.device(options.device), options.quick)
     broken = load_parts()
     if options.part:
         run_part(options.part[0], setup, Path(options.part[1]))
         return
-    names = options.only.split(",") if options.only else list(ORDER)
-    unknown = sorted(set(names) - set(ORDER))
-    if unknown:
-        parser.error(f"--only names {unknown[0]!r}; the parts are {', '.join(ORDER)}.")
     document = run_all(names, setup, options.minutes, options.out, broken)
     print(table(document))
 

@@ -32,6 +32,7 @@ def run(out: Path, *options: str) -> dict:
     return document
 
 
+@pytest.mark.slow
 def test_every_part_runs(tmp_path, gpu):
     parts = run(tmp_path)["parts"]
     assert list(parts) == list(gpu.ORDER)
