@@ -3,8 +3,8 @@
     predicted = predict_memory(model, batch, settings)
     print("\\n".join(predicted.arithmetic()))
 
-`model` may be a configuration: nothing is loaded then, and a model of 8 billion parameters is rehearsed in a minute on a
-laptop. The step that is run is the real one: the same forward, losses and backward, with tensors that have shapes only.
+`model` may be a configuration: nothing is loaded then, and a model of 8 billion parameters is rehearsed in a minute on
+a laptop. The step that is run is the real one: the same forward, losses and backward, on tensors that have shapes only.
 """
 
 from collections.abc import Callable, Iterator
@@ -153,22 +153,24 @@ def _optimizer(model: nn.Module, trained: list[nn.Parameter], settings: Percepti
         return kind(trained, **{"lr": settings.learning_rate, **options})
     except Exception as error:  # bitsandbytes, GaLore and others want real memory, or are not installed
         raise ValueError(
-            f"The memory of optim: {_name(settings.optim)} cannot be predicted ({error}); predict with adamw_torch and reckon "
-            "with its bytes for each trained parameter in place of 8."
+            f"The memory of optim: {_name(settings.optim)} cannot be predicted ({error}); predict with adamw_torch, "
+            "which needs 8 bytes for each trained parameter, and reckon with its bytes instead."
         ) from error
 
 
 def _run(model: nn.Module, inputs: dict[str, Tensor], settings: PerceptioSFTConfig, optimizer: Any) -> None:
-    """Two steps: only the second finds the optimizer's state in place. Where gradients are accumulated, it has two micro
-    batches: only the second finds gradients in place."""
-    for micro_batches in (1, min(2, settings.gradient_accumulation_steps)):
-        for _ in range(micro_batches):
-            with _precision(settings):
-                loss = _loss(model, inputs, settings)
-            loss.backward()
-            del loss
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    """The second step of a training, which finds the optimizer's state in place. Where gradients are accumulated it has
+    two micro batches: the second finds gradients in place."""
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for _ in range(min(2, settings.gradient_accumulation_steps)):
+        with _precision(settings):
+            loss = _loss(model, inputs, settings)
+        loss.backward()
+        del loss
+    optimizer.step()
 
 
 def _precision(settings: PerceptioSFTConfig):

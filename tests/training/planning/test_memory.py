@@ -143,7 +143,7 @@ def test_bytes_are_counted_once_and_given_back():
 
 def test_an_optimizer_that_cannot_be_predicted_is_said(batch, tmp_path):
     config = PerceptioConfig.from_pretrained(tiny_checkpoint())
-    with pytest.raises(ValueError, match="optim: .*galore.* cannot be predicted"):
+    with pytest.raises(ValueError, match=r"optim: .*galore.* cannot be predicted"):
         predict_memory(config, batch, settings_for(tmp_path, optim="galore_adamw", optim_target_modules=["q_proj"]))
 
 
