@@ -175,7 +175,7 @@ def _lasting(recipe: "Recipe") -> dict:
 def _trainer(recipe: "Recipe") -> "PerceptioSFTTrainer":
     from perceptio_hf import tiny_checkpoint
     from perceptio_hf.training.logging import show_losses
-    from perceptio_hf.training.recipe import evaluation_sets, training_set
+    from perceptio_hf.training.recipe import check_label_codecs, evaluation_sets, training_set
     from perceptio_hf.training.trainer import PerceptioSFTTrainer
 
     arguments, settings = recipe.arguments, recipe.settings
@@ -184,6 +184,7 @@ def _trainer(recipe: "Recipe") -> "PerceptioSFTTrainer":
     options = {"dtype": arguments.dtype, "attn_implementation": arguments.attn_implementation}
     model, processor = _loaded(source, options | (settings.model_init_kwargs or {}), revision)
     settings.model_init_kwargs = None
+    check_label_codecs([*arguments.tasks, *arguments.eval_tasks], arguments.data_folder, model.depth_model)
     trainer = PerceptioSFTTrainer(
         model,
         settings,
