@@ -7,7 +7,8 @@
 a laptop. The step that is run is the real one: the same forward, losses and backward, on tensors that have shapes only.
 """
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -118,7 +119,7 @@ def predict_memory(
     # At the peak not all gradients need be there yet (one micro batch a step): what is left of it is activations.
     resident = weights + state + gradients
     activations = max(counter.peak - resident, given)
-    return _prediction(fake, trained, shares, activations, batch, settings)
+    return _prediction(fake, trained, shares, state, activations, batch, settings)
 
 
 def _described(
@@ -212,6 +213,14 @@ def _bytes_of(states: Iterator[dict[str, Any]]) -> int:
     return sum(item.numel() * item.itemsize for state in states for item in state.values() if isinstance(item, Tensor))
 
 
+def _products(parameters: Iterable[nn.Parameter]) -> str:
+    """How many numbers there are of each size, as `0.630 billion x 4 bytes`."""
+    counts: Counter = Counter()
+    for parameter in parameters:
+        counts[parameter.itemsize] += parameter.numel()
+    return " + ".join(f"{count / 1e9:.3f} billion x {size} bytes" for size, count in sorted(counts.items()))
+
+
 def _name(optimizer: Any) -> str:
     return str(getattr(optimizer, "value", optimizer))
 
@@ -220,17 +229,18 @@ def _prediction(
     model: nn.Module,
     trained: list[nn.Parameter],
     shares: Shares,
+    state: int,
     activations: int,
     batch: dict[str, Tensor],
     settings: PerceptioSFTConfig,
 ) -> MemoryPrediction:
     learnt, rows = sum(parameter.numel() for parameter in trained), tuple(batch["input_ids"].shape)
-    kept = "blocks' inputs kept, the rest computed again" if settings.checkpoints_activations else "all kept"
+    kept = "inputs of blocks kept, the rest computed again" if settings.checkpoints_activations else "all kept"
     pictures = len(batch["pixel_values"]) if "pixel_values" in batch else 0
     notes = {
-        "weights": shares.note(f"{sum(p.numel() for p in model.parameters()) / 1e9:.3f} billion numbers"),
-        "gradients": shares.note(f"{learnt / 1e9:.3f} billion learn"),
-        "optimizer": shares.note(_name(settings.optim)),
+        "weights": shares.note(_products(model.parameters())),
+        "gradients": shares.note(_products(trained)),
+        "optimizer": shares.note(f"{_name(settings.optim)}, {state / max(learnt, 1):.2g} bytes for each that learns"),
         "activations": f"counted in one step of {rows[0]} rows of {rows[1]} tokens, {pictures} tiles; {kept}",
         "gathered": shares.why_gathered,
     }

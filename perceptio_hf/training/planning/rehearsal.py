@@ -100,11 +100,12 @@ def _tolist(tensor: fake_tensor.FakeTensor) -> list:
         return tensor.constant.tolist()
 
 
-def fake_batch(mode: FakeTensorMode, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch as fake tensors; ids, labels and masks keep their values."""
+def fake_batch(mode: FakeTensorMode, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a batch as fake ones; ids, labels and masks keep their values."""
     return {
         name: mode.from_tensor(value, static_shapes=True) if value.is_floating_point() else _with_values(mode, value)
         for name, value in batch.items()
+        if isinstance(value, Tensor)
     }
 
 

@@ -1,8 +1,12 @@
-"""What each of several processes holds of weights, gradients and optimizer state."""
+"""How processes share a training, and what each of them holds of weights, gradients and optimizer state."""
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
+
+from perceptio_hf.files import read_yaml
 
 STRATEGIES = ("ddp", "fsdp", "zero3")
 
@@ -32,6 +36,43 @@ class Layout:
     @property
     def shards(self) -> bool:
         return self.strategy != "ddp" and self.processes > 1
+
+
+def layout_of_file(file: str | os.PathLike) -> Layout:
+    """The layout of a configuration of accelerate, such as those in recipes/accelerate.
+
+    Raises:
+        ValueError: for a file that is none, FSDP of version 1, or a stage of ZeRO that does not shard parameters.
+    """
+    values = read_yaml(file)
+    kind = str(values.get("distributed_type", "NO")).upper()
+    processes = values.get("num_processes", 1)
+    if not isinstance(processes, int):
+        raise ValueError(f"{file}: num_processes is {processes!r}; expected a whole number.")
+    if kind == "FSDP":
+        version = (values.get("fsdp_config") or {}).get("fsdp_version")
+        if version != 2:
+            raise ValueError(f"{file}: fsdp_version is {version!r}; expected 2.")
+        return Layout(processes, "fsdp")
+    if kind == "DEEPSPEED":
+        return Layout(processes, _strategy_of_stage(values.get("deepspeed_config") or {}, str(file)))
+    return Layout(processes if kind != "NO" else 1)
+
+
+def _strategy_of_stage(settings: Mapping, place: str) -> str:
+    stage = settings.get("zero_stage")
+    if stage != 3:
+        raise ValueError(f"{place}: zero_stage is {stage!r}; expected 3, which is what is reckoned with here.")
+    return "zero3"
+
+
+def layout_of_environment() -> Layout:
+    """The layout that `accelerate launch` has set up for this process; one process where it has not."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    for variable, strategy in (("ACCELERATE_USE_FSDP", "fsdp"), ("ACCELERATE_USE_DEEPSPEED", "zero3")):
+        if os.environ.get(variable, "false").lower() == "true":
+            return Layout(processes, strategy)
+    return Layout(processes)
 
 
 @dataclass(frozen=True)
