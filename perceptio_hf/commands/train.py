@@ -1,9 +1,10 @@
 """`perceptio train`: fine-tune a checkpoint by a recipe, or train the tiny one from scratch."""
 
 import json
+import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -167,7 +168,8 @@ def _with_times(plan: "Plan", config: Path, overrides: Sequence[str], steps: int
     from perceptio_hf.training.planning.measure import WITHOUT_TRACE, measure_steps
     from perceptio_hf.training.recipe import read_recipe
 
-    with tempfile.TemporaryDirectory() as folder:
+    # The trainer prints its logs, and standard output is for the plan.
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         options = [*overrides, *WITHOUT_TRACE, "--max_steps", str(steps), "--output_dir", folder]
         seconds, peak = measure_steps(lambda: _trainer(read_recipe(config, options)))
     return replace(plan, seconds=seconds, measured_peak=peak)

@@ -54,7 +54,7 @@ def test_samples_steps_and_memory_are_those_of_the_training(recipe, capsys, tmp_
     read = read_recipe(path, ["--output_dir", "x"])
     mixed = training_set(read.arguments)
     assert plan["samples_per_epoch"] == len(mixed) and plan["samples_per_step"] == 4
-    trainer = sft.trainer(tmp_path / "t", dataset=mixed, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    trainer = sft.trainer(tmp_path / "t", train=mixed, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     trainer.args.max_steps, trainer.args.num_train_epochs = -1, 3
     loader = trainer.get_train_dataloader()
     assert plan["steps"] == 3 * -(-len(loader) // 2)
@@ -65,7 +65,7 @@ def test_samples_steps_and_memory_are_those_of_the_training(recipe, capsys, tmp_
     assert plan["memory"]["peak"] == sum(
         plan["memory"][part] for part in ("weights", "gradients", "optimizer", "activations", "gathered")
     )
-    assert list(tmp_path.iterdir()) == [tmp_path / "recipe.yaml", tmp_path / "t"] or not (tmp_path / "planned").exists()
+    assert not (tmp_path / "planned").exists()
 
 
 def test_lines_for_people(recipe, capsys):
@@ -80,7 +80,7 @@ def test_lines_for_people(recipe, capsys):
 def test_seconds_and_hours_are_measured(recipe, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(["train", "--config", recipe(max_steps=1000), "--dry-run", "--measure", "3", "--json"]) == 0
-    plan = json.loads(capsys.readouterr().out[capsys.readouterr().out.find("{") :])
+    plan = json.loads(capsys.readouterr().out)
     assert 0 < plan["seconds_per_step"] < 60
     assert plan["hours"] == pytest.approx(plan["seconds_per_step"] * 1000 / 3600)
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]  # nothing is left behind
