@@ -159,7 +159,7 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
         )
 
     @property
-    def _checkpoints_activations(self) -> bool:
+    def checkpoints_activations(self) -> bool:
         """By the newer of transformers' two names where that was set."""
         newer = getattr(self, "activation_checkpointing", None)
         return self.gradient_checkpointing if newer is None else newer
@@ -175,7 +175,7 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
             raise ValueError(f"span_noise is {self.span_noise}; a mean share of replaced codes lies between 0 and 0.5.")
         if self.look_weight and self.look_heads < 1:
             raise ValueError(f"look_heads is {self.look_heads}; at least one head can be taught where to look.")
-        if self.look_weight and self._checkpoints_activations:
+        if self.look_weight and self.checkpoints_activations:
             raise ValueError(
                 "look_weight needs attention weights, which gradient checkpointing throws away: set "
                 "gradient_checkpointing: false, or leave look_weight out."
