@@ -11,11 +11,11 @@ from typing import Annotated
 import typer
 
 from perceptio_hf import __version__
+from perceptio_hf.commands.codebook.app import app as codebook
 
 from .ablate import ablate
 from .app import app as page
 from .build import build
-from .codebook import app as codebook
 from .convert import app as convert
 from .decode import decode
 from .demo import demo

@@ -8,6 +8,7 @@ often as well.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import permutations
+from math import perm
 
 import numpy as np
 
@@ -116,8 +117,6 @@ def _one_set(
 
 def rule_shares(questions: list[PointQuestion]) -> tuple[float, dict[str, float]]:
     """How often one is right by chance, and how often by rules that need no depth."""
-    from math import perm
-
     chance = float(np.mean([1 / perm(len(q.letters), len(q.answer)) for q in questions]))
     rules = {"lowest": (-1, 0), "highest": (1, 0), "most_central": (0, 1)}
     shares = {

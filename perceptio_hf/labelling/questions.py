@@ -173,8 +173,7 @@ class _Asker:
 def _mapped(pool: ThreadPoolExecutor, work: Callable[[Any], Any], places: Sequence[Any]) -> Iterator[Any]:
     """In order, some of them worked on ahead."""
     for start in range(0, len(places), 64):
-        for numbered in pool.map(work, places[start : start + 64]):
-            yield numbered
+        yield from pool.map(work, places[start : start + 64])
 
 
 def _any_of(texts: Sequence[str], number: int) -> str:

@@ -1,4 +1,4 @@
-"""Writes a data set that `datasets.load_from_disk` opens, row by row: Arrow shards, never more than one batch in memory."""
+"""Writes a data set that `datasets.load_from_disk` opens: Arrow shards, never more than one batch in memory."""
 
 import json
 import os

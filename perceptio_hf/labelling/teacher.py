@@ -54,8 +54,8 @@ def teacher_info(name: str, unit: str | None = None) -> TeacherInfo:
         raise ValueError(f"--teacher {name} cannot be loaded: {reason}") from None
     if config.model_type not in KNOWN:
         raise ValueError(
-            f"--teacher {name} is a {config.model_type!r} model, which says no depth; expected a depth-estimation model "
-            f"of transformers: {', '.join(KNOWN)}."
+            f"--teacher {name} is a {config.model_type!r} model, which says no depth; expected a depth-estimation "
+            f"model of transformers: {', '.join(KNOWN)}."
         )
     own = _OF_TYPE.get(getattr(config, "depth_estimation_type", None)) or _KNOWN_UNITS.get(config.model_type)
     if unit is None and own is None:

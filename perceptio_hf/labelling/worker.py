@@ -76,7 +76,7 @@ class Labeller:
         ]
 
     def _look(self, group: list[int], read: Seen, errors: dict[int, str]) -> dict[int, Tensor]:
-        """The depth of pictures whose pixels have one shape; half of them at a time where the memory does not suffice."""
+        """The depth of pictures whose pixels have one shape; half of them at a time where memory is short."""
         try:
             pixels = torch.cat([read.pixels[index] for index in group])
             return dict(zip(group, self.teacher.look(pixels, [read.sizes[index] for index in group]), strict=True))
