@@ -259,7 +259,7 @@ def _ask_verification(scene: Scene, speaker: Speaker, r: random.Random) -> Quest
     return Question("attribute", capitalized(text), answer, choices=YES_NO, members=(target,))
 
 
-_CLOSER = (
+CLOSER_QUESTIONS = (
     "Which is closer to the camera, {x} or {y}?",
     "Which is nearer, {x} or {y}?",
     "What is closer to you, {x} or {y}?",
@@ -284,7 +284,7 @@ def _ask_closer(scene: Scene, speaker: Speaker, r: random.Random) -> Question | 
     near, far = pairs[index]
     words = {n: speaker.by_looks(n) for n in (near, far)}
     first, second = (near, far) if r.random() < 0.5 else (far, near)
-    text = capitalized(pick(r, _CLOSER).format(x=words[first], y=words[second]))
+    text = capitalized(pick(r, CLOSER_QUESTIONS).format(x=words[first], y=words[second]))
     return Question("closer_object", text, words[near], (first, second), choices=(words[first], words[second]))
 
 
@@ -293,7 +293,7 @@ def _object_features(thing: SceneObject, size: int) -> tuple[float, ...]:
     return thing.center[1] / size, thing.box[3] / size, math.log(thing.pixels / size**2)
 
 
-_POINTS = (
+POINT_QUESTIONS = (
     "Multiple points are circled on the image, labeled by letters beside each circle. "
     "Which point is the closest to the camera?",
     "Several points are circled and labeled by letters. Which point is closest to the camera?",
@@ -316,7 +316,7 @@ def _ask_points(scene: Scene, speaker: Speaker, r: random.Random) -> Question | 
     listed = ", ".join(choices[:-1]) + " or " + choices[-1]
     return Question(
         "closest_point",
-        pick(r, _POINTS).format(list=listed),
+        pick(r, POINT_QUESTIONS).format(list=listed),
         answer,
         points=tuple(point for _, point in marked),
         letters=choices,
