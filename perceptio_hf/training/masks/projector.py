@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from perceptio_hf.modeling.placement import device_of
 
 _LEAST_SPREAD = 0.01  # of the states around their mean, relative to it: closer ones are not told apart any further
-_TARGETS = ("labels", "mask_targets", "depth_targets", "depth_valid", "depth_given_as_codes")
+_READ = ("input_ids", "attention_mask", "position_ids", "pixel_values")  # of a batch, by the language model
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,7 @@ def seg_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         raise ValueError(f"A batch has {found} [SEG] tokens and {masks} masks; there is one for each.")
     if not found:
         return torch.zeros(0, model.config.text_config.hidden_size, device=batch["input_ids"].device)
-    left_out = (*_TARGETS, "mask_pixel_values")
-    inputs = {name: value for name, value in batch.items() if name not in left_out}
+    inputs = {name: batch[name] for name in _READ if name in batch}
     outputs = model(**inputs, use_cache=False, logits_to_keep=1)
     return outputs.last_hidden_state[taught.to(outputs.last_hidden_state.device)]
 
