@@ -22,8 +22,9 @@ Device = Annotated[
         help="Where the model runs: cpu, cuda, cuda:1, mps ... Default: the GPU if there is one.", show_default=False
     ),
 ]
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DType = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
+    DTypeName,
     typer.Option(help="Numbers the language model computes with; auto takes those it was saved in."),
 ]
 TINY_NOTE = (
