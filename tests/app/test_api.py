@@ -98,6 +98,9 @@ def test_depth_and_words_grow_while_they_are_written(monkeypatch, tmp_path):
     monkeypatch.setattr(pages, "_EVERY", 0.0)
     page = pages.Page(Assistant(*checkpoints.load(perceptio_hf.tiny_checkpoint(), "cpu"), "tiny"), tmp_path)
     begun = page.read_picture({"chosen": page.examples[0]["path"], "name": "scene.png"})
+    waiting = page.wait(begun, "Where?")
+    assert "Where?" in waiting and "pp-caret" in waiting, "until its turn comes"
+    assert "pp-caret" not in str(page.wait(begun, " ")) + str(page.wait({}, "Where?"))
     steps = list(page.ask(begun, "Show me the yellow object.", "seg+depth"))
     views = [step[0] for step in steps if "picture" in step[0]]
     of = page.assistant.model.config.depth_config.grid_size

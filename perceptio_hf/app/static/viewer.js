@@ -30,7 +30,7 @@ async function choose(file) {
   try {
     const sent = await upload(file);
     if (turn !== chosen) return;
-    props.value = { ...view(), chosen: sent.path, name: file.name };
+    props.value = latest = { ...view(), chosen: sent.path, name: file.name, edit: ++edits };
     trigger("picture_chosen");
   } catch (error) {
     $(".pp-busy").hidden = true;
@@ -173,7 +173,7 @@ function draw() { // only what has changed: a view comes with every word
 }
 
 watch("value", () => {
-  // On a slow line the picture of the last point but one may come when another point is set already.
+  // On a slow line what was asked for before the last change may come after it.
   if (view().edit < edits) return void (props.value = latest);
   $(".pp-busy").hidden = true;
   draw();
