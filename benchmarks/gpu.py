@@ -8,7 +8,8 @@ far too long; one that fails is recorded with its error and hinders no other. A 
 `--minutes` is recorded as left out. `DIR/gpu.json` is written anew after every part and holds, for every part, its
 cases, its seconds and its state: done, failed, stopped or left out; a table of them is printed at the end.
 
-`memory` predicts what `training` finds. It needs no GPU but TRL, and can be run elsewhere:
+`memory` and `trainer` need TRL and datasets. `memory` predicts what `training` finds, needs no GPU and can be run
+elsewhere:
 
     python benchmarks/gpu.py --out DIR --device cpu --only memory
 
@@ -42,6 +43,7 @@ ORDER = (
     "generation_1b",
     "training",
     "memory",
+    "trainer",
     "grammar",
     "masks",
     "codec",

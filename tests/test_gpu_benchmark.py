@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
-# What needs TRL's settings or a prediction that this release may not have.
-MAY_FAIL = {"memory"}
+# What needs something that is not everywhere.
+MAY_FAIL = set() if importlib.util.find_spec("perceptio_hf.training.planning") else {"memory"}
 
 
 @pytest.fixture(scope="module")
