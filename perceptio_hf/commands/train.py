@@ -55,6 +55,9 @@ def train(
         int | None,
         typer.Option(min=0, help="From scratch: further processes, of each, that render (1).", show_default=False),
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="From scratch: cpu, or a GPU for one process, as cuda (cpu).", show_default=False)
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -90,10 +93,11 @@ def train(
     if not dry_run and (measure is not None or launch is not None or as_json):
         raise ValueError("--measure, --launch and --json belong to --dry-run; give it, or leave them out.")
     if kind == SFT:
-        if processes is not None or workers is not None:
+        if processes is not None or workers is not None or device is not None:
             raise ValueError(
-                "--processes and --workers are for recipes of kind tiny. To train with several processes, start "
-                "`accelerate launch --no_python perceptio train ...`; samples are prepared by dataloader_num_workers."
+                "--processes, --workers and --device are for recipes of kind tiny. To train with several processes, "
+                "start `accelerate launch --no_python perceptio train ...`; samples are prepared by "
+                "dataloader_num_workers."
             )
         if dry_run:
             _plan(config, context.args, measure, launch, as_json)
@@ -104,19 +108,21 @@ def train(
             raise ValueError("--dry-run is for fine-tuning; a tiny recipe takes about two hours on two cores.")
         if context.args:
             raise ValueError(f"Unknown options {' '.join(context.args)}; change the keys of a tiny recipe in {config}.")
-        _from_scratch(config, out or Path("runs/tiny"), processes or 2, 1 if workers is None else workers)
+        _from_scratch(config, out or Path("runs/tiny"), processes, workers, device or "cpu")
     else:
         raise ValueError(f"{config}: recipe is {kind!r}; choose {SFT} (the default) or {TINY}.")
 
 
-def _from_scratch(config: Path, out: Path, processes: int, workers: int) -> None:
+def _from_scratch(config: Path, out: Path, processes: int | None, workers: int | None, device: str) -> None:
     from perceptio_hf.files import in_use
     from perceptio_hf.lab.lessons.stages import TinyRecipe, train_tiny
 
     _silence()
     recipe = TinyRecipe.read(config)
+    shares = processes or (2 if device == "cpu" else 1)
     with in_use(out, "perceptio train"):
-        print(f"The finished checkpoint is {train_tiny(recipe, out, processes=processes, workers=workers)}")
+        done = train_tiny(recipe, out, processes=shares, workers=1 if workers is None else workers, device=device)
+        print(f"The finished checkpoint is {done}")
 
 
 def _fine_tune(config: Path, out: Path | None, overrides: Sequence[str]) -> None:
