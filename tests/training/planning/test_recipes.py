@@ -1,4 +1,4 @@
-"""The recipes at the paper's size: their sources are opened, in small, and the tiny model is planned with their settings."""
+"""The recipes at the paper's size: their sources are opened, in small, and the tiny model is planned by them."""
 
 import io
 import json
@@ -52,8 +52,8 @@ def test_the_recipe_opens_all_its_sources(name, data):
     assert found["spatial"]["spans"] == 1 and found["depth"]["masks"] == 0 and found["refcocog"]["masks"] >= 2
     assert found["words"]["samples"] == 1
     assert plan["samples_per_step"] == 128
-    assert (plan["trained"] < 0.5 * plan["parameters"]) == (name == "warm_start_sa2va")
     if name == "perceptio_1b":
+        assert plan["trained"] > 0.4 * plan["parameters"]
         assert found["refcoco"]["samples"] == found["coco"]["samples"] == 3  # one picture of four is held out
 
 
@@ -69,4 +69,4 @@ def test_the_sizes_differ_in_what_belongs_to_their_size():
 def test_adapters_instead_of_the_whole_model(data):
     options = ("--lora_r", "8", "--lora_modules_to_save", "seg_projector", "--learning_rate", "2.0e-4")
     plan = planned("perceptio_8b", data, *options)
-    assert plan["trained"] < 0.5 * plan["parameters"]
+    assert plan["trained"] < 0.3 * plan["parameters"]
