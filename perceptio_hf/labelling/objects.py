@@ -71,7 +71,8 @@ class Annotations:
         self._by_name: dict[str, list[str]] = {}
         for name in self._pictures:
             self._by_name.setdefault(name.rpartition("/")[2], []).append(name)
-        self.file, self.found, self.without, self.other_size = file, set(), 0, 0
+        # Sets, since several threads ask.
+        self.file, self.found, self.without, self.other_size = file, set(), set(), set()
 
     def of(self, names: Sequence[str], size: tuple[int, int]) -> list[Thing]:
         """The objects of a picture that can be named by their category; none where it has no annotations.
@@ -82,11 +83,11 @@ class Annotations:
         """
         image = self._find(names)
         if image is None:
-            self.without += 1
+            self.without.add(names[0])
             return []
         self.found.add(image["file_name"])
         if (image.get("width", size[0]), image.get("height", size[1])) != size:
-            self.other_size += 1
+            self.other_size.add(names[0])
             return []
         return self._things.get(image["id"], [])
 
@@ -101,9 +102,9 @@ class Annotations:
     def report(self) -> dict[str, int]:
         """What had no counterpart."""
         return {
-            "pictures_without_annotations": self.without,
+            "pictures_without_annotations": len(self.without),
             "annotated_pictures_not_labelled": len(self._pictures) - len(self.found),
-            "pictures_of_another_size_than_annotated": self.other_size,
+            "pictures_of_another_size_than_annotated": len(self.other_size),
         }
 
 
