@@ -6,7 +6,7 @@ import pickle
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, redirect_stdout
 from typing import Any
 
 from perceptio_hf.extras import missing
@@ -68,7 +68,8 @@ class RayEngine:
                 **needs,
             )
             # Closed by hand: an error's traceback would keep the rows, and they the workers and their GPUs.
-            with closing(iter(done.iter_rows())) as rows:
+            # Where a worker dies, Ray prints so on standard output, which is for the command's own document.
+            with closing(iter(done.iter_rows())) as rows, redirect_stdout(sys.stderr):
                 for row in rows:
                     outcome = pickle.loads(row["outcome"])
                     if isinstance(outcome, BaseException):

@@ -158,7 +158,7 @@ def test_tar_shards_are_their_pictures(tmp_path):
     assert items[1].encoded() == {"bytes": (tmp_path / "a.png").read_bytes(), "path": "2.png"}
     assert len(list_items([str(tmp_path / "s-*.tar")])) == 6
     os.truncate(tmp_path / "s-01.tar", 1700)
-    with pytest.raises(ValueError, match="2.png: the tar file ends|cut off|cannot be read"):
+    with pytest.raises(ValueError, match="the tar file ends"):
         items[3].open()
 
 

@@ -9,24 +9,28 @@ from pathlib import Path
 import pytest
 from helpers import picture
 
-from perceptio_hf.bulk.ray_engine import RayEngine
 from perceptio_hf.labelling.labels import read_rows
 
 pytest.importorskip("ray", reason="ray[data] is not installed; make test-ray installs it")
 
 
 def workers_of_ray() -> list[int]:
-    """Processes of Ray's that hold one of our workers."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and b"_RayWorker" in _command(entry):
-            found.append(int(entry.name))
-    return found
+    """Processes that hold a worker of ours, of the Ray that this process started."""
+    found = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [process for process in found if b"_RayWorker" in _read(process, "cmdline") and _is_below(process)]
 
 
-def _command(entry: Path) -> bytes:
+def _is_below(process: int) -> bool:
+    while process > 1:
+        process = int((_read(process, "stat").rpartition(b") ")[2].split() or [b"0", b"0"])[1])
+        if process == os.getpid():
+            return True
+    return False
+
+
+def _read(process: int, name: str) -> bytes:
     try:
-        return (entry / "cmdline").read_bytes()
+        return Path(f"/proc/{process}/{name}").read_bytes()
     except OSError:  # it has just ended
         return b""
 
@@ -48,12 +52,11 @@ def test_two_workers_of_which_one_is_killed_give_the_rows_of_one_process(label, 
             os.kill(process, signal.SIGKILL)
             killed.append(process)
 
-    with RayEngine(None, 2)._cluster():
-        killer = threading.Thread(target=kill_one)
-        killer.start()
-        words = ["--maps", "--batch-size", 2, "--engine", "ray", "--workers", 2]
-        code, said, error = label(photos, "--out", tmp_path / "two", *words)
-        killer.join()
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    words = ["--maps", "--batch-size", 2, "--engine", "ray", "--workers", 2]
+    code, said, error = label(photos, "--out", tmp_path / "two", *words)
+    killer.join()
     assert code == 0, error
     assert killed and said["labelled"] == 60 and said["failed"] == 1
     assert read_rows(tmp_path / "one").to_list() == read_rows(tmp_path / "two").to_list()
