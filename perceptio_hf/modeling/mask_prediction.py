@@ -9,6 +9,16 @@ from torch.func import functional_call
 
 from .placement import device_of, is_here, read_parameter
 
+# SAM2 normalises with ImageNet's statistics whatever InternVL's image processor does.
+SAM2_MEAN = (0.485, 0.456, 0.406)
+SAM2_STD = (0.229, 0.224, 0.225)
+
+
+def normalised(pixels: torch.Tensor) -> torch.Tensor:
+    """(..., 3, height, width) in [0, 1], or bytes -> float32 as SAM2 wants them."""
+    mean, std = (pixels.new_tensor(values, dtype=torch.float32)[:, None, None] for values in (SAM2_MEAN, SAM2_STD))
+    return ((pixels / 255 if pixels.dtype == torch.uint8 else pixels) - mean) / std
+
 
 class SegProjector(nn.Module):
     """Projects the language model's [SEG] state into the prompt space of the mask decoder (as Sa2VA and LISA do)."""
@@ -79,12 +89,16 @@ class MaskPredictionMixin:
     def encode_mask_pixels(self, mask_pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """SAM2's image features: (n, 3, S, S) -> (n, C, S/16, S/16) and the two finer maps of the mask decoder.
 
+        Pixels are normalised, or bytes (uint8) that are not.
+
         The image encoder is frozen; gradients reach `conv_s0` and `conv_s1`, which belong to the mask decoder
         (`Sam2Model.get_image_embeddings` would cut them).
         """
         sam = self.mask_model
         with torch.no_grad():
-            pixels = mask_pixel_values.to(device_of(sam.vision_encoder), sam.no_memory_embedding.dtype)
+            pixels = mask_pixel_values.to(device_of(sam.vision_encoder))
+            pixels = normalised(pixels) if pixels.dtype == torch.uint8 else pixels
+            pixels = pixels.to(sam.no_memory_embedding.dtype)
             features = sam.vision_encoder(pixels, return_dict=True).fpn_hidden_states  # fine to coarse, NCHW
         fine = [sam.mask_decoder.conv_s0(features[0]), sam.mask_decoder.conv_s1(features[1])]
         no_memory = read_parameter(sam, "no_memory_embedding").to(features[2].device)

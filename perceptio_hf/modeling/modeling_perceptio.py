@@ -265,6 +265,7 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
         mm_encoder_outputs: dict | None = None,
         cache: Cache | None = None,
         mask_pixel_values: torch.FloatTensor | None = None,
+        mask_pixel_pictures: torch.LongTensor | None = None,
         criterion: Criterion | None = None,
         word_places: torch.LongTensor | None = None,
         with_code_logits: bool = False,
@@ -278,8 +279,10 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
 
         Args:
             past_key_values, cache: two names of one argument; either works with every version of transformers.
-            mask_pixel_values: (pictures, 3, S, S) as the processor prepares them for SAM2. If given, every [SEG] in
-                `input_ids` becomes a mask, with gradients through projector and mask decoder.
+            mask_pixel_values: (pictures, 3, S, S) as the processor prepares them for SAM2, or bytes (uint8), which are
+                normalised here. If given, every [SEG] in `input_ids` becomes a mask, with gradients through projector
+                and mask decoder.
+            mask_pixel_pictures: (n,) which of the batch's pictures, counted from 0, these are; None: all of them.
             criterion: computes `loss` and `loss_parts` from the hidden states, the head and the output so far (masks
                 included, `logits` None: it calls the head where it needs to). It runs in here so that wrappers which
                 shard or replicate the model see every use of its parameters.
@@ -327,9 +330,13 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         mask_logits, mask_scores = None, None
-        if mask_pixel_values is not None:
+        if mask_pixel_values is not None or criterion is not None:
             mask_logits, mask_scores = self._masks_of_batch(
-                input_ids, hidden, mask_pixel_values, always=criterion is not None and _several_processes()
+                input_ids,
+                hidden,
+                mask_pixel_values,
+                mask_pixel_pictures,
+                always=criterion is not None and _shards(self),
             )
         result = PerceptioCausalLMOutputWithPast(
             **{name: value for name, value in outputs.items() if name in _OUTPUT_FIELDS},
@@ -354,9 +361,16 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
         return nn.functional.linear(hidden, head.weight[columns], None if head.bias is None else head.bias[columns])
 
     def _masks_of_batch(
-        self, input_ids: torch.Tensor, hidden: torch.Tensor, mask_pixel_values: torch.Tensor, *, always: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masks of all [SEG] tokens; with `always`, SAM2 and the projector run even where there is none."""
+        self,
+        input_ids: torch.Tensor,
+        hidden: torch.Tensor,
+        mask_pixel_values: torch.Tensor | None,
+        held: torch.Tensor | None,
+        *,
+        always: bool = False,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Masks of all [SEG] tokens, None where they have no picture; `held` are the pictures whose pixels came. With
+        `always`, SAM2 and the projector run even where there is no mask."""
         words = self.spatial_vocabulary()
         counts = count_pictures(input_ids, words.image)
         first_picture = (counts.cumsum(0) - counts).tolist()
@@ -365,21 +379,24 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
             for seg in read_sequence(ids, words).segs:
                 states.append(hidden[row, seg.position])
                 pictures.append(first_picture[row] + seg.picture)
-        if states:
-            return self.predict_masks(torch.stack(states), mask_pixel_values, torch.tensor(pictures))
-        return self._no_masks_used(hidden, mask_pixel_values) if always else self._no_masks(mask_pixel_values.device)
+        if not states:
+            return self._no_masks_used(hidden) if always else self._no_masks(hidden.device)
+        if mask_pixel_values is None:
+            return None, None
+        if held is not None:
+            places = {picture: place for place, picture in enumerate(held.tolist())}
+            pictures = [_place_of(picture, places) for picture in pictures]
+        return self.predict_masks(torch.stack(states), mask_pixel_values, pictures)
 
-    def _no_masks_used(
-        self, hidden: torch.Tensor, mask_pixel_values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _no_masks_used(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `_no_masks`, but as an empty share of a blank picture's mask, so that parameters get a gradient of zero.
 
-        Processes that train together exchange gradients, and shards of parameters, module by module: one that leaves a
-        module out would keep the others waiting.
+        Processes that share parameters exchange them module by module: one that leaves a module out would keep the
+        others waiting.
         """
-        blank = mask_pixel_values.new_zeros(1, *mask_pixel_values.shape[1:])
-        first = torch.zeros(1, dtype=torch.long)
-        logits, scores = self.predict_masks(hidden.new_zeros(1, hidden.shape[-1]), blank, first)
+        side = self.config.mask_config.prompt_encoder_config.image_size
+        blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=hidden.device)
+        logits, scores = self.predict_masks(hidden.new_zeros(1, hidden.shape[-1]), blank, [0])
         return logits[:0], scores[:0]
 
     def _no_masks(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -402,8 +419,22 @@ def _trained(module: nn.Module) -> list[str]:
     return [name for name, parameter in module.named_parameters() if parameter.requires_grad]
 
 
-def _several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def _shards(model: nn.Module) -> bool:
+    """Whether processes hold shards of this model's parameters, as FSDP2 and DeepSpeed's ZeRO-3 have it."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule) or hasattr(next(model.parameters()), "ds_id")
+
+
+def _place_of(picture: int, places: dict[int, int]) -> int:
+    if picture not in places:
+        raise ValueError(
+            f"A [SEG] speaks of picture {picture} of the batch, counted from 0, but `mask_pixel_values` holds only "
+            f"{sorted(places)} (mask_pixel_pictures); give the pixels of every picture that a [SEG] speaks of."
+        )
+    return places[picture]
 
 
 def check_loaded(source, info: dict) -> None:

@@ -15,6 +15,7 @@ from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from perceptio_hf.modeling.attachments import needed
+from perceptio_hf.modeling.mask_prediction import normalised
 from perceptio_hf.modeling.remote_code import write_code
 from perceptio_hf.tokens import SEG_TOKEN, picture_mark, spatial_tokens
 
@@ -23,9 +24,6 @@ from .phrases import phrases_of, without_tags
 from .pictures import load_picture, row_strips
 from .plain_text import control_ids, drop_marks, mark_tokens, structure_ids
 
-# SAM2 normalises with ImageNet's statistics whatever InternVL's image processor does.
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
 _IGNORED_LABEL = -100
 # What InternVLProcessor asks of a tokenizer (transformers 5.17 to 5.24).
 _PICTURE_TOKENS = ("start_image_token", "end_image_token", "context_image_token", "video_token")
@@ -293,9 +291,14 @@ class PerceptioProcessor(InternVLProcessor):
         # Torch, too, scales rows first and columns second. Doing the rows in strips keeps a large picture, which takes
         # 12 bytes a pixel as floats, out of memory.
         strips = [_scaled(_float_pixels(picture, *strip), width=side) for strip in row_strips(*picture.size)]
-        pixels = _scaled(torch.cat(strips, dim=1), width=side, height=side)
-        mean, std = torch.tensor(_IMAGENET_MEAN), torch.tensor(_IMAGENET_STD)
-        return (pixels - mean[:, None, None]) / std[:, None, None]
+        return normalised(_scaled(torch.cat(strips, dim=1), width=side, height=side))
+
+    def mask_bytes(self, picture) -> torch.Tensor:
+        """PIL RGB -> (3, S, S) uint8, which the model normalises: for training, ten times as fast as `mask_pixels`, a
+        quarter of its size, and within one step of 8 bits of it."""
+        resample = Image.Resampling.BICUBIC if self.mask_resample == "bicubic" else Image.Resampling.BILINEAR
+        pixels = np.array(picture.resize((self.mask_image_size,) * 2, resample))  # (S, S, 3)
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """As in transformers, for the tiles that `__call__` makes: vLLM plans with it. Sizes are (height, width)."""

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
@@ -162,6 +164,8 @@ class WholeCheckpoints(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(target, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
+        if load_in_place(target, Path(resume_from_checkpoint)):
+            return
         saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
         target.load_state_dict(saved.state_dict())
 
@@ -174,6 +178,47 @@ class WholeCheckpoints(Trainer):
         if fault is not None:
             raise ValueError(f"{best}, the best checkpoint, cannot be used: {fault}.")
         self._load_from_checkpoint(str(best))
+
+
+def load_in_place(model: PreTrainedModel, folder: Path) -> bool:
+    """Fill a model's own tensors from the safetensors of a checkpoint, one tensor in memory at a time.
+
+    Returns:
+        Whether that was possible: where the names in the files are not all the model's, or transformers does not tell
+        under which names it saves, nothing was changed.
+    """
+    files = sorted(folder.glob("model*.safetensors"))
+    tensors = _by_saved_name(model)
+    names = {file: list(_keys(file)) for file in files}
+    found = {tensors[name].data_ptr() for keys in names.values() for name in keys if name in tensors}
+    unknown = any(name not in tensors for keys in names.values() for name in keys)
+    if unknown or found != {tensor.data_ptr() for tensor in tensors.values()}:
+        return False
+    with torch.no_grad():
+        for file, keys in names.items():
+            with safe_open(file, "pt") as stored:
+                for name in keys:
+                    tensors[name].copy_(stored.get_tensor(name))
+    return True
+
+
+def _by_saved_name(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's own tensors under the names that `save_pretrained` gives them; those that share memory keep both."""
+    own = model.state_dict()
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        saved = revert_weight_conversion(model, dict(own))
+    except (ImportError, AttributeError, TypeError):  # not a public function of transformers
+        return own
+    places = {tensor.data_ptr() for tensor in own.values()}
+    renamed = all(tensor.data_ptr() in places for tensor in saved.values()) and len(saved) == len(own)
+    return saved if renamed else own
+
+
+def _keys(file: Path) -> list[str]:
+    with safe_open(file, "pt") as stored:
+        return list(stored.keys())
 
 
 def _saving_failed(folder: Path, name: str, error: Exception) -> str:

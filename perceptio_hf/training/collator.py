@@ -18,6 +18,7 @@ from perceptio_hf.data.form import REASONS, SampleError
 from perceptio_hf.data.samples import LoadedSample, load_sample, name_of
 from perceptio_hf.modeling.modeling_depth_vqvae import prepare_depth
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
+from perceptio_hf.training.losses.labels import LabelLayout, read_labels
 
 from .conversations import ConversationEncoder
 from .losses import IGNORED_LABEL
@@ -30,13 +31,16 @@ _COUNTERS = 256  # rows of the shared table of counts; one per worker, so that n
 
 @dataclass(frozen=True, eq=False)
 class _Encoded:
-    """One sample as tensors: ids and labels (L,), pixel_values (tiles, 3, h, w), mask_pixel_values (pictures, 3, S, S),
-    mask_targets (m, h, w), depth_targets and depth_valid (s, S, S), depth_given_as_codes (s,)."""
+    """One sample as tensors: ids and labels (L,), pixel_values (tiles, 3, h, w), mask_pixel_values (n, 3, S, S) of the
+    pictures that have masks, mask_pixel_pictures (n,), mask_targets (m, h, w), depth_targets and depth_valid (s, S, S),
+    depth_given_as_codes (s,)."""
 
     ids: Tensor
     labels: Tensor
+    num_pictures: int
     pixel_values: Tensor | None
     mask_pixel_values: Tensor | None
+    mask_pixel_pictures: list[int]
     mask_targets: Tensor
     depth_targets: Tensor
     depth_valid: Tensor
@@ -46,15 +50,18 @@ class _Encoded:
 class PerceptioDataCollator:
     """Turns samples into a batch: pictures are read, conversations tokenized, masks and depth brought to size.
 
-    A batch holds tensors only (b rows, L tokens, p pictures, m [SEG] and s depth spans of the batch in reading order):
+    A batch holds (b rows, L tokens, p pictures, m [SEG] and s depth spans of the batch in reading order):
 
         input_ids, attention_mask  (b, L) padded on the right
         labels                     (b, L) every turn of the assistant with the token that ends it; -100 elsewhere
-        pixel_values               (tiles, 3, h, w), and mask_pixel_values (p, 3, S, S); absent where p = 0
+        pixel_values               (tiles, 3, h, w); absent where p = 0
+        mask_pixel_values          (n, 3, S, S) uint8, of the n pictures that have masks, and mask_pixel_pictures (n,),
+                                   which of the p pictures these are; absent where n = 0
         mask_targets               (m, h, w) float32 share of each cell inside, at the mask decoder's resolution
         depth_targets              (s, D, D) float32 relative inverse depth, 0 in holes
         depth_valid                (s, D, D) bool; all false where the span was given as codes
         depth_given_as_codes       (s,) bool; the other spans hold code 0 until the trainer's codec fills them in
+        layout                     what `read_labels` says of the labels: read once, and here, where no GPU waits
 
     Args:
         processor: of the model to train.
@@ -97,7 +104,7 @@ class PerceptioDataCollator:
         counts = self._counts.sum(0).tolist()[1:]
         return {reason: count for reason, count in zip(REASONS, counts, strict=True) if count}
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | LabelLayout]:
         encoded, errors = [], []
         for position, sample in enumerate(samples):
             try:
@@ -138,12 +145,15 @@ class PerceptioDataCollator:
             depth_targets, depth_valid = self._depth(loaded.depths)
         except SampleError as error:
             raise SampleError(f"Sample {name_of(sample, position)}: {error}", error.reason) from None
-        pictures = loaded.pictures
+        masked = sorted(set(loaded.mask_pictures))  # SAM2's view is a picture of its own, and nobody else looks at it
+        views = [processor.mask_bytes(loaded.pictures[number]) for number in masked]
         return _Encoded(
             ids=torch.tensor(ids),
             labels=torch.tensor(labels),
+            num_pictures=len(loaded.pictures),
             pixel_values=pixel_values,
-            mask_pixel_values=torch.stack([processor.mask_pixels(item) for item in pictures]) if pictures else None,
+            mask_pixel_values=torch.stack(views) if views else None,
+            mask_pixel_pictures=masked,
             mask_targets=self._masks(loaded),
             depth_targets=depth_targets,
             depth_valid=depth_valid,
@@ -193,15 +203,17 @@ class PerceptioDataCollator:
         return _Encoded(
             ids=ids,
             labels=torch.full_like(ids, IGNORED_LABEL),
+            num_pictures=0,
             pixel_values=None,
             mask_pixel_values=None,
+            mask_pixel_pictures=[],
             mask_targets=torch.zeros(0, side, side),
             depth_targets=depth_targets,
             depth_valid=depth_valid,
             depth_given_as_codes=torch.zeros(0, dtype=torch.bool),
         )
 
-    def _batch(self, rows: list[_Encoded]) -> dict[str, Tensor]:
+    def _batch(self, rows: list[_Encoded]) -> dict[str, Tensor | LabelLayout]:
         pad = self.processor.tokenizer.pad_token_id
         pad = self.conversations.turn_end_id if pad is None else pad
         ids = [row.ids for row in rows]
@@ -214,8 +226,14 @@ class PerceptioDataCollator:
             parts = [getattr(row, name) for row in rows if getattr(row, name) is not None]
             if parts:
                 batch[name] = torch.cat(parts)
+        if "mask_pixel_values" in batch:
+            before = np.cumsum([0, *(row.num_pictures for row in rows)]).tolist()
+            pairs = zip(before, rows, strict=False)
+            held = [first + number for first, row in pairs for number in row.mask_pixel_pictures]
+            batch["mask_pixel_pictures"] = torch.tensor(held)
         for name in ("mask_targets", "depth_targets", "depth_valid", "depth_given_as_codes"):
             batch[name] = torch.cat([getattr(row, name) for row in rows])
+        batch["layout"] = read_labels(batch["labels"], self.conversations.vocabulary)
         return batch
 
 

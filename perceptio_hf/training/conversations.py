@@ -42,7 +42,7 @@ class ConversationEncoder:
                 "set its pre-tokenizer's prepend_scheme to 'first'."
             )
 
-        self._vocabulary = self._spatial_vocabulary()
+        self.vocabulary = self._spatial_vocabulary()
 
     def _spatial_vocabulary(self) -> SpatialVocabulary:
         """What the model reads, which the processor knows as well."""
@@ -64,7 +64,7 @@ class ConversationEncoder:
         Raises:
             SampleError: where the tokenizer spells a mark ``Image-k:`` so that a model would not find it.
         """
-        read = read_sequence(ids, self._vocabulary)
+        read = read_sequence(ids, self.vocabulary)
         found = [seg.picture for seg in read.segs], [span.picture for span in read.spans]
         if found != (list(mask_pictures), list(depth_pictures)):
             raise SampleError(

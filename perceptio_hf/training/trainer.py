@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import SFTTrainer
@@ -23,25 +24,27 @@ from perceptio_hf.files import in_use
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 from perceptio_hf.training.attention.targets import LOOKS, look_layer, looking_parts, places_to_look
-from perceptio_hf.training.losses.labels import LossCounts, loss_counts, read_labels
+from perceptio_hf.training.losses.labels import LabelLayout, LossCounts, loss_counts, read_labels
 from perceptio_hf.training.losses.meter import PartMeter
+from perceptio_hf.training.masks.training import LivingMasks
 
 from . import fsdp
 from .checkpoints import WholeCheckpoints, last_checkpoint
 from .collator import PerceptioDataCollator
 from .config import PerceptioSFTConfig
+from .lengths import BY_LENGTH, LengthSampler, check_has_lengths, sample_lengths
 from .logging import draw_losses
 from .losses import PARTS, composite_loss
 
 _logger = logging.getLogger(__name__)
-_TARGETS = ("labels", "mask_targets", "depth_targets", "depth_valid", "depth_given_as_codes")
+_TARGETS = ("labels", "layout", "mask_targets", "depth_targets", "depth_valid", "depth_given_as_codes")
 
 
 class DivergedError(ValueError):
     """The loss is not finite; nothing was updated with it."""
 
 
-class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
+class PerceptioSFTTrainer(LivingMasks, WholeCheckpoints, SFTTrainer):
     """Trains a Perceptio model on samples with pictures, conversations, masks and depth.
 
     Language model, both projectors and SAM2's mask decoder learn, unless `args` freezes them; SAM2's image encoder and
@@ -83,6 +86,7 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
     ):
         args = _checked_args(model, args)
         train_dataset, eval_dataset = _with_columns(train_dataset, "training"), _evaluation_sets(eval_dataset)
+        check_has_lengths(args, train_dataset)
         source, model = _loaded(model, args)
         init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None  # used up; SFTTrainer would say ignored
         processing_class = processing_class or PerceptioProcessor.from_pretrained(source)
@@ -153,6 +157,16 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         # The frozen codec is also needed outside the model's forward, where FSDP holds nothing but shards.
         self._codec = copy.deepcopy(self._codec).to(self.accelerator.device)
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        """As ever, but batches by length are ours: transformers' would look for a column of lengths, and could not be
+        resumed in the middle of an epoch."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != BY_LENGTH:
+            return super()._get_train_sampler(dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        lengths = sample_lengths(dataset, self.data_collator.processor, self.data_collator.image_options)
+        return LengthSampler(lengths, self._train_batch_size, processes=self.accelerator.num_processes, seed=seed)
+
     def get_batch_samples(self, epoch_iterator, num_batches: int, device) -> tuple[list, LossCounts]:
         """The micro batches of the next step, and what they and those of all other processes hold together."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -169,7 +183,14 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
             self._vocabulary,
             batch["depth_valid"],
             depth_given_as_codes=batch["depth_given_as_codes"],
+            layout=self._layout(batch),
         )
+
+    def _layout(self, batch: dict[str, Tensor]) -> LabelLayout:
+        """What the collator has read off the labels; other collators may leave it to the trainer."""
+        if "layout" not in batch:
+            batch["layout"] = read_labels(batch["labels"], self._vocabulary)
+        return batch["layout"]
 
     def _sum_over_processes(self, counts: LossCounts) -> LossCounts:
         return LossCounts(*self._reduced(list(vars(counts).values())))
@@ -206,7 +227,8 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
         targets = {name: inputs.pop(name) for name in _TARGETS}
         counts = num_items_in_batch
         if counts is None:
-            counts = loss_counts(targets["labels"], self._vocabulary, targets["depth_valid"])
+            layout = targets["layout"]
+            counts = loss_counts(targets["labels"], self._vocabulary, targets["depth_valid"], layout=layout)
         extras = {"output_attentions": True} if self.args.look_weight else {}
         criterion = self._criterion(inputs["input_ids"], targets, counts)
         outputs = model(**inputs, use_cache=False, criterion=criterion, **extras)
@@ -227,12 +249,13 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
             inputs: a batch of the collator.
 
         Returns:
-            A copy whose `input_ids` and `labels` hold all codes, and `depth_targets` and `depth_valid` all depth.
+            A copy whose `input_ids`, `labels` and `layout` hold all codes, and `depth_targets` and `depth_valid` all
+            depth.
         """
-        layout = read_labels(inputs["labels"], self._vocabulary)
+        layout = self._layout(inputs)
         given = inputs["depth_given_as_codes"].bool()
         if not len(given):
-            return dict(inputs)
+            return {**inputs, "layout": layout}
         rows, columns = layout.rows[layout.is_code], layout.columns[layout.is_code] + 1
         codes = layout.codes[layout.is_code].view(len(given), -1)  # (s, N)
         depth, valid = inputs["depth_targets"].clone(), inputs["depth_valid"].clone()
@@ -242,7 +265,7 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
             size = tuple(depth.shape[1:])
             depth[given], valid[given] = self._codec.decode(codes[given], size=size).to(depth.dtype), True
         tokens = torch.tensor(self._vocabulary.codes, device=codes.device)[codes].flatten()
-        filled = {"depth_targets": depth, "depth_valid": valid}
+        filled = {"depth_targets": depth, "depth_valid": valid, "layout": layout.with_codes(codes.flatten(), tokens)}
         for name in ("input_ids", "labels"):
             filled[name] = inputs[name].clone()
             filled[name][rows, columns] = tokens
@@ -278,10 +301,11 @@ class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
                 depth=targets["depth_targets"],
                 depth_valid=targets["depth_valid"],
                 mask_logits=outputs.mask_logits,
-                mask_targets=None if outputs.mask_logits is None else targets["mask_targets"],
+                mask_targets=targets["mask_targets"],
                 mask_scores=outputs.mask_scores,
                 weights=self._weights,
                 counts=counts,
+                layout=targets["layout"],
             )
             if self.args.look_weight:
                 looking = self._looking(input_ids, targets, counts, outputs.attentions)

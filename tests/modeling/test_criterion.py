@@ -5,6 +5,7 @@ import torch
 from helpers import assert_alike, chat, encode, picture
 
 from perceptio_hf.modeling import modeling_perceptio
+from perceptio_hf.modeling.mask_prediction import normalised
 from perceptio_hf.training.losses import composite_loss
 
 
@@ -106,9 +107,28 @@ def test_bfloat16_autocast_keeps_losses_in_float32(model, batch):
         assert part.dtype == torch.float32 and part.item() == pytest.approx(exact.loss_parts[name].item(), rel=0.1)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_without_masks_processes_that_train_together_still_use_the_decoder(model, batch, monkeypatch, processes):
-    monkeypatch.setattr(modeling_perceptio, "_several_processes", lambda: processes > 1)
+def test_only_pictures_with_masks_need_to_come_and_as_bytes(model, processor, batch):
+    """Two rows, a mask on the second row's picture."""
+    other = encode(processor, chat(picture(seed=1)))
+    seg = model.spatial_vocabulary().seg
+    both = {name: torch.cat([batch[name], batch[name]]) for name in ("input_ids", "attention_mask")}
+    both["input_ids"][0][both["input_ids"][0] == seg] = 1
+    both["pixel_values"] = torch.cat([other["pixel_values"], batch["pixel_values"]])
+    pixels = torch.randint(0, 256, batch["mask_pixel_values"].shape, dtype=torch.uint8)
+    every = torch.cat([other["mask_pixel_values"], normalised(pixels)])
+    with torch.no_grad():
+        whole = model(**both, mask_pixel_values=every).mask_logits
+        part = model(**both, mask_pixel_values=pixels, mask_pixel_pictures=torch.tensor([1])).mask_logits
+    assert len(whole) == 1
+    assert_alike(part, whole, depth=30)
+    with pytest.raises(ValueError, match="holds only \\[0\\]"):
+        model(**both, mask_pixel_values=pixels, mask_pixel_pictures=torch.tensor([0]))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_without_masks_only_processes_that_share_parameters_use_sam2(model, batch, monkeypatch, sharded):
+    monkeypatch.setattr(modeling_perceptio, "_shards", lambda model: sharded)
+    del batch["mask_pixel_values"]
     seg = model.spatial_vocabulary().seg
     keep = batch["input_ids"][0] != seg
     batch |= {name: batch[name][:, keep] for name in ("input_ids", "attention_mask", "labels")}
@@ -118,8 +138,8 @@ def test_without_masks_processes_that_train_together_still_use_the_decoder(model
     try:
         output.loss.backward()
         used = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-        assert ("seg_projector.linear_in.weight" in used) == (processes > 1)
-        assert ("mask_model.mask_decoder.conv_s0.weight" in used) == (processes > 1)
-        assert not model.seg_projector.linear_in.weight.grad.any() if processes > 1 else True
+        assert ("seg_projector.linear_in.weight" in used) == sharded
+        assert ("mask_model.mask_decoder.conv_s0.weight" in used) == sharded
+        assert not model.seg_projector.linear_in.weight.grad.any() if sharded else True
     finally:
         model.zero_grad()

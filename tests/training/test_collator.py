@@ -16,6 +16,7 @@ from perceptio_hf.data.form import REASONS, SampleError
 from perceptio_hf.data.run_length import encode_mask
 from perceptio_hf.data.world_samples import WORLD_TASKS, iter_world_samples, world_dataset
 from perceptio_hf.lab.lessons.model import tiny_processor
+from perceptio_hf.modeling.mask_prediction import SAM2_STD, normalised
 from perceptio_hf.tokens import depth_span, read_sequence
 from perceptio_hf.training.collator import PerceptioDataCollator
 from perceptio_hf.training.losses import loss_counts
@@ -88,7 +89,7 @@ def collator(any_processor):
     return PerceptioDataCollator(any_processor, depth_image_size=32)
 
 
-def test_shapes_and_types(collator, processor):
+def test_shapes_and_types(collator, processor, model):
     batch = collator(samples())
     length = batch["input_ids"].shape[1]
     side = processor.mask_image_size
@@ -97,13 +98,16 @@ def test_shapes_and_types(collator, processor):
         "attention_mask": ((3, length), torch.int64),
         "labels": ((3, length), torch.int64),
         "pixel_values": ((3, 3, 128, 128), torch.float32),
-        "mask_pixel_values": ((3, 3, side, side), torch.float32),
+        "mask_pixel_values": ((1, 3, side, side), torch.uint8),
+        "mask_pixel_pictures": ((1,), torch.int64),
         "mask_targets": ((2, side // 4, side // 4), torch.float32),
         "depth_targets": ((2, 32, 32), torch.float32),
         "depth_valid": ((2, 32, 32), torch.bool),
         "depth_given_as_codes": ((2,), torch.bool),
     }
+    layout = batch.pop("layout")
     assert {key: (tuple(value.shape), value.dtype) for key, value in batch.items()} == expected
+    assert layout.items == loss_counts(batch["labels"], model.spatial_vocabulary())
     assert batch["depth_given_as_codes"].tolist() == [False, True] and not batch["depth_valid"][1].any()
 
 
@@ -135,8 +139,11 @@ def test_inputs_are_those_of_the_processor(collator, any_processor):
         chats, tokenize=True, return_dict=True, return_tensors="pt", padding=True, padding_side="right"
     )
     batch = collator(samples())
-    for key in ("input_ids", "attention_mask", "pixel_values", "mask_pixel_values"):
+    for key in ("input_ids", "attention_mask", "pixel_values"):
         assert torch.equal(batch[key], expected[key]), key
+    one_step = 1 / 255 / min(SAM2_STD) + 1e-6
+    theirs = expected["mask_pixel_values"][batch["mask_pixel_pictures"]]
+    torch.testing.assert_close(normalised(batch["mask_pixel_values"]), theirs, atol=one_step, rtol=0)
 
 
 def test_labels_agree_with_prefixes(collator, any_processor):
@@ -196,17 +203,27 @@ def test_a_few_readings_are_enough(processor):
 
 def test_the_model_takes_the_batch(collator, model):
     batch = collator(samples())
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values", "mask_pixel_values")}
+    names = ("input_ids", "attention_mask", "pixel_values", "mask_pixel_values", "mask_pixel_pictures")
+    inputs = {key: batch[key] for key in names}
     assert model(**inputs).mask_logits.shape == batch["mask_targets"].shape
     alone = collator(samples()[:1])
     assert model(input_ids=alone["input_ids"], attention_mask=alone["attention_mask"]).logits.isfinite().all()
+
+
+def test_sam2_sees_the_pictures_that_have_masks(collator, processor):
+    """Three pictures in two rows, [SEG] on the last one alone: its pixels come, and its number in the batch."""
+    two, one = copy.deepcopy(samples()[2]), samples()[1]
+    batch = collator([two, one])
+    assert batch["mask_pixel_pictures"].tolist() == [2]
+    assert torch.equal(batch["mask_pixel_values"][0], processor.mask_bytes(one["images"][0]))
+    assert "mask_pixel_values" not in collator([two]) and "mask_pixel_pictures" not in collator([two])
 
 
 def test_tiles(processor):
     wide = samples()[0] | {"images": [picture(300, 100)]}
     batch = PerceptioDataCollator(processor, crop_to_patches=True, max_patches=4)([wide])
     tiles = batch["pixel_values"].shape[0]
-    assert tiles == 4 and batch["mask_pixel_values"].shape[0] == 1
+    assert tiles == 4 and "mask_pixel_values" not in batch
     assert (batch["input_ids"] == processor.image_token_id).sum() == tiles * processor.image_seq_length
     assert PerceptioDataCollator(processor)([wide])["pixel_values"].shape[0] == 1
 

@@ -14,12 +14,12 @@ import pytest
 import sft_helpers as sft
 import torch
 from helpers import assert_trained_alike
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from perceptio_hf import PerceptioForConditionalGeneration
-from perceptio_hf.training.checkpoints import STAGING, last_checkpoint
+from perceptio_hf.training.checkpoints import STAGING, last_checkpoint, load_in_place
 
 STEPS = 6
 # Adam has a state, the schedule another, samples are shuffled, and a step has two micro batches. With Adam's state or
@@ -194,6 +194,36 @@ def test_old_checkpoints_go_and_the_best_stays(processor, tmp_path):
     assert state["best_model_checkpoint"] == str(best)
     saved = PerceptioForConditionalGeneration.from_pretrained(best).state_dict()
     assert same(saved, trainer.model.state_dict())  # loaded at the end
+
+
+def test_a_checkpoint_is_loaded_without_a_second_model(processor, tmp_path, monkeypatch):
+    """Under whatever names it was saved: those of a model from scratch, and those of one that was loaded."""
+    sft.trainer(tmp_path / "one", processor=processor, **SETTINGS | {"max_steps": 2}).train()
+    saved = tmp_path / "one" / "checkpoint-2"
+    loaded = PerceptioForConditionalGeneration.from_pretrained(saved)
+    sft.trainer(tmp_path / "two", processor=processor, model=loaded, **SETTINGS | {"max_steps": 2}).train()
+    monkeypatch.setattr(PerceptioForConditionalGeneration, "from_pretrained", None)
+    for kind in (None, loaded):
+        for checkpoint in (saved, tmp_path / "two" / "checkpoint-2"):
+            trainer = sft.trainer(tmp_path / "on", processor=processor, model=kind, **SETTINGS | {"max_steps": 2})
+            places = {name: value.data_ptr() for name, value in trainer.model.state_dict().items()}
+            trainer._load_from_checkpoint(str(checkpoint))
+            found = trainer.model.state_dict()
+            assert {name: value.data_ptr() for name, value in found.items()} == places
+            sums = sorted(float(value.double().sum()) for value in load_file(checkpoint / "model.safetensors").values())
+            own = {value.data_ptr(): float(value.double().sum()) for value in found.values()}
+            assert sorted(own.values()) == sums
+
+
+def test_files_of_other_names_are_loaded_by_transformers(processor, tmp_path):
+    trainer = sft.trainer(tmp_path / "one", processor=processor, **SETTINGS | {"max_steps": 2})
+    trainer.train()
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    file = tmp_path / "one" / "checkpoint-2" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({"strange." + name: value for name, value in tensors.items()}, file, metadata={"format": "pt"})
+    assert not load_in_place(trainer.model, file.parent)
+    assert same(before, trainer.model.state_dict())
 
 
 def test_a_finished_model_is_replaced_when_it_is_complete(processor, tmp_path, monkeypatch):

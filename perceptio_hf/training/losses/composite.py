@@ -73,15 +73,16 @@ def composite_loss(
     mask_scores: Tensor | None = None,
     weights: LossWeights | None = None,
     counts: LossCounts | None = None,
+    layout: LabelLayout | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """All objectives of a batch with s depth spans and m [SEG] tokens, both in reading order (row by row).
 
-    Logits of the full vocabulary are computed once and only where there is a label. Values that are not finite are
-    never hidden: they show in the part they come from.
+    Logits of the full vocabulary are computed only where there is a label, and a part of them at a time. Values that
+    are not finite are never hidden: they show in the part they come from.
 
     Args:
         hidden_states: (b, L, d) after the final norm.
-        lm_head: (n, d) -> (n, V), called once.
+        lm_head: (n, d) -> (n, V), called once; see `read_head`.
         labels: (b, L) as in transformers, -100 where nothing is learnt; shifted in here.
         codec, depth, depth_valid: the depth codec and the true relative inverse depth (s, H, W) in [0, 1] with its
             valid pixels (s, H, W), None if all are valid. Without codec and depth there is no reconstruction.
@@ -89,6 +90,7 @@ def composite_loss(
             first two there is no mask loss, without the last no loss of the scores.
         weights: None takes the defaults.
         counts: what the parts are divided by, those of all micro batches of a step; None: of this batch.
+        layout: `read_labels` of these labels, where they have been read already.
 
     Returns:
         The weighted sum and its parts, of `PARTS`: text, marker, token and count always, the others as said above. All
@@ -99,10 +101,12 @@ def composite_loss(
             are 0 for something that the batch holds.
     """
     weights = LossWeights() if weights is None else weights
-    tokens = supervised_tokens(hidden_states, lm_head, labels, vocabulary)
+    tokens = supervised_tokens(hidden_states, lm_head, labels, vocabulary, layout=layout)
     has_depth = _spans_with_depth(tokens.layout, depth, depth_valid)
     own = tokens.layout.counts(has_depth)
     counts = own if counts is None else _covering(counts, own)
+    if mask_targets is None and mask_logits is not None and not len(mask_logits):
+        mask_logits = None  # a batch without masks
     _check_masks(tokens, mask_logits, mask_targets, mask_scores)
     batch = LossBatch(
         tokens=tokens,

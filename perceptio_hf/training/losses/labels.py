@@ -4,7 +4,7 @@ Labels are as in transformers: `labels[b, t]` is the token at t, predicted by th
 is learnt. A response is one maximal run of learnt labels in a row. Reading order is row by row, left to right.
 """
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,8 +58,8 @@ class LabelLayout:
         codes: (n,) index 0..K-1 in the codebook, -1 where the token is no depth code.
         is_marker: (n,) bool, either marker of a span.
         responses: (n,) the response each token belongs to, 0..R-1 over the batch.
-        num_responses: R.
         spans_per_row, segs_per_row: (b,) depth spans and [SEG] tokens.
+        items: how many there are of everything, all spans among them; known on the host, where R is `responses`.
     """
 
     rows: Tensor
@@ -68,9 +68,13 @@ class LabelLayout:
     codes: Tensor
     is_marker: Tensor
     responses: Tensor
-    num_responses: int
     spans_per_row: Tensor
     segs_per_row: Tensor
+    items: LossCounts
+
+    @property
+    def num_responses(self) -> int:
+        return int(self.items.responses)
 
     @property
     def is_code(self) -> Tensor:
@@ -82,23 +86,31 @@ class LabelLayout:
 
     def counts(self, has_depth: Tensor | None = None) -> LossCounts:
         """`has_depth` (s,) bool: the spans with a valid depth; None: all spans."""
-        markers, codes = int(self.is_marker.sum()), int(self.is_code.sum())
-        return LossCounts(
-            text=len(self.targets) - markers - codes,
-            markers=markers,
-            codes=codes,
-            responses=self.num_responses,
-            spans=int(self.spans_per_row.sum() if has_depth is None else has_depth.sum()),
-            masks=int(self.segs_per_row.sum()),
+        return self.items if has_depth is None else replace(self.items, spans=int(has_depth.sum()))
+
+    def with_codes(self, codes: Tensor, tokens: Tensor) -> "LabelLayout":
+        """The same with other codes in its spans: (s N,) indices in the codebook and their token ids."""
+        is_code = self.is_code
+        return replace(
+            self,
+            codes=self.codes.masked_scatter(is_code, codes),
+            targets=self.targets.masked_scatter(is_code, tokens),
         )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "LabelLayout":
+        """On another device; what moves batches there (accelerate) asks for it by this name."""
+        moved = {
+            name: value.to(device, non_blocking=non_blocking) for name, value in vars(self).items() if name != "items"
+        }
+        return replace(self, **moved)
 
     def check_spans(self, count: int, what: str) -> None:
         """ValueError unless there is one of `count` rows of the tensor `what` for each depth span."""
-        _check_one_each(count, what, self.spans_per_row, "depth spans")
+        _check_one_each(count, what, self.items.spans, self.spans_per_row, "depth spans")
 
     def check_masks(self, count: int, what: str) -> None:
         """ValueError unless there is one of `count` rows of the tensor `what` for each [SEG]."""
-        _check_one_each(count, what, self.segs_per_row, "[SEG] tokens")
+        _check_one_each(count, what, self.items.masks, self.segs_per_row, "[SEG] tokens")
 
 
 def read_labels(labels: Tensor, vocabulary: SpatialVocabulary) -> LabelLayout:
@@ -120,17 +132,26 @@ def read_labels(labels: Tensor, vocabulary: SpatialVocabulary) -> LabelLayout:
     targets = ahead[learnt]
     is_this_code = targets[:, None] == torch.tensor(vocabulary.codes, device=labels.device)  # (n, K)
     codes = torch.where(is_this_code.any(1), is_this_code.int().argmax(1), -1)
-    starts = targets == vocabulary.depth_start
+    starts, segs = targets == vocabulary.depth_start, targets == vocabulary.seg
+    is_marker = starts | (targets == vocabulary.depth_end)
+    markers, num_codes = int(is_marker.sum()), int((codes >= 0).sum())
     layout = LabelLayout(
         rows=rows,
         columns=columns,
         targets=targets,
         codes=codes,
-        is_marker=starts | (targets == vocabulary.depth_end),
+        is_marker=is_marker,
         responses=begins.flatten().cumsum(0).view_as(begins)[learnt] - 1,
-        num_responses=int(begins.sum()),
         spans_per_row=rows[starts].bincount(minlength=len(labels)),
-        segs_per_row=rows[targets == vocabulary.seg].bincount(minlength=len(labels)),
+        segs_per_row=rows[segs].bincount(minlength=len(labels)),
+        items=LossCounts(
+            text=len(targets) - markers - num_codes,
+            markers=markers,
+            codes=num_codes,
+            responses=int(begins.sum()),
+            spans=int(starts.sum()),
+            masks=int(segs.sum()),
+        ),
     )
     _check_whole_spans(layout, starts, vocabulary)
     return layout
@@ -142,6 +163,7 @@ def loss_counts(
     depth_valid: Tensor | None = None,
     *,
     depth_given_as_codes: Tensor | None = None,
+    layout: LabelLayout | None = None,
 ) -> LossCounts:
     """Count a batch without a model; see `LossCounts`.
 
@@ -150,11 +172,12 @@ def loss_counts(
         depth_valid: (s, H, W) bool, one per depth span in reading order; None: every span has a valid depth.
         depth_given_as_codes: (s,) bool, spans whose true depth is decoded from their codes and so valid everywhere,
             whatever `depth_valid` says.
+        layout: `read_labels` of these labels, where they have been read already.
 
     Raises:
         ValueError: as `read_labels`, or if there are more or fewer depth maps than spans.
     """
-    layout = read_labels(labels, vocabulary)
+    layout = read_labels(labels, vocabulary) if layout is None else layout
     if depth_valid is None:
         return layout.counts()
     layout.check_spans(len(depth_valid), "depth_valid")
@@ -190,8 +213,7 @@ def _check_whole_spans(layout: LabelLayout, starts: Tensor, vocabulary: SpatialV
         )
 
 
-def _check_one_each(count: int, what: str, per_row: Tensor, items: str) -> None:
-    expected = int(per_row.sum())
+def _check_one_each(count: int, what: str, expected: float, per_row: Tensor, items: str) -> None:
     if count != expected:
         rows = ", ".join(f"row {row}: {number}" for row, number in enumerate(per_row.tolist()) if number)
         raise ValueError(

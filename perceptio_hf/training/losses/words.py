@@ -10,11 +10,13 @@ With p_t the model's distribution for the token at t, V_D the K code ids and N t
   without a span). It is what punishes codes that leak into text and text that leaks into spans.
 
 All of them follow from three numbers per learnt token: the log of the normaliser, the logit of the target and the
-logits of the codes. Logits of the full vocabulary exist at learnt positions only, and one pass serves all losses.
+logits of the codes. Logits of the full vocabulary exist at learnt positions only, a part of them at a time (`head`),
+and serve all losses.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +24,10 @@ from torch import Tensor
 
 from perceptio_hf.tokens import SpatialVocabulary
 
+from .head import read_head
 from .labels import LabelLayout, read_labels
 
 TOKEN_OVER = ("codes", "vocabulary")  # what probabilities of codes are renormalised to
-_CHUNK = 2**21  # logits that are worked on at once: what is temporary stays small
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,12 @@ class SupervisedTokens:
 
 
 def supervised_tokens(
-    hidden_states: Tensor, lm_head: Callable[[Tensor], Tensor], labels: Tensor, vocabulary: SpatialVocabulary
+    hidden_states: Tensor,
+    lm_head: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    vocabulary: SpatialVocabulary,
+    *,
+    layout: LabelLayout | None = None,
 ) -> SupervisedTokens:
     """Read a model's predictions at learnt positions, with one call of its head.
 
@@ -85,6 +92,7 @@ def supervised_tokens(
         lm_head: (n, d) -> (n, V) logits. It is called once, with n = 0 if nothing is learnt, so that every process of
             a training uses its parameters.
         labels: (b, L).
+        layout: `read_labels` of these labels, where they have been read already.
 
     Raises:
         ValueError: as `read_labels`, or if shapes differ, or a label or code lies outside the vocabulary.
@@ -94,11 +102,12 @@ def supervised_tokens(
             f"`labels` has shape {tuple(labels.shape)} and the states {tuple(hidden_states.shape)}; expected (batch, "
             "sequence) and (batch, sequence, size)."
         )
-    layout = read_labels(labels.to(hidden_states.device), vocabulary)
-    logits = lm_head(hidden_states[layout.rows, layout.columns])  # (n, V)
-    _check_ids(layout, vocabulary, logits.shape[-1])
-    code_ids = torch.tensor(vocabulary.codes, device=logits.device)
-    return SupervisedTokens(layout, *_Readout.apply(logits, layout.targets, code_ids))
+    if layout is None:
+        layout = read_labels(labels.to(hidden_states.device), vocabulary)
+    states = hidden_states[layout.rows, layout.columns]  # (n, d)
+    code_ids = torch.tensor(vocabulary.codes, device=states.device)
+    check = partial(_check_ids, layout, vocabulary)
+    return SupervisedTokens(layout, *read_head(lm_head, states, layout.targets, code_ids, check=check))
 
 
 def text_loss(logits: Tensor, labels: Tensor, vocabulary: SpatialVocabulary, *, count: float | None = None) -> Tensor:
@@ -194,35 +203,3 @@ def _check_ids(layout: LabelLayout, vocabulary: SpatialVocabulary, size: int) ->
             f"The depth codes go up to token {max(vocabulary.codes)}, but the head gives {size} logits; are vocabulary "
             "and model of the same checkpoint?"
         )
-
-
-class _Readout(torch.autograd.Function):
-    """(n, V) logits -> (n,) log of the normaliser, (n,) logit of the target, (n, K) logits of the codes; float32.
-
-    The same as logsumexp, gather and indexing, but the gradient is built once: autograd would build a full one for each
-    of the three and add them up. Half precision is widened a few rows at a time, never as a whole.
-    """
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, code_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        normaliser = torch.cat([rows.to(dtype).logsumexp(-1) for rows in logits.split(_chunk_rows(logits))])
-        ctx.save_for_backward(logits, targets, code_ids, normaliser)
-        return normaliser, logits.gather(1, targets[:, None])[:, 0].to(dtype), logits[:, code_ids].to(dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, of_normaliser: Tensor, of_target: Tensor, of_codes: Tensor) -> tuple[Tensor, None, None]:
-        logits, targets, code_ids, normaliser = ctx.saved_tensors
-        gradient, step = torch.empty_like(logits), _chunk_rows(logits)
-        for start in range(0, len(logits), step):
-            rows = slice(start, start + step)
-            part = (logits[rows].to(normaliser.dtype) - normaliser[rows, None]).exp_().mul_(of_normaliser[rows, None])
-            part.scatter_add_(1, targets[rows, None], of_target[rows, None])
-            part.index_add_(1, code_ids, of_codes[rows])
-            gradient[rows] = part
-        return gradient, None, None
-
-
-def _chunk_rows(logits: Tensor) -> int:
-    return max(1, _CHUNK // logits.shape[-1])

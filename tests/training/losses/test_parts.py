@@ -24,7 +24,7 @@ from perceptio_hf.training.losses import (
     text_loss,
     token_loss,
 )
-from perceptio_hf.training.losses import words as loss_tokens
+from perceptio_hf.training.losses import head as loss_head
 from perceptio_hf.training.losses.parts import parts_table
 
 WORD_LOSSES = {"text": text_loss, "marker": marker_loss, "token": token_loss, "count": count_loss}
@@ -80,7 +80,7 @@ def test_losses_of_words_equal_a_loop(labels, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_precision_and_more_rows_than_are_worked_on_at_once(dtype, monkeypatch):
-    monkeypatch.setattr(loss_tokens, "_CHUNK", 7 * VOCABULARY)
+    monkeypatch.setattr(loss_head, "_WIDENED", 7 * VOCABULARY)
     torch.manual_seed(1)
     labels = padded([[-100, *[0, 1, 2] * 15, *SPAN]])
     logits = torch.randn(*labels.shape, VOCABULARY).to(dtype).requires_grad_()
