@@ -4,7 +4,6 @@ Two questions that look the same without depth, that is, name the same two categ
 picture and the same one larger, are taken together, one for either answer. Rules on these are then right in half.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from perceptio_hf.data.formats.coco_annotations import read_json
 from perceptio_hf.data.masks import mask_of
 
 MARGIN = 0.1  # of relative inverse depth, between the medians of two objects
@@ -55,12 +55,7 @@ class Annotations:
     """
 
     def __init__(self, file: Path):
-        try:
-            document = json.loads(file.read_bytes())
-        except OSError as error:
-            raise ValueError(f"--annotations {file} cannot be read ({error.strerror}).") from None
-        except ValueError as error:
-            raise ValueError(f"--annotations {file} is no JSON ({error}).") from None
+        document = read_json(file)
         if not isinstance(document, dict) or not all(isinstance(document.get(key), list) for key in _NEEDED):
             raise ValueError(f"--annotations {file} is not of COCO's form: an object with {', '.join(_NEEDED)}.")
         try:

@@ -21,8 +21,11 @@ from PIL import Image
 from perceptio_hf.commands import main
 from perceptio_hf.conversion.saved_models import load_depth_codec
 from perceptio_hf.data.depth_maps import depth_from_values, read_depth
+from perceptio_hf.data.published.labels import read_label_metadata
 from perceptio_hf.data.rows import import_datasets
-from perceptio_hf.labelling.labels import read_about, read_rows
+from perceptio_hf.data.samples import check_sample
+from perceptio_hf.data.tasks import load_tasks
+from perceptio_hf.labelling.labels import read_rows
 from perceptio_hf.modeling.codec_identity import codec_fingerprint
 from perceptio_hf.processing.pictures import load_picture
 
@@ -64,7 +67,7 @@ def test_rows_hold_what_teacher_and_codec_say(labelled, parts):
 def test_metadata_names_teacher_and_codec(labelled, parts):
     import pyarrow as pa
 
-    about = read_about(labelled)
+    about = read_label_metadata(labelled)
     assert about["complete"] and (about["rows"], about["failures"]) == (9, 1) and about["maps"]
     assert about["teacher"]["unit"] == "disparity" and about["teacher"]["model_type"] == "depth_anything"
     assert about["codec"]["fingerprint"] == codec_fingerprint(load_depth_codec(parts / "codec"))
@@ -74,6 +77,14 @@ def test_metadata_names_teacher_and_codec(labelled, parts):
     assert metadata["codec"] == about["codec"] and metadata["teacher"] == about["teacher"]
     failure = json.loads((labelled / "failures.jsonl").read_text())
     assert failure["id"] == "5.png" and "is not a picture" in failure["error"]
+
+
+def test_training_reads_them_as_they_are(labelled):
+    samples = load_tasks([{"labels": str(labelled)}, {"labels": str(labelled), "maps": True, "name": "maps"}])[0]
+    assert samples["out"]["depth_codes"] == [[codes] for codes in codes_of(labelled).values()]
+    for kind in samples.values():
+        for sample in kind:
+            check_sample(sample, num_depth_tokens=16, num_depth_codes=16)
 
 
 def test_a_fingerprint_is_that_of_the_weights(parts, tmp_path):
@@ -206,7 +217,7 @@ def test_metric_teachers_say_so_and_others_are_asked(label, parts, tmp_path):
     assert teacher_info(str(folder), "disparity").unit == "disparity"
     given = ["label", str(parts / "photos"), "--depth-codec", str(parts / "codec"), "--maps"]
     assert main.run([*given, "--teacher", str(tmp_path / "metric"), "--out", str(tmp_path / "out")]) == 0
-    assert read_about(tmp_path / "out")["teacher"]["unit"] == "m"
+    assert read_label_metadata(tmp_path / "out")["teacher"]["unit"] == "m"
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def test_what_has_no_counterpart_is_counted(asked, labelled, tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("[", "is no JSON"),
+        ("[", "is not JSON"),
         ("[]", "not of COCO's form"),
         ('{"images": [{}], "annotations": [], "categories": []}', "file_name"),
     ],
