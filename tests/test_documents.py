@@ -77,7 +77,7 @@ SLOW = ("README.md", "evaluation.md", "lora.md", "training.md")  # those that tr
 # Further options that make long work short: the beginning of a command -> what is put behind it.
 SHORT = {
     "train": "--max_steps 2 --per_device_train_batch_size 2 --logging_steps 1 --eval_strategy no --use_cpu true",
-    "codebook train": "--steps 3 --maps 4",
+    "codebook train": "--steps 3 --maps 4 --config codebook_tiny",
     "codebook eval": "--maps 2",
     "eval hardblink": "--limit 2",
     "eval world-closest": "--limit 3",

@@ -52,7 +52,9 @@ class RayEngine:
             return
         import ray
 
-        with self._cluster() as resources:
+        # Where a worker dies, Ray says so on standard output, some of it when it is shut down. That is for the command's
+        # own document.
+        with redirect_stdout(sys.stderr), self._cluster() as resources:
             gpus = int(resources.get("GPU", 0))
             workers = min(self.workers or gpus or 1, len(batches))
             if gpus and workers > gpus:
@@ -68,8 +70,7 @@ class RayEngine:
                 **needs,
             )
             # Closed by hand: an error's traceback would keep the rows, and they the workers and their GPUs.
-            # Where a worker dies, Ray prints so on standard output, which is for the command's own document.
-            with closing(iter(done.iter_rows())) as rows, redirect_stdout(sys.stderr):
+            with closing(iter(done.iter_rows())) as rows:
                 for row in rows:
                     outcome = pickle.loads(row["outcome"])
                     if isinstance(outcome, BaseException):
