@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
     from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor
+    from perceptio_hf.training.checkpoints import WholeCheckpoints
     from perceptio_hf.training.recipe import Recipe, RecipeArguments
     from perceptio_hf.training.trainer import PerceptioSFTTrainer
 
 # Options that are not listed here belong to the recipe: `--max_steps 10` takes the place of its `max_steps`.
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 SFT, TINY = "sft", "tiny"  # kinds of recipes
+REWARDED = ("grpo", "rloo")  # those that learn by rewards
 _RECIPE_FILE = "recipe.json"
 _WAYS_TO_PERCEPTIO = {
     "internvl": "run `perceptio build`, which joins it with a SAM2 and a depth codec, and train the result.",
@@ -52,7 +54,8 @@ def train(
         typer.Option(min=0, help="From scratch: further processes, of each, that render (1).", show_default=False),
     ] = None,
 ) -> None:
-    """Train by a recipe: fine-tune a checkpoint on tasks of your own, or (`recipe: tiny`) a tiny one from scratch.
+    """Train by a recipe: fine-tune a checkpoint on tasks of your own, by samples or (`recipe: grpo`, `recipe: rloo`) by
+    rewards, or (`recipe: tiny`) a tiny one from scratch.
 
     Any key of a fine-tuning recipe can be given as an option, e.g. `--max_steps 10`.
     """
@@ -60,19 +63,19 @@ def train(
 
     config = find_recipe(config)
     kind = read_yaml(config).get("recipe", SFT)
-    if kind == SFT:
+    if kind in (SFT, *REWARDED):
         if processes is not None or workers is not None:
             raise ValueError(
                 "--processes and --workers are for recipes of kind tiny. To train with several processes, start "
                 "`accelerate launch --no_python perceptio train ...`; samples are prepared by dataloader_num_workers."
             )
-        _fine_tune(config, out, context.args)
+        _fine_tune(config, out, context.args, kind)
     elif kind == TINY:
         if context.args:
             raise ValueError(f"Unknown options {' '.join(context.args)}; change the keys of a tiny recipe in {config}.")
         _from_scratch(config, out or Path("runs/tiny"), processes or 2, 1 if workers is None else workers)
     else:
-        raise ValueError(f"{config}: recipe is {kind!r}; choose {SFT} (the default) or {TINY}.")
+        raise ValueError(f"{config}: recipe is {kind!r}; choose {SFT} (the default), {', '.join(REWARDED)} or {TINY}.")
 
 
 def _from_scratch(config: Path, out: Path, processes: int, workers: int) -> None:
@@ -85,12 +88,13 @@ def _from_scratch(config: Path, out: Path, processes: int, workers: int) -> None
         print(f"The finished checkpoint is {train_tiny(recipe, out, processes=processes, workers=workers)}")
 
 
-def _fine_tune(config: Path, out: Path | None, overrides: Sequence[str]) -> None:
+def _fine_tune(config: Path, out: Path | None, overrides: Sequence[str], kind: str) -> None:
     from perceptio_hf.extras import missing
     from perceptio_hf.files import in_use, read_yaml
 
     try:
         from perceptio_hf.training.recipe import read_recipe
+        from perceptio_hf.training.rewards.recipe import read_reward_recipe
     except ModuleNotFoundError as error:
         raise missing(error, "Fine-tuning") from error
 
@@ -98,7 +102,7 @@ def _fine_tune(config: Path, out: Path | None, overrides: Sequence[str]) -> None
         overrides = [*overrides, "--output_dir", str(out)]
     elif "output_dir" not in read_yaml(config) and not any(option.startswith("--output") for option in overrides):
         overrides = [*overrides, "--output_dir", str(Path("runs", config.stem))]
-    recipe = read_recipe(config, overrides)
+    recipe = read_recipe(config, overrides) if kind == SFT else read_reward_recipe(kind, config, overrides)
     folder = Path(recipe.settings.output_dir)
     _silence()  # not before: the settings take it for a wish to see no progress bar
     first = recipe.settings.process_index == 0  # of several that train together
@@ -172,7 +176,7 @@ def _lasting(recipe: "Recipe") -> dict:
     return json.loads(json.dumps(values, default=str))
 
 
-def _trainer(recipe: "Recipe") -> "PerceptioSFTTrainer":
+def _trainer(recipe: "Recipe") -> "WholeCheckpoints":
     from perceptio_hf import tiny_checkpoint
     from perceptio_hf.training.logging import show_losses
     from perceptio_hf.training.recipe import evaluation_sets, training_set
@@ -184,6 +188,10 @@ def _trainer(recipe: "Recipe") -> "PerceptioSFTTrainer":
     options = {"dtype": arguments.dtype, "attn_implementation": arguments.attn_implementation}
     model, processor = _loaded(source, options | (settings.model_init_kwargs or {}), revision)
     settings.model_init_kwargs = None
+    if arguments.recipe in REWARDED:
+        from perceptio_hf.training.rewards.recipe import reward_trainer
+
+        return reward_trainer(recipe, model, processor, _adapters(model, arguments))
     trainer = PerceptioSFTTrainer(
         model,
         settings,
@@ -229,19 +237,22 @@ def _adapters(model: "PerceptioForConditionalGeneration", arguments: "RecipeArgu
     return lora_config(model, r=arguments.lora_r, target_layers=options.pop("layers", None), **options)
 
 
-def _run(trainer: "PerceptioSFTTrainer", folder: Path, resume: Path | str | None) -> None:
+def _run(trainer: "WholeCheckpoints", folder: Path, resume: Path | str | None) -> None:
+    from perceptio_hf.training.trainer import PerceptioSFTTrainer
+
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     finished = trainer.save_finished(folder / "checkpoint")
-    if trainer.eval_dataset is not None and trainer.args.eval_strategy == "no":
+    by_rewards = not isinstance(trainer, PerceptioSFTTrainer)
+    if not by_rewards and trainer.eval_dataset is not None and trainer.args.eval_strategy == "no":
         trainer.evaluate()
         trainer.draw_losses()
     if trainer.is_world_process_zero():
-        for kind, count in trainer.skipped_samples.items():
+        for kind, count in ({} if by_rewards else trainer.skipped_samples).items():
             print(f"{count} samples were left out because of their {kind}.")
-        print(f"The finished checkpoint is {finished}" + _and_plot(trainer))
+        print(f"The finished checkpoint is {finished}" + ("" if by_rewards else _and_plot(trainer)))
 
 
-def _save_merged(trainer: "PerceptioSFTTrainer", folder: Path) -> None:
+def _save_merged(trainer: "WholeCheckpoints", folder: Path) -> None:
     from perceptio_hf.training.lora import save_merged
 
     if trainer.is_world_process_zero():
