@@ -23,6 +23,7 @@ FLOORS = {  # from the ground up, and what each is for
     "processing": "pictures and conversations in, answers out",
     "data": "samples, their sources, mixtures, depth maps",
     "bulk": "many pictures: batches, engines, a journal",
+    "labelling": "a depth teacher's view of many pictures, as codes",
     "conversion": "formats of others, in and out",
     "build": "stock parts joined to one Perceptio",
     "training": "losses, trainer, recipes, depth codec",

@@ -106,9 +106,12 @@ def check_new_folder(path: str | os.PathLike, overwrite: bool = False) -> None:
         raise ValueError(f"{path} is not replaced: it holds no config.json, so it is no saved model. Name another one.")
 
 
-def find_recipe(name: str | os.PathLike) -> Path:
+def find_recipe(name: str | os.PathLike, below: str = "") -> Path:
     """The recipe at a path; else the one of that name which comes with the package: `sft_world`, `sft_world.yaml` and
     `recipes/sft_world.yaml` are the same.
+
+    Args:
+        below: a folder of the recipes, such as accelerate.
 
     Raises:
         ValueError: there is neither; those that come with the package are named.
@@ -118,9 +121,9 @@ def find_recipe(name: str | os.PathLike) -> Path:
         return path
     package = Path(__file__).resolve().parent
     # In an installed package they lie inside of it; in a checkout, for readers, at its top.
-    places = [folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir()]
+    places = [place / below for place in (package / "recipes", package.parent / "recipes") if place.is_dir()]
     shipped = {recipe.stem: recipe for folder in places[:1] for recipe in sorted(folder.glob("*.yaml"))}
-    if path.parent in (Path(), Path("recipes")) and path.suffix in ("", ".yaml") and path.stem in shipped:
+    if path.parent in (Path(), Path("recipes", below)) and path.suffix in ("", ".yaml") and path.stem in shipped:
         return shipped[path.stem]
     raise ValueError(f"There is no recipe {path}; of those that come with the package: {', '.join(shipped) or 'none'}.")
 

@@ -1,6 +1,6 @@
-"""A small training for the tests of the trainer; run as a script, it is one process of a distributed training.
+"""A small training for the tests of the trainer; run as a script, it is one process of distributed trainings.
 
-python tests/sft_helpers.py OUT '{"max_steps": 2}'
+accelerate launch ... tests/sft_helpers.py OUT FSDP MULTI_CPU
 """
 
 import json
@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from helpers import depth_config, picture, random_model
 
@@ -87,16 +88,27 @@ def trainer(out: Path | str, *, processor=None, model=None, train=None, evaluati
     )
 
 
-def main(out: str, changes: str) -> None:
-    """Train into `out`, and once more from the first checkpoint into `out`/resumed."""
+def main(out: str, *kinds: str) -> None:
+    """Train into `out`/KIND by each of the ways that accelerate has, one after another in the same processes, and once
+    more from the first checkpoint into `out`/KIND/resumed."""
     torch.set_num_threads(1)
-    training = trainer(out, evaluation=samples(4, first=100), **json.loads(changes))
+    for kind in kinds:
+        AcceleratorState._reset_state()
+        os.environ["ACCELERATE_USE_FSDP"] = str(kind == "FSDP").lower()
+        distributed(Path(out, kind))
+
+
+def distributed(out: Path) -> None:
+    """Batches of 2 in 2 micro batches; writes what was logged and computed."""
+    changes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    saves = {"save_strategy": "steps", "save_steps": 1}
+    training = trainer(out, evaluation=samples(4, first=100), **changes, **saves)
     training.train()
     evaluation = training.evaluate()
-    training.save_model(out)
-    resumed = trainer(Path(out, "resumed"), **json.loads(changes))
-    resumed.train(resume_from_checkpoint=str(Path(out, "checkpoint-1")))
-    resumed.save_model(str(Path(out, "resumed")))
+    training.save_model(str(out))
+    resumed = trainer(out / "resumed", **changes)
+    resumed.train(resume_from_checkpoint=str(out / "checkpoint-1"))
+    resumed.save_model(str(out / "resumed"))
     if training.is_world_process_zero():
         result = {
             "history": training.state.log_history,
@@ -104,7 +116,7 @@ def main(out: str, changes: str) -> None:
             "kind": str(training.accelerator.distributed_type),
             "sharded": sum(hasattr(parameter, "full_tensor") for parameter in training.model.parameters()),
         }
-        Path(out, "result.json").write_text(json.dumps(result))
+        (out / "result.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ FLOORS = (
     ("processing",),
     ("data",),
     ("bulk",),
+    ("labelling",),
     ("conversion",),
     ("build",),
     ("training",),

@@ -123,6 +123,7 @@ def fill_journal(
     job: Job,
     batches: Sequence[Batch],
     watch: Callable[[list[Result]], None] | None = None,
+    folder: Path | None = None,
 ) -> int:
     """Do what the journal has no line of yet.
 
@@ -131,6 +132,7 @@ def fill_journal(
     Args:
         batches: all of the journal's items in its order, done or not.
         watch: given the new results of every batch, when they are on the disk.
+        folder: of the results' files; default: the journal's.
 
     Returns:
         How many lines were added.
@@ -146,8 +148,8 @@ def fill_journal(
         fresh = results[max(0, journal.done - place) :]
         place += len(results)
         for result in fresh:
-            _write_files(journal.path.parent, result.files)
-            journal.append(result.record)
+            _write_files(folder or journal.path.parent, result.files)
+        journal.extend([result.record for result in fresh])
         if watch is not None:
             watch(fresh)
     return journal.done - before

@@ -1,15 +1,16 @@
-"""Many pictures as items: a folder of them, a pattern, lines of JSON, a data set on disk. Pictures stay closed."""
+"""Many pictures as items: a folder of them, a pattern, a list, lines of JSON, tar shards, parquet, a data set on disk.
+Pictures stay closed."""
 
 import glob
 import io
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
@@ -17,13 +18,18 @@ from perceptio_hf.data.encoded import open_encoded
 from perceptio_hf.data.lines import SCHEMES
 from perceptio_hf.processing.pictures import load_picture
 
-if TYPE_CHECKING:
-    from datasets import Dataset
+from .archives import PARQUET_SUFFIX, TAR_SUFFIX, Place, parquet_rows, saved_rows, tar_members
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
-LINES_SUFFIX = ".jsonl"
+LINES_SUFFIX, LIST_SUFFIX = ".jsonl", ".txt"
+_MANY_SUFFIXES = (LINES_SUFFIX, LIST_SUFFIX, TAR_SUFFIX, PARQUET_SUFFIX)
 _PICTURE_KEYS = ("picture", "image")
-_PLAIN = ("string", "large_string", "bool", "int32", "int64", "float32", "float64")  # columns that are carried along
+_WANTED = {
+    LINES_SUFFIX: "write one JSON object with `picture` and `question` per line.",
+    LIST_SUFFIX: "write the path or address of one picture per line.",
+    TAR_SUFFIX: f"a shard holds pictures ({', '.join(PICTURE_SUFFIXES)}).",
+}
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _ORIENTATION = 0x0112  # EXIF tag; values above 4 exchange width and height
 
 
@@ -35,7 +41,7 @@ class Item:
         index: its place among all items, from 0.
         id: as the line says; else its path below the folder, the place of its line, or the row of its data set.
         picture: what to call it: a path or an address.
-        source: where it is: an absolute path or an address; (folder, row) of a data set; None where a line names none.
+        source: where it is: an absolute path or an address; a place in a larger file; None where a line names none.
         question: "" where the item has none of its own.
         spatial: as in `model.generate`; None where the item does not say.
         extra: what else the line or row says, carried along.
@@ -45,7 +51,7 @@ class Item:
     index: int
     id: str
     picture: str | None
-    source: str | tuple[str, int] | None
+    source: str | Place | None
     question: str = ""
     spatial: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
@@ -62,16 +68,23 @@ class Item:
         if isinstance(self.source, str):
             return load_picture(self.source)
         try:
-            return load_picture(open_encoded(_encoded(*self.source)))
-        except ValueError as error:
+            return load_picture(open_encoded(self.source.encoded()))
+        except (ValueError, OSError) as error:
             raise ValueError(f"{self.picture}: {error}") from None
+
+    def encoded(self) -> dict[str, Any]:
+        """The picture as `datasets.Image` keeps it: a file by its path, one out of a larger file by its bytes."""
+        if not isinstance(self.source, str):
+            content = self.source.encoded()
+            return content if isinstance(content, dict) else {"bytes": None, "path": content}
+        return {"bytes": None, "path": self.source}
 
     def size(self) -> tuple[int, int] | None:
         """(width, height) as seen, read from the header; None where that cannot be read, or not without the network."""
         if self.error is not None or (isinstance(self.source, str) and SCHEMES.match(self.source)):
             return None
         try:
-            content = self.source if isinstance(self.source, str) else _encoded(*self.source)
+            content = self.source if isinstance(self.source, str) else self.source.encoded()
             if isinstance(content, dict):
                 content = io.BytesIO(content["bytes"]) if content.get("bytes") is not None else content["path"]
             with Image.open(content) as picture:
@@ -82,10 +95,11 @@ class Item:
 
 
 def is_collection(word: str) -> bool:
-    """Whether `word` names many pictures: a folder, a .jsonl file, or a pattern such as `photos/*.jpg`."""
-    if os.path.isdir(word) or word.lower().endswith(LINES_SUFFIX):
+    """Whether `word` names many pictures: a folder, a list, a tar shard, parquet, or a pattern such as `photos/*.jpg`
+    or `shards-{000..127}.tar`."""
+    if os.path.isdir(word) or word.lower().endswith(_MANY_SUFFIXES):
         return True
-    return not SCHEMES.match(word) and glob.has_magic(word) and not os.path.exists(word)
+    return not SCHEMES.match(word) and not os.path.exists(word) and (glob.has_magic(word) or bool(_RANGE.search(word)))
 
 
 def list_items(words: Sequence[str]) -> list[Item]:
@@ -101,7 +115,7 @@ def list_items(words: Sequence[str]) -> list[Item]:
         start = len(items)
         items += [Item(start + place, **fields) for place, fields in enumerate(_fields(word))]
         if len(items) == start:
-            raise ValueError(f"{word} is empty; write one JSON object with `picture` and `question` per line.")
+            raise ValueError(f"{word} is empty; {_WANTED.get(os.path.splitext(word)[1].lower(), 'it needs pictures.')}")
     return items
 
 
@@ -109,9 +123,20 @@ def _fields(word: str) -> Iterable[dict[str, Any]]:
     if os.path.isdir(word):
         is_saved = os.path.isfile(os.path.join(word, "dataset_info.json"))
         return _of_dataset(word) if is_saved else _of_folder(word)
-    if word.lower().endswith(LINES_SUFFIX):
+    is_pattern = is_collection(word) and not os.path.exists(word) and (glob.has_magic(word) or _RANGE.search(word))
+    return _of_pattern(word) if is_pattern else _of_file(word)
+
+
+def _of_file(word: str) -> Iterable[dict[str, Any]]:
+    """One file: of many pictures, or a picture."""
+    kind = os.path.splitext(word)[1].lower()
+    if kind == LINES_SUFFIX:
         return _of_lines(Path(word).expanduser())
-    return _of_pattern(word) if is_collection(word) else [_of_path(word, word)]
+    if kind == LIST_SUFFIX:
+        return _of_list(Path(word).expanduser())
+    if kind == TAR_SUFFIX:
+        return _of_tar(os.path.expanduser(word))
+    return _of_parquet(os.path.expanduser(word)) if kind == PARQUET_SUFFIX else [_of_path(word, word)]
 
 
 def _of_path(name: str, path: str) -> dict[str, Any]:
@@ -130,7 +155,7 @@ def _absolute(path: str) -> str:
     return path if SCHEMES.match(path) else os.path.abspath(os.path.expanduser(path))
 
 
-def _of_folder(folder: str) -> list[dict[str, Any]]:
+def _of_folder(folder: str) -> Iterable[dict[str, Any]]:
     if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
         parts = ", ".join(sorted(name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name))))
         raise ValueError(f"{folder} holds several data sets; name one of them: {parts}.")
@@ -139,7 +164,14 @@ def _of_folder(folder: str) -> list[dict[str, Any]]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [os.path.join(place, name) for name in files if _is_picture_name(name)]
     if not found:
-        raise ValueError(f"{folder} is a folder without pictures ({', '.join(PICTURE_SUFFIXES)}); name another one.")
+        shards = sorted(glob.glob(os.path.join(glob.escape(folder), "*")))
+        shards = [path for path in shards if path.lower().endswith((TAR_SUFFIX, PARQUET_SUFFIX))]
+        if not shards:
+            raise ValueError(
+                f"{folder} is a folder without pictures ({', '.join(PICTURE_SUFFIXES)}) or shards of them "
+                f"({TAR_SUFFIX}, {PARQUET_SUFFIX}); name another one."
+            )
+        return [fields for path in shards for fields in _of_file(path)]
     return [_of_path(os.path.relpath(path, folder), path) for path in sorted(found)]
 
 
@@ -148,10 +180,31 @@ def _is_picture_name(name: str) -> bool:
 
 
 def _of_pattern(pattern: str) -> list[dict[str, Any]]:
-    found = sorted(path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path))
+    whole = [path for part in _ranged(os.path.expanduser(pattern)) for path in glob.glob(part, recursive=True)]
+    found = sorted(path for path in whole if os.path.isfile(path))
     if not found:
         raise ValueError(f"No file matches {pattern}; check the pattern.")
-    return [_of_path(path, path) for path in found]
+    return [fields for path in found for fields in _of_file(path)]
+
+
+def _ranged(pattern: str) -> Iterator[str]:
+    """`{000..127}`, as names of shards are written, with every number in its place."""
+    named = _RANGE.search(pattern)
+    if named is None:
+        yield pattern
+        return
+    before, after, digits = pattern[: named.start()], pattern[named.end() :], len(named[1])
+    for number in range(int(named[1]), int(named[2]) + 1):
+        yield from _ranged(f"{before}{number:0{digits}d}{after}")
+
+
+def _of_list(file: Path) -> Iterator[dict[str, Any]]:
+    """One path or address a line, relative ones as seen from the folder of the list."""
+    if not file.is_file():
+        raise ValueError(f"There is no file {file}; check the path.")
+    with open(file, encoding="utf-8", errors="surrogateescape") as lines:
+        for line in filter(None, (line.strip() for line in lines)):
+            yield _of_path(line, line if SCHEMES.match(line) else str(file.parent / Path(line).expanduser()))
 
 
 def _of_lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -211,50 +264,31 @@ def _own(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_dataset(folder: str) -> Iterator[dict[str, Any]]:
-    dataset, column = _opened(os.path.abspath(folder))
-    plain = [name for name, feature in dataset.features.items() if getattr(feature, "dtype", None) in _PLAIN]
-    rows = dataset.select_columns([name for name in plain if name != column])
-    for row in range(len(dataset)):
-        fields = {"id": f"row {row}", "picture": f"{folder}, row {row}", "source": (os.path.abspath(folder), row)}
-        values = {key: value for key, value in (rows[row] if plain else {}).items() if _is_worth_keeping(value)}
-        try:
-            yield fields | _own(values)
-        except ValueError as error:
-            yield fields | {"error": f"{folder}, row {row}: {error}"}
+    for place, values in saved_rows(folder):
+        yield _of_row(f"row {place.row}", f"{folder}, row {place.row}", place, values)
+
+
+def _of_parquet(file: str) -> Iterator[dict[str, Any]]:
+    name = os.path.basename(file)
+    for row, (place, values) in enumerate(parquet_rows(os.path.abspath(file))):
+        yield _of_row(f"{name} row {row}", f"{file}, row {row}", place, values)
+
+
+def _of_row(name: str, shown: str, place: Place, values: dict[str, Any]) -> dict[str, Any]:
+    fields = {"id": name, "picture": shown, "source": place}
+    try:
+        return fields | _own({key: value for key, value in values.items() if _is_worth_keeping(value)})
+    except ValueError as error:
+        return fields | {"error": f"{shown}: {error}"}
+
+
+def _of_tar(file: str) -> Iterator[dict[str, Any]]:
+    """The pictures of a shard in WebDataset's form; what else a sample has there is not read."""
+    name = os.path.basename(file)
+    for place in tar_members(os.path.abspath(file)):
+        if _is_picture_name(os.path.basename(place.name)):
+            yield {"id": f"{name}/{place.name}", "picture": f"{file}, {place.name}", "source": place}
 
 
 def _is_worth_keeping(value: Any) -> bool:
     return value is not None and not (isinstance(value, float) and not math.isfinite(value))
-
-
-@lru_cache(maxsize=8)
-def _opened(folder: str) -> "tuple[Dataset, str]":
-    """A data set whose pictures stay encoded, and the column that holds them."""
-    from perceptio_hf.data.rows import import_datasets
-
-    datasets = import_datasets()
-    try:
-        dataset = datasets.load_from_disk(folder)
-    except Exception as error:  # pyarrow's and others' own kinds
-        raise ValueError(f"{folder} is a data set that cannot be read: {error}") from None
-    named = [name for name in ("picture", "image", "images") if name in dataset.features]
-    typed = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-    if not named + typed:
-        raise ValueError(f"{folder} has the columns {', '.join(dataset.features)}; one must be called `image`.")
-    column = (named + typed)[0]
-    if isinstance(dataset.features[column], datasets.Image):
-        dataset = dataset.cast_column(column, datasets.Image(decode=False))
-    return dataset, column
-
-
-def _encoded(folder: str, row: int) -> Any:
-    """A data set's picture as it is kept: {"bytes": ..., "path": ...}, or a path."""
-    dataset, column = _opened(folder)
-    content = dataset.select_columns([column])[row][column]
-    if isinstance(content, list):
-        if len(content) != 1:
-            raise ValueError(f"it has {len(content)} pictures; one is asked about at a time.")
-        content = content[0]
-    if content is None:
-        raise ValueError("it has no picture.")
-    return content

@@ -10,7 +10,7 @@ from perceptio_hf.files import write_json
 
 
 class Journal:
-    """A file of JSON lines, one for each item of a run, in their order; every line reaches the disk before the next.
+    """A file of JSON lines, one for each item of a run, in order; a batch of them reaches the disk before the next.
 
     Beside NAME.jsonl lies NAME.claim.json: what the lines are results of. A last line that was cut off is dropped.
 
@@ -44,19 +44,27 @@ class Journal:
 
     def append(self, record: dict[str, Any]) -> None:
         """Add the next item's result."""
-        assert record["id"] == self.ids[self.done], "results come in the order of the items"
+        self.extend([record])
+
+    def extend(self, records: Sequence[dict[str, Any]]) -> None:
+        """Add the next items' results; they are on the disk when this returns."""
+        lines = [self._line(record, place) for place, record in enumerate(records, start=self.done)]
+        with open(self.path, "ab") as file:
+            file.write(b"".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+        for record in records:
+            self._count(record)
+
+    def _line(self, record: dict[str, Any], place: int) -> bytes:
+        assert record["id"] == self.ids[place], "results come in the order of the items"
         try:
-            line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+            return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         except ValueError:
             raise ValueError(
                 f"The result of {record['id']} holds a number that is not finite: {_short(repr(record))} Look at this "
                 "sample's picture and truth."
             ) from None
-        with open(self.path, "ab") as file:
-            file.write(line + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self._count(record)
 
     def _count(self, record: dict[str, Any]) -> None:
         self.done += 1

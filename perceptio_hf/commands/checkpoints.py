@@ -16,7 +16,7 @@ TINY_NOTE = (
 )
 # Below so many parameters an operation on the CPU is too short to share: on a busy machine with two cores, two threads
 # waiting for one another took up to a hundred times as long as one.
-_SMALL = 50_000_000
+SMALL = 50_000_000
 
 
 def resolve(model: str | None) -> str:
@@ -88,7 +88,7 @@ def load(
         model = AutoModel.from_pretrained(folder, dtype=dtype, **options)
     except Exception as error:  # whatever transformers, safetensors or the Hub raise: the user named a wrong checkpoint
         raise _not_loaded(folder, error) from error
-    if device == "cpu" and model.num_parameters() < _SMALL:
+    if device == "cpu" and model.num_parameters() < SMALL:
         torch.set_num_threads(1)
     return (model.eval() if load_in else model.eval().to(device)), processor
 

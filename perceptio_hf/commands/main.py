@@ -11,16 +11,17 @@ from typing import Annotated
 import typer
 
 from perceptio_hf import __version__
+from perceptio_hf.commands.codebook.app import app as codebook
 
 from .ablate import ablate
 from .app import app as page
 from .build import build
-from .codebook import app as codebook
 from .convert import app as convert
 from .decode import decode
 from .demo import demo
 from .eval import evaluate
 from .export import export
+from .label import label
 from .predict import predict
 from .push import push
 from .report import report
@@ -45,6 +46,7 @@ app.command(context_settings=CONTEXT)(train)
 app.command("eval")(evaluate)
 app.command()(report)
 app.command()(ablate)
+app.command()(label)
 app.add_typer(codebook, name="codebook")
 app.add_typer(convert, name="convert")
 app.command()(export)

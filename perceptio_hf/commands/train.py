@@ -1,8 +1,11 @@
 """`perceptio train`: fine-tune a checkpoint by a recipe, or train the tiny one from scratch."""
 
 import json
+import sys
+import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
 
     from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor
     from perceptio_hf.training.checkpoints import WholeCheckpoints
+    from perceptio_hf.training.planning.plan import Plan
     from perceptio_hf.training.recipe import Recipe, RecipeArguments
     from perceptio_hf.training.trainer import PerceptioSFTTrainer
 
@@ -53,6 +57,32 @@ def train(
         int | None,
         typer.Option(min=0, help="From scratch: further processes, of each, that render (1).", show_default=False),
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="From scratch: cpu, or a GPU for one process, as cuda (cpu).", show_default=False)
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Train nothing: open every source, and print samples, tokens, steps and memory of a GPU."
+        ),
+    ] = False,
+    measure: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="With --dry-run: also train so many steps, thrown away, for seconds and hours.",
+            show_default=False,
+        ),
+    ] = None,
+    launch: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --dry-run: the accelerate configuration that will be used, for the memory of each of its GPUs; "
+            "one of recipes/accelerate by name, e.g. fsdp2_8gpu.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON document.")] = False,
 ) -> None:
     """Train by a recipe: fine-tune a checkpoint on tasks of your own, by samples or (`recipe: grpo`, `recipe: rloo`) by
     rewards, or (`recipe: tiny`) a tiny one from scratch.
@@ -63,29 +93,41 @@ def train(
 
     config = find_recipe(config)
     kind = read_yaml(config).get("recipe", SFT)
+    if not dry_run and (measure is not None or launch is not None or as_json):
+        raise ValueError("--measure, --launch and --json belong to --dry-run; give it, or leave them out.")
+    if dry_run and kind in REWARDED:
+        raise ValueError("--dry-run is for training on samples; what rewards take depends on how long answers are.")
     if kind in (SFT, *REWARDED):
-        if processes is not None or workers is not None:
+        if processes is not None or workers is not None or device is not None:
             raise ValueError(
-                "--processes and --workers are for recipes of kind tiny. To train with several processes, start "
-                "`accelerate launch --no_python perceptio train ...`; samples are prepared by dataloader_num_workers."
+                "--processes, --workers and --device are for recipes of kind tiny. To train with several processes, "
+                "start `accelerate launch --no_python perceptio train ...`; samples are prepared by "
+                "dataloader_num_workers."
             )
-        _fine_tune(config, out, context.args, kind)
+        if dry_run:
+            _plan(config, context.args, measure, launch, as_json)
+        else:
+            _fine_tune(config, out, context.args, kind)
     elif kind == TINY:
+        if dry_run:
+            raise ValueError("--dry-run is for fine-tuning; a tiny recipe takes about two hours on two cores.")
         if context.args:
             raise ValueError(f"Unknown options {' '.join(context.args)}; change the keys of a tiny recipe in {config}.")
-        _from_scratch(config, out or Path("runs/tiny"), processes or 2, 1 if workers is None else workers)
+        _from_scratch(config, out or Path("runs/tiny"), processes, workers, device or "cpu")
     else:
         raise ValueError(f"{config}: recipe is {kind!r}; choose {SFT} (the default), {', '.join(REWARDED)} or {TINY}.")
 
 
-def _from_scratch(config: Path, out: Path, processes: int, workers: int) -> None:
+def _from_scratch(config: Path, out: Path, processes: int | None, workers: int | None, device: str) -> None:
     from perceptio_hf.files import in_use
     from perceptio_hf.lab.lessons.stages import TinyRecipe, train_tiny
 
     _silence()
     recipe = TinyRecipe.read(config)
+    shares = processes or (2 if device == "cpu" else 1)
     with in_use(out, "perceptio train"):
-        print(f"The finished checkpoint is {train_tiny(recipe, out, processes=processes, workers=workers)}")
+        done = train_tiny(recipe, out, processes=shares, workers=1 if workers is None else workers, device=device)
+        print(f"The finished checkpoint is {done}")
 
 
 def _fine_tune(config: Path, out: Path | None, overrides: Sequence[str], kind: str) -> None:
@@ -108,6 +150,41 @@ def _fine_tune(config: Path, out: Path | None, overrides: Sequence[str], kind: s
     first = recipe.settings.process_index == 0  # of several that train together
     with in_use(folder, "perceptio train") if first else nullcontext():
         _train_into(folder, recipe)
+
+
+def _plan(config: Path, overrides: Sequence[str], measure: int | None, launch: Path | None, as_json: bool) -> None:
+    from perceptio_hf.extras import missing
+    from perceptio_hf.files import find_recipe
+
+    try:
+        from perceptio_hf.training.planning.plan import plan_training
+        from perceptio_hf.training.planning.sharding import layout_of_environment, layout_of_file
+        from perceptio_hf.training.recipe import read_recipe
+    except ModuleNotFoundError as error:
+        raise missing(error, "Fine-tuning") from error
+
+    layout = layout_of_environment() if launch is None else layout_of_file(find_recipe(launch, "accelerate"))
+    recipe = read_recipe(config, [*overrides, "--output_dir", "planned"])
+    _silence()
+    source, revision = _source(recipe.arguments)
+    _check_kind(source, revision)
+    plan = plan_training(recipe, source, revision, layout)
+    if measure is not None:
+        plan = _with_times(plan, config, overrides, measure)
+    if recipe.settings.process_index == 0:
+        print(json.dumps(plan.as_json(), indent=2) if as_json else "\n".join(plan.lines()))
+
+
+def _with_times(plan: "Plan", config: Path, overrides: Sequence[str], steps: int) -> "Plan":
+    """The plan with seconds of a step, as measured by this process and those beside it."""
+    from perceptio_hf.training.planning.measure import WITHOUT_TRACE, measure_steps
+    from perceptio_hf.training.recipe import read_recipe
+
+    # The trainer prints its logs, and standard output is for the plan.
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        options = [*overrides, *WITHOUT_TRACE, "--max_steps", str(steps), "--output_dir", folder]
+        seconds, peak = measure_steps(lambda: _trainer(read_recipe(config, options)))
+    return replace(plan, seconds=seconds, measured_peak=peak)
 
 
 def _train_into(folder: Path, recipe: "Recipe") -> None:
@@ -177,17 +254,16 @@ def _lasting(recipe: "Recipe") -> dict:
 
 
 def _trainer(recipe: "Recipe") -> "WholeCheckpoints":
-    from perceptio_hf import tiny_checkpoint
     from perceptio_hf.training.logging import show_losses
-    from perceptio_hf.training.recipe import evaluation_sets, training_set
+    from perceptio_hf.training.recipe import check_label_codecs, evaluation_sets, training_set
     from perceptio_hf.training.trainer import PerceptioSFTTrainer
 
     arguments, settings = recipe.arguments, recipe.settings
-    source = tiny_checkpoint() if arguments.model_name_or_path == "tiny" else arguments.model_name_or_path
-    revision = {} if Path(source).is_dir() else {"revision": arguments.model_revision}
+    source, revision = _source(arguments)
     options = {"dtype": arguments.dtype, "attn_implementation": arguments.attn_implementation}
     model, processor = _loaded(source, options | (settings.model_init_kwargs or {}), revision)
     settings.model_init_kwargs = None
+    check_label_codecs([*arguments.tasks, *arguments.eval_tasks], arguments.data_folder, model.depth_model)
     if arguments.recipe in REWARDED:
         from perceptio_hf.training.rewards.recipe import reward_trainer
 
@@ -204,6 +280,14 @@ def _trainer(recipe: "Recipe") -> "WholeCheckpoints":
     return trainer
 
 
+def _source(arguments: "RecipeArguments") -> tuple[str, dict[str, str]]:
+    """The checkpoint that a recipe names, and its revision where it is a repository."""
+    from perceptio_hf import tiny_checkpoint
+
+    source = tiny_checkpoint() if arguments.model_name_or_path == "tiny" else arguments.model_name_or_path
+    return str(source), {} if Path(source).is_dir() else {"revision": arguments.model_revision}
+
+
 def _loaded(
     source: str, options: dict[str, Any], revision: dict[str, str]
 ) -> "tuple[PerceptioForConditionalGeneration, PerceptioProcessor]":
@@ -212,17 +296,26 @@ def _loaded(
     Raises:
         ValueError: for a checkpoint of another kind, with what makes a Perceptio of it, or one that cannot be read.
     """
-    from transformers import PreTrainedConfig
-
     from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor
+
+    _check_kind(source, revision)
+    try:
+        model = PerceptioForConditionalGeneration.from_pretrained(source, **revision, **options)
+        return model, PerceptioProcessor.from_pretrained(source, **revision)
+    except Exception as error:  # whatever transformers, safetensors or the Hub raise: the user named a wrong checkpoint
+        raise ValueError(f"{source} cannot be loaded as a Perceptio checkpoint: {error}") from error
+
+
+def _check_kind(source: str, revision: dict[str, str]) -> None:
+    """ValueError for a checkpoint of another kind, with what makes a Perceptio of it, or one that is not there."""
+    from transformers import PreTrainedConfig
 
     try:
         kind = PreTrainedConfig.get_config_dict(source, **revision)[0].get("model_type")
-        if kind == "perceptio":
-            model = PerceptioForConditionalGeneration.from_pretrained(source, **revision, **options)
-            return model, PerceptioProcessor.from_pretrained(source, **revision)
-    except Exception as error:  # whatever transformers, safetensors or the Hub raise: the user named a wrong checkpoint
+    except Exception as error:  # as above
         raise ValueError(f"{source} cannot be loaded as a Perceptio checkpoint: {error}") from error
+    if kind == "perceptio":
+        return
     way = _WAYS_TO_PERCEPTIO.get(kind, "name the folder or repository of a Perceptio checkpoint.")
     raise ValueError(f"{source} is a {kind!r} model, no Perceptio: {way}")
 

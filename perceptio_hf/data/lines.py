@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,23 +164,39 @@ def _rows(file: Path, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _mapped(file: Path, folder: Path) -> "Dataset":
-    """A file as Arrow on disk, made anew when the file has changed; one process makes it, others wait."""
+    """A file as Arrow on disk."""
+    return mapped_once(file, str(folder), [file], lambda: _rows(file, folder))
+
+
+def mapped_once(
+    place: Path, options: str, files: Sequence[Path], rows: Callable[[], Iterable[dict[str, Any]]]
+) -> "Dataset":
+    """Rows as Arrow on disk, in the cache folder of `datasets`; one process makes it, others wait and map it too.
+
+    Args:
+        place: of the data, and its name in the progress bar.
+        options: what else the rows depend on.
+        files: when one of them has changed, the rows are made anew.
+        rows: makes them.
+    """
     datasets = import_datasets()
     from filelock import FileLock
 
-    name = hashlib.sha256(f"{file}\n{folder}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    copy = Path(datasets.config.HF_DATASETS_CACHE, "perceptio_hf", f"{file.stem}-{name}.arrow")
+    name = hashlib.sha256(f"{place}\n{options}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    copy = Path(datasets.config.HF_DATASETS_CACHE, "perceptio_hf", f"{place.stem}-{name}.arrow")
     copy.parent.mkdir(parents=True, exist_ok=True)
+    stamp = _stamp(files)
     with FileLock(f"{copy}.lock"):
-        if _stamp_of(copy) != _stamp(file):
-            _write(file, folder, copy)
+        if _stamp_of(copy) != stamp:
+            _write(rows(), place.name, stamp, copy)
     return datasets.Dataset.from_file(str(copy))
 
 
-def _stamp(file: Path) -> bytes:
-    """What the file looked like, and what has read it."""
-    state = file.stat()
-    return f"{__version__} {state.st_size} {state.st_mtime_ns} {sample_features().arrow_schema}".encode()
+def _stamp(files: Sequence[Path]) -> bytes:
+    """What the files looked like, and what has read them."""
+    states = [file.stat() for file in files]
+    seen = " ".join(f"{state.st_size} {state.st_mtime_ns}" for state in states)
+    return f"{__version__} {seen} {sample_features().arrow_schema}".encode()
 
 
 def _stamp_of(copy: Path) -> bytes | None:
@@ -193,12 +209,12 @@ def _stamp_of(copy: Path) -> bytes | None:
         return None
 
 
-def _write(file: Path, folder: Path, copy: Path) -> None:
+def _write(rows: Iterable[dict[str, Any]], name: str, stamp: bytes, copy: Path) -> None:
     import pyarrow as pa
     from datasets.utils import tqdm
 
     schema = sample_features().arrow_schema
-    schema = schema.with_metadata({**(schema.metadata or {}), _STAMP: _stamp(file)})
+    schema = schema.with_metadata({**(schema.metadata or {}), _STAMP: stamp})
     with replacing(copy) as temporary, pa.ipc.new_stream(os.fspath(temporary), schema) as writer:
-        for batch in tqdm(as_batches(_rows(file, folder)), desc=f"reading {file.name}", unit="k samples"):
+        for batch in tqdm(as_batches(rows), desc=f"reading {name}", unit="k samples"):
             writer.write_batch(batch)

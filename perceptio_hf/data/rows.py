@@ -291,6 +291,9 @@ def _mask(source: Any) -> dict[str, Any]:
         counts = counts if isinstance(counts, str) else counts.decode("ascii")
         return empty | {"size": _whole(source["size"]), "counts": counts}
     if isinstance(source, Mapping) and source.get("polygons") is not None:
+        size = source.get("size")  # that they were drawn at, where it is said: checked against the picture's
+        if size is not None:
+            return empty | {"size": _whole(size), "polygons": as_polygons(source["polygons"])}
         source = source["polygons"]
     if isinstance(source, (list, tuple)):
         plane = plane_of(source)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perceptio_hf.data.published.listing import checked_pictures
 from perceptio_hf.files import new_folder
 from perceptio_hf.tokens import DEPTH_END_TOKEN, DEPTH_START_TOKEN
 from perceptio_hf.world.questions import DEPTH_QUESTIONS
@@ -60,23 +61,30 @@ def load_samples(source: str | os.PathLike, *, streaming: bool = False) -> "Data
 
 
 def load_llava(
-    file: str | os.PathLike, *, images: str | os.PathLike | None = None, streaming: bool = False
+    file: str | os.PathLike,
+    *,
+    images: str | os.PathLike | None = None,
+    streaming: bool = False,
+    missing: str = "raise",
 ) -> "Dataset | IterableDataset":
     """Conversations in LLaVA's form, .json or .jsonl.
 
     Args:
         file: as the data set's authors publish it.
         images: the folder in which its pictures lie; default: that of the file.
-        streaming: as in `load_samples`.
+        streaming: as in `load_samples`; nothing is looked for before then.
+        missing: "raise", or "skip" to leave out samples whose pictures are missing, or are not as many as they show.
 
     Raises:
-        ValueError: as `load_samples`; for a file or folder that does not exist.
+        ValueError: as `load_samples`; for a file or folder that does not exist, and for pictures that are missing or
+            not as many as their conversations show (counted, some named).
     """
     file = Path(file).expanduser()
     folder = file.parent if images is None else Path(images).expanduser()
     if not file.is_file() or not folder.is_dir():
         raise ValueError(f"There is no {'file ' + str(file) if not file.is_file() else 'folder ' + str(folder)}.")
-    return _loaded([(file, folder)], streaming)
+    dataset = _loaded([(file, folder)], streaming)
+    return dataset if streaming else checked_pictures(dataset, file, missing)
 
 
 def _loaded(files: list[tuple[Path, Path]], streaming: bool) -> "Dataset | IterableDataset":

@@ -11,6 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from perceptio_hf.data.published.ade20k import ade20k
+from perceptio_hf.data.published.coco import coco_instances
+from perceptio_hf.data.published.hub import hub
+from perceptio_hf.data.published.labels import labels
+from perceptio_hf.data.published.referring import grefcoco, refcoco, refcocog, refcocop
+
 from .keys import check_keys, check_value
 from .sources import depth_folder, load_llava, load_samples
 from .variants import with_variants
@@ -22,6 +28,14 @@ SOURCES: dict[str, Callable] = {
     "samples": load_samples,
     "depth_folder": depth_folder,
     "llava": load_llava,
+    "labels": labels,
+    "refcoco": refcoco,
+    "refcocop": refcocop,
+    "refcocog": refcocog,
+    "grefcoco": grefcoco,
+    "coco_instances": coco_instances,
+    "ade20k": ade20k,
+    "hub": hub,
 }
 _TASK_KEYS = ("name", "weight", "take_every", "leave_out_every", "variants")
 

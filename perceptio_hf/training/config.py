@@ -70,6 +70,12 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
             weights. The language model includes embeddings and `lm_head`; the projector is InternVL's. The [SEG]
             projector always learns, SAM2's image encoder and the depth codec never do. With a `peft_config` PEFT
             decides instead.
+        mask_learning_rate: of SAM2's mask decoder and the [SEG] projector, None: `learning_rate`. The schedule is the
+            same for all.
+        seg_projector_learning_rate: of the [SEG] projector alone, None: `mask_learning_rate`.
+        seg_projector_start: number of masks, a few hundred, that the [SEG] projector gets new weights from before the
+            first step, from which its units do not die (`perceptio_hf.training.masks.projector`); 0: keep its weights.
+        mask_patience: steps in which masks must get better, or a warning says what is wrong; 0: never.
         on_error: what the collator does with a sample that cannot be used: "raise" stops and names it, "skip" leaves
             it out; the number of skipped samples is reported at the end.
         plot_losses: draw `losses.png` into `output_dir` at the end.
@@ -110,6 +116,18 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
     freeze_vision_tower: bool = field(default=True, metadata={"help": "Keep the weights of InternVL's vision tower."})
     freeze_projector: bool = field(default=False, metadata={"help": "Keep the weights of InternVL's projector."})
     freeze_mask_decoder: bool = field(default=False, metadata={"help": "Keep the weights of SAM2's mask decoder."})
+    mask_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of mask decoder and [SEG] projector; default: as the rest."}
+    )
+    seg_projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the [SEG] projector; default: mask_learning_rate."}
+    )
+    seg_projector_start: int = field(
+        default=0, metadata={"help": "Masks that the [SEG] projector is fitted to before the first step; 0: none."}
+    )
+    mask_patience: int = field(
+        default=200, metadata={"help": "Steps in which masks must get better, or a warning says so; 0: never."}
+    )
     on_error: str = field(
         default="raise",
         metadata={"help": "Samples that cannot be used: raise or skip.", "choices": list(ON_ERROR)},
@@ -158,8 +176,18 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
             **parts, token_over=self.token_over, count_beta=self.count_beta, temperature=self.merge_temperature
         )
 
+    def mask_rates(self) -> dict[str, float]:
+        """The learning rates that differ from `learning_rate`, by the name of the setting whose part they are for; the
+        mask decoder has none where it is frozen."""
+        rates = {"mask_learning_rate": self.mask_learning_rate}
+        own = self.seg_projector_learning_rate
+        rates["seg_projector_learning_rate"] = self.mask_learning_rate if own is None else own
+        if self.freeze_mask_decoder:
+            del rates["mask_learning_rate"]
+        return {name: rate for name, rate in rates.items() if rate is not None}
+
     @property
-    def _checkpoints_activations(self) -> bool:
+    def checkpoints_activations(self) -> bool:
         """By the newer of transformers' two names where that was set."""
         newer = getattr(self, "activation_checkpointing", None)
         return self.gradient_checkpointing if newer is None else newer
@@ -175,11 +203,18 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
             raise ValueError(f"span_noise is {self.span_noise}; a mean share of replaced codes lies between 0 and 0.5.")
         if self.look_weight and self.look_heads < 1:
             raise ValueError(f"look_heads is {self.look_heads}; at least one head can be taught where to look.")
-        if self.look_weight and self._checkpoints_activations:
+        if self.look_weight and self.checkpoints_activations:
             raise ValueError(
                 "look_weight needs attention weights, which gradient checkpointing throws away: set "
                 "gradient_checkpointing: false, or leave look_weight out."
             )
+        for name in ("mask_learning_rate", "seg_projector_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} is {value}; it must be a finite number of 0 or more, or be left out.")
+        for name in ("seg_projector_start", "mask_patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a whole number of 0 or more.")
         for name in ("merge_temperature", "count_beta"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):

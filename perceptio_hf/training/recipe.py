@@ -29,8 +29,11 @@ from trl import TrlParser
 
 from perceptio_hf.data.keys import check_keys, check_value
 from perceptio_hf.data.mixture import mix_tasks
+from perceptio_hf.data.published.labels import check_codec
 from perceptio_hf.data.tasks import SOURCES, load_tasks
 from perceptio_hf.files import read_yaml
+from perceptio_hf.modeling.codec_identity import codec_fingerprint
+from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
 
 from .config import PerceptioSFTConfig
 
@@ -146,6 +149,19 @@ def read_recipe(
 def _key_of(option: str) -> str:
     """The key that an option such as --no_plot-losses or --max_steps=10 sets."""
     return option[2:].partition("=")[0].replace("-", "_").removeprefix("no_")
+
+
+def check_label_codecs(tasks: Sequence[dict], data_folder: str | None, codec: DepthVQVAE) -> None:
+    """Whether all codes that tasks of the kind `labels` bring are the model's own.
+
+    Raises:
+        ValueError: naming the folder whose codes are another codec's.
+    """
+    wanted = [task for task in tasks if "labels" in task and not task.get("maps")]
+    own = codec_fingerprint(codec) if wanted else ""
+    for task in wanted:
+        place = Path(data_folder or "").expanduser() / Path(task["labels"]).expanduser()
+        check_codec(place, own, codec.config.num_tokens, codec.config.num_codes)
 
 
 def training_set(arguments: RecipeArguments):

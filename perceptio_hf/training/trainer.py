@@ -26,6 +26,7 @@ from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 from perceptio_hf.training.attention.targets import LOOKS, look_layer, looking_parts, places_to_look
 from perceptio_hf.training.losses.labels import LabelLayout, LossCounts, loss_counts, read_labels
 from perceptio_hf.training.losses.meter import PartMeter
+from perceptio_hf.training.masks.training import LivingMasks
 
 from . import fsdp
 from .checkpoints import WholeCheckpoints, last_checkpoint
@@ -43,7 +44,7 @@ class DivergedError(ValueError):
     """The loss is not finite; nothing was updated with it."""
 
 
-class PerceptioSFTTrainer(WholeCheckpoints, SFTTrainer):
+class PerceptioSFTTrainer(LivingMasks, WholeCheckpoints, SFTTrainer):
     """Trains a Perceptio model on samples with pictures, conversations, masks and depth.
 
     Language model, both projectors and SAM2's mask decoder learn, unless `args` freezes them; SAM2's image encoder and

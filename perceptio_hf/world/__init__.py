@@ -5,7 +5,7 @@ question.letters)` marks points with letters as HardBLINK does.
 """
 
 from .points import draw_points
-from .questions import QUESTION_KINDS, Question, ask, text_corpus
+from .questions import QUESTION_KINDS, Question, ask, refer_often, text_corpus
 from .render import render_scene
 from .scene import DEMO_SEED, HELD_OUT_SEED, Scene, SceneObject
 
@@ -18,6 +18,7 @@ __all__ = [
     "SceneObject",
     "ask",
     "draw_points",
+    "refer_often",
     "render_scene",
     "text_corpus",
 ]

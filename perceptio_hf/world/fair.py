@@ -14,7 +14,7 @@ from .render import render_scene
 from .scene import HELD_OUT_SEED, Scene
 
 FAIR_RATIO = 1.25  # the second nearest point is at least this much farther
-_GRID = 8
+GRID = 8
 _SMOOTH = 0.05  # largest spread of depth around a point, relative
 _REACH = 2  # pixels around a point, of a picture of 128 x 128, that its depth must hold for
 _TRIES = 20_000
@@ -68,7 +68,7 @@ def _draw_sets(
     free = np.ones(len(depths), dtype=bool)
     found: list[FairSet] = []
     for _ in range(_TRIES):
-        cells = _draw_cells(points, rng)
+        cells = draw_cells(points, rng)
         among = depths[:, cells]
         second = np.partition(among, 1, axis=1)[:, 1]  # NaN sorts last: a row with any NaN is left out below
         clear = free & ~np.isnan(among).any(1) & (second >= FAIR_RATIO * among.min(1))
@@ -87,17 +87,17 @@ def _draw_sets(
     )
 
 
-def _draw_cells(points: int, rng: np.random.Generator) -> np.ndarray:
+def draw_cells(points: int, rng: np.random.Generator) -> np.ndarray:
     """Different cells off the border, in rows at most one from a base row."""
-    base = rng.integers(2, _GRID - 2)
-    rows, columns = np.meshgrid(np.arange(base - 1, base + 2), np.arange(1, _GRID - 1), indexing="ij")
-    return rng.choice((rows * _GRID + columns).ravel(), points, replace=False)
+    base = rng.integers(2, GRID - 2)
+    rows, columns = np.meshgrid(np.arange(base - 1, base + 2), np.arange(1, GRID - 1), indexing="ij")
+    return rng.choice((rows * GRID + columns).ravel(), points, replace=False)
 
 
 def _fair_set(seed: int, cells: np.ndarray, nearest: int, size: int, rng: np.random.Generator) -> FairSet:
     letters = rng.permutation(list("ABCDEFGH"[: len(cells)]))
     order = np.argsort(letters)
-    centers = [_center(int(cell), size) for cell in cells]
+    centers = [cell_center(int(cell), size) for cell in cells]
     return FairSet(
         seed=seed,
         points=tuple(centers[index] for index in order),
@@ -106,17 +106,18 @@ def _fair_set(seed: int, cells: np.ndarray, nearest: int, size: int, rng: np.ran
     )
 
 
-def _center(cell: int, size: int) -> tuple[int, int]:
-    row, column = divmod(cell, _GRID)
-    return (2 * column + 1) * size // (2 * _GRID), (2 * row + 1) * size // (2 * _GRID)
+def cell_center(cell: int, width: int, height: int | None = None) -> tuple[int, int]:
+    """(x, y) of the middle of a cell; without a height, of a square."""
+    row, column = divmod(cell, GRID)
+    return (2 * column + 1) * width // (2 * GRID), (2 * row + 1) * (height or width) // (2 * GRID)
 
 
 def _smooth_depths(scene: Scene) -> np.ndarray:
     """(cells,) depth in metres at the centre of every cell, NaN where it is not smooth around it."""
     reach = max(1, round(_REACH * scene.size / 128))
-    values = np.full(_GRID * _GRID, np.nan)
-    for cell in range(_GRID * _GRID):
-        x, y = _center(cell, scene.size)
+    values = np.full(GRID * GRID, np.nan)
+    for cell in range(GRID * GRID):
+        x, y = cell_center(cell, scene.size)
         around = scene.depth[y - reach : y + reach + 1, x - reach : x + reach + 1]
         if around.max() - around.min() <= _SMOOTH * scene.depth[y, x]:
             values[cell] = scene.depth[y, x]

@@ -37,8 +37,9 @@ MIN_TARGET_PIXELS = 40  # of a picture of 128 x 128; smaller targets are not ref
 class Question:
     """A question with its answer.
 
-    `targets` are the instances to be segmented, in the order named; `points` are (x, y) pixels marked with `letters`
-    (both empty unless the question speaks of marked points); `choices` are all possible answers of a closed question.
+    `targets` are the instances to be segmented, in the order named; `members` those that were counted or asked about
+    (none where nothing fits); `points` are (x, y) pixels marked with `letters` (both empty unless the question speaks
+    of marked points); `choices` are all possible answers of a closed question.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class Question:
     points: tuple[tuple[int, int], ...] = ()
     letters: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    members: tuple[int, ...] = ()
 
 
 def ask(scene: Scene, rng: np.random.Generator, kinds: Sequence[str] | None = None) -> list[Question]:
@@ -88,9 +90,29 @@ _REFER = (
 _REFER_ANSWERS = ("Here is {x}.", "This is {x}.", "Here it is.")
 
 
-def _ask_refer(scene: Scene, speaker: Speaker, r: random.Random) -> Question | None:
+def _visible(scene: Scene, speaker: Speaker) -> list[int]:
+    """The objects that are large enough to be referred to."""
     least = MIN_TARGET_PIXELS * (scene.size / 128) ** 2
-    visible = [n for n in speaker.numbers if scene.objects[n - 1].pixels >= least]
+    return [n for n in speaker.numbers if scene.objects[n - 1].pixels >= least]
+
+
+def refer_often(scene: Scene, rng: np.random.Generator, limit: int) -> list[Question]:
+    """Up to `limit` referring questions without answers, as many as possible about every object: by its looks twice, by
+    its place twice."""
+    r = random.Random(int(rng.integers(2**62)))
+    speaker = Speaker(scene.objects, scene.size, r)
+    found: dict[str, int] = {}
+    for target in _visible(scene, speaker):
+        for express in (speaker.by_looks, speaker.by_looks, speaker.by_place, speaker.by_place):
+            expression = express(target)
+            if expression is not None:
+                found.setdefault(expression, target)
+    chosen = r.sample(sorted(found.items()), min(limit, len(found)))
+    return [Question("refer", pick(r, _REFER).format(x=x), "", (target,)) for x, target in chosen]
+
+
+def _ask_refer(scene: Scene, speaker: Speaker, r: random.Random) -> Question | None:
+    visible = _visible(scene, speaker)
     if not visible:
         return None
     target = pick(r, visible)
@@ -131,8 +153,10 @@ def _ask_count(scene: Scene, speaker: Speaker, r: random.Random) -> Question | N
     if not forms:
         return None
     forms = [form for form in forms if form or r.random() < 0.4] or forms  # "things" alone would mostly mean many
-    phrase = noun_phrase(r, pick(r, options[pick(r, forms)]), plural=True)
-    return Question("count", pick(r, _COUNT).format(x=phrase), str(count), choices=COUNTS)
+    description = pick(r, options[pick(r, forms)])
+    phrase = noun_phrase(r, description, plural=True)
+    members = speaker.fitting(description)
+    return Question("count", pick(r, _COUNT).format(x=phrase), str(count), choices=COUNTS, members=members)
 
 
 def _descriptions_of(speaker: Speaker, names: Sequence[str], count: int) -> list[Description]:
@@ -188,7 +212,7 @@ def _ask_attribute(scene: Scene, speaker: Speaker, r: random.Random) -> Question
         return None
     a, b = values[:2] if r.random() < 0.5 else values[1::-1]
     text = capitalized(pick(r, _ATTRIBUTE[topic]).format(x=expression, a=a, b=b))
-    return Question("attribute", text, value, choices=values)
+    return Question("attribute", text, value, choices=values, members=(target,))
 
 
 def _draw_value(scene: Scene, r: random.Random, name: str) -> str:
@@ -218,7 +242,8 @@ def _ask_existence(speaker: Speaker, r: random.Random) -> Question | None:
     answer = pick(r, YES_NO)
     description = pick(r, present if answer == "yes" else absent)
     text = pick(r, _EXISTS).format(x=with_article(noun_phrase(r, description)))
-    return Question("attribute", capitalized(text), answer, choices=YES_NO)
+    members = speaker.fitting(description)
+    return Question("attribute", capitalized(text), answer, choices=YES_NO, members=members)
 
 
 def _ask_verification(scene: Scene, speaker: Speaker, r: random.Random) -> Question | None:
@@ -231,10 +256,10 @@ def _ask_verification(scene: Scene, speaker: Speaker, r: random.Random) -> Quest
     answer = pick(r, YES_NO)
     value = true if answer == "yes" else pick(r, [v for v in ATTRIBUTES[name] if v != true])
     text = pick(r, _VERIFY).format(x=expression, v=value)
-    return Question("attribute", capitalized(text), answer, choices=YES_NO)
+    return Question("attribute", capitalized(text), answer, choices=YES_NO, members=(target,))
 
 
-_CLOSER = (
+CLOSER_QUESTIONS = (
     "Which is closer to the camera, {x} or {y}?",
     "Which is nearer, {x} or {y}?",
     "What is closer to you, {x} or {y}?",
@@ -259,7 +284,7 @@ def _ask_closer(scene: Scene, speaker: Speaker, r: random.Random) -> Question | 
     near, far = pairs[index]
     words = {n: speaker.by_looks(n) for n in (near, far)}
     first, second = (near, far) if r.random() < 0.5 else (far, near)
-    text = capitalized(pick(r, _CLOSER).format(x=words[first], y=words[second]))
+    text = capitalized(pick(r, CLOSER_QUESTIONS).format(x=words[first], y=words[second]))
     return Question("closer_object", text, words[near], (first, second), choices=(words[first], words[second]))
 
 
@@ -268,7 +293,7 @@ def _object_features(thing: SceneObject, size: int) -> tuple[float, ...]:
     return thing.center[1] / size, thing.box[3] / size, math.log(thing.pixels / size**2)
 
 
-_POINTS = (
+POINT_QUESTIONS = (
     "Multiple points are circled on the image, labeled by letters beside each circle. "
     "Which point is the closest to the camera?",
     "Several points are circled and labeled by letters. Which point is closest to the camera?",
@@ -291,7 +316,7 @@ def _ask_points(scene: Scene, speaker: Speaker, r: random.Random) -> Question | 
     listed = ", ".join(choices[:-1]) + " or " + choices[-1]
     return Question(
         "closest_point",
-        pick(r, _POINTS).format(list=listed),
+        pick(r, POINT_QUESTIONS).format(list=listed),
         answer,
         points=tuple(point for _, point in marked),
         letters=choices,

@@ -22,6 +22,7 @@ from perceptio_hf.training.codec import (
     train_codebook,
     update_codebook_,
 )
+from perceptio_hf.training.codec.maps import Order, batches
 
 SMALL = {"image_size": 32, "downsample": 8, "num_codes": 128, "code_dim": 8, "base_channels": 4, "activation": "silu"}
 
@@ -172,7 +173,7 @@ def test_holes_stay_out_of_the_bank():
     holes = DepthMap(np.where(valid, item.relative, np.nan).astype(np.float32), valid)
     bank = DepthBank.gather([holes], DepthVQVAEConfig(**SMALL))
     assert bank.relative.isfinite().all() and torch.equal(bank.weight[0] > 0, torch.from_numpy(valid))
-    relative, weight = bank.draw(4, torch.Generator().manual_seed(0))
+    relative, weight = next(batches(bank, Order(1, 4, seed=0)))
     assert relative.shape == weight.shape == (4, 32, 32)
     assert F.l1_loss(relative[weight > 0].sort().values, bank.relative.repeat(4, 1, 1)[weight > 0].sort().values) < 0.5
     with pytest.raises(ValueError, match="no depth maps"):

@@ -17,6 +17,7 @@ from perceptio_hf.training import fsdp
 from perceptio_hf.training.losses import PARTS
 
 TESTS = Path(__file__).parents[1]
+KINDS = ("FSDP", "MULTI_CPU")
 FSDP = [
     "--use_fsdp",
     "--fsdp_version=2",
@@ -26,48 +27,54 @@ FSDP = [
 ]
 
 
-def launch(out: Path, options: list[str], changes: dict) -> dict:
-    """Run `sft_helpers.py` in two processes; returns what it wrote."""
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory) -> Path:
+    """Where `sft_helpers.py` has trained in two processes, sharded and then replicated: one launch for both, since
+    starting takes longer than training."""
+    out = tmp_path_factory.mktemp("launched")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--num_processes=2", "--num_machines=1"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *FSDP, "--num_processes=2", "--num_machines=1"]
     command += ["--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
-    command += ["--num_cpu_threads_per_process=1", str(TESTS / "sft_helpers.py"), str(out), json.dumps(changes)]
+    command += ["--num_cpu_threads_per_process=1", str(TESTS / "sft_helpers.py"), str(out), *KINDS]
     paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((out / "result.json").read_text())
+    return out
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> tuple[sft.PerceptioSFTTrainer, dict]:
+    """The same steps by one process: its trainer, and its evaluation."""
+    trainer = sft.trainer(tmp_path_factory.mktemp("single"), evaluation=sft.samples(4, first=100))
+    trainer.train()
+    return trainer, trainer.evaluate()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "options"), [("MULTI_CPU", ["--multi_gpu"]), ("FSDP", FSDP)])
-def test_two_processes_take_the_steps_of_one(tmp_path, kind, options):
-    """Batches of 2 in 2 micro batches on 2 processes, of which some hold no mask and some no depth, against one of 8.
-
-    The same launch also resumes from its first checkpoint.
-    """
-    single = sft.trainer(tmp_path / "single", evaluation=sft.samples(4, first=100))
-    single.train()
-    evaluation = single.evaluate()
-    changes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_strategy": "steps"}
-    found = launch(tmp_path / "both", options, changes | {"save_steps": 1})
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_take_the_steps_of_one(launched, single, kind):
+    """Batches of 2 in 2 micro batches on 2 processes, of which some hold no mask and some no depth, against one of 8;
+    and the same resumed from the first checkpoint."""
+    one, evaluation = single
+    found = json.loads((launched / kind / "result.json").read_text())
     assert found["kind"].endswith(kind)
     assert (found["sharded"] > 100) == (kind == "FSDP")
 
-    for expected, seen in zip(single.state.log_history[:2], found["history"][:2], strict=True):
+    for expected, seen in zip(one.state.log_history[:2], found["history"][:2], strict=True):
         names = [*PARTS, "loss", "grad_norm"]
         assert {name: seen[name] for name in names} == pytest.approx({n: expected[n] for n in names}, rel=1e-5)
     names = [f"eval_{name}" for name in (*PARTS, "loss")]
     assert {n: found["evaluation"][n] for n in names} == pytest.approx({n: evaluation[n] for n in names}, rel=1e-5)
 
-    expected = single.model.state_dict()
-    for folder in (tmp_path / "both", tmp_path / "both" / "resumed"):
+    expected = one.model.state_dict()
+    for folder in (launched / kind, launched / kind / "resumed"):
         trained = PerceptioForConditionalGeneration.from_pretrained(folder).state_dict()
         assert trained.keys() == expected.keys()
         assert max(float((trained[name] - expected[name]).abs().max()) for name in expected) < 1e-6
-    assert (tmp_path / "both" / "checkpoint-2" / "trainer_state.json").is_file()
+    assert (launched / kind / "checkpoint-2" / "trainer_state.json").is_file()
 
 
 def test_fsdp_settings_that_do_not_fit():

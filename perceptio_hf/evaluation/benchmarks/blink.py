@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from perceptio_hf.evaluation.benchmarks.formats.hub_tables import HubTable, open_table, picture_bytes
+from perceptio_hf.data.formats.hub_tables import HubTable, open_table, picture_bytes
 from perceptio_hf.evaluation.metrics.answer_parsing import reference_letter
 from perceptio_hf.evaluation.metrics.answer_statements import LETTERS
 

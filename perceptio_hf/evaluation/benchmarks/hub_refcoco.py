@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from perceptio_hf.evaluation.benchmarks.formats.coco_masks import segmentation_mask
-from perceptio_hf.evaluation.benchmarks.formats.hub_tables import HubTable, open_table, picture_bytes
+from perceptio_hf.data.formats.coco_masks import segmentation_mask
+from perceptio_hf.data.formats.hub_tables import HubTable, open_table, picture_bytes
 
 from .prompts import ask
 from .reading import Request

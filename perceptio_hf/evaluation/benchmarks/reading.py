@@ -59,15 +59,3 @@ class Request:
     unit: str | None = None
     pictures: str | None = None
     depths: str | None = None
-
-
-def first_existing(places: list[Path], what: str) -> Path:
-    """The first of `places` that exists.
-
-    Raises:
-        ValueError: naming all of them.
-    """
-    for place in places:
-        if place.exists():
-            return place
-    raise ValueError(f"There is no {what}; looked for {', '.join(map(str, places))}.")

@@ -5,9 +5,9 @@ shift in inverse depth by least squares over the valid pixels (Ranftl et al. 202
 Estimation"). Errors are then measured on distances in metres.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import repeat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -148,7 +148,6 @@ def codebook_usage(codes: np.ndarray, num_codes: int) -> dict[str, float]:
     return {"codes_used": int((counts > 0).sum()), "perplexity": float(np.exp(-(share * np.log(share)).sum()))}
 
 
-@torch.no_grad()
 def codec_metrics(codec: "DepthVQVAE", maps: "Iterable[DepthMap]") -> dict[str, float | int | None]:
     """Write depth maps as codes, decode them at their own size, and compare.
 
@@ -160,15 +159,26 @@ def codec_metrics(codec: "DepthVQVAE", maps: "Iterable[DepthMap]") -> dict[str, 
     Raises:
         ValueError: There are no maps.
     """
-    codes, errors, metric = [], [], []
-    for item in maps:
-        codes.append(codec.encode(torch.from_numpy(item.relative), torch.from_numpy(item.valid)))
-        decoded = codec.decode(codes[-1], size=item.relative.shape).cpu().numpy()
-        errors.append(np.abs(decoded - item.relative)[item.valid].mean())
-        if item.metric is not None:
-            metric.append(depth_metrics(decoded, item.metric, item.valid))
-    if not codes:
+    return mean_map_figures([map_figures(codec, item) for item in maps], codec.config.num_codes)
+
+
+@torch.no_grad()
+def map_figures(codec: "DepthVQVAE", item: "DepthMap") -> dict[str, Any]:
+    """One depth map written as codes and decoded: "codes", (N,); "relative_mae"; and, where it has distances, what
+    `depth_metrics` gives."""
+    codes = codec.encode(torch.from_numpy(item.relative), torch.from_numpy(item.valid))
+    decoded = codec.decode(codes, size=item.relative.shape).cpu().numpy()
+    figures = {} if item.metric is None else depth_metrics(decoded, item.metric, item.valid)
+    error = float(np.abs(decoded - item.relative)[item.valid].mean())
+    return {"codes": codes.cpu().numpy(), "relative_mae": error, **figures}
+
+
+def mean_map_figures(figures: Sequence[dict[str, Any]], num_codes: int) -> dict[str, float | int | None]:
+    """What `codec_metrics` gives, of the `map_figures` of every map; errors as there."""
+    if not figures:
         raise ValueError("there are no depth maps to evaluate on.")
+    metric = [item for item in figures if "absrel" in item]
     means = {key: float(np.mean([m[key] for m in metric])) if metric else None for key in ("absrel", "delta1", "rmse")}
-    usage = codebook_usage(torch.stack(codes).cpu().numpy(), codec.config.num_codes)
-    return {"maps": len(codes), "relative_mae": float(np.mean(errors)), **means, **usage}
+    usage = codebook_usage(np.stack([item["codes"] for item in figures]), num_codes)
+    error = float(np.mean([item["relative_mae"] for item in figures]))
+    return {"maps": len(figures), "relative_mae": error, **means, **usage}

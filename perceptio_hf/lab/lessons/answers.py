@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from perceptio_hf.world import Question, Scene
+from perceptio_hf.world import Question, Scene, refer_often
 from perceptio_hf.world.cells import cell_at, cell_word, nearness_word
 
 LETTERS = "ABCDE"
 _LOOKED_UP = 8  # cells in one question about nearness
 _CROWD = 14
+_NOTHING = "none"  # in the place of cells, where nothing fits
 _NEARNESS = ("How near are {cells}?", "Look up {cells}.", "Tell me how near {cells} are.")
 _LOCATE = ("Where are the marked points?", "Which cells hold the circled points?", "Locate the labeled points.")
 
@@ -36,7 +37,8 @@ class AnswerForm:
 class Response:
     """What the assistant is to write: a mask for each of `masks` (instance ids), a depth span if asked, words.
 
-    `found` are the cells that the answer must find in the picture (those that only repeat the question are not).
+    `found` are the cells that the answer must find in the picture, in the order written (those that only repeat the
+    question are not), `objects` the instance of each, where they are cells of objects.
     """
 
     question: str
@@ -45,6 +47,10 @@ class Response:
     words: str
     kind: str
     found: tuple[int, ...] = ()
+    objects: tuple[int, ...] = ()
+
+
+PHRASE = "phrase"  # the kind of a response that ends behind its [SEG]
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,25 @@ def steps_in_words(cells: Sequence[int], letters: Sequence[str] = (), *, nearnes
     return text[1:] if letters else text
 
 
+def cells_of_objects(scene: Scene, grid: int) -> np.ndarray:
+    """(objects + 1, grid * grid) bool: the cells of every instance that hold at least half as much of it as the one
+    that holds most; row 0, the background's, is empty. Every object has some, however small or hidden."""
+    side = scene.size // grid
+    blocks = scene.instances.reshape(grid, side, grid, side).swapaxes(1, 2).reshape(grid * grid, -1)
+    held = np.stack([(blocks == k).sum(1) for k in range(len(scene.objects) + 1)])
+    cells = (2 * held >= held.max(1, keepdims=True)) & (held > 0)
+    cells[0] = False
+    return cells
+
+
+def cell_of_object(scene: Scene, instance: int, cells: np.ndarray) -> int:
+    """The one of an object's `cells` (grid * grid,) bool that is nearest to its centre: the cell that is named."""
+    grid = int(len(cells) ** 0.5)
+    own = np.flatnonzero(cells)
+    x, y = (value * grid / scene.size - 0.5 for value in scene.objects[instance - 1].center)
+    return int(own[np.argmin((own % grid - x) ** 2 + (own // grid - y) ** 2)])
+
+
 class Responder:
     """Makes responses to the questions about one scene."""
 
@@ -100,18 +125,30 @@ class Responder:
     def respond(self, scene: Scene, question: Question, *, masks: bool, depth: bool) -> Response:
         """The response with the spans asked for, as far as the form allows them."""
         masks, depth = masks and self.form.masks, depth and self.form.depth
-        if question.points:
-            places, letters = question.points, question.letters
-        elif question.kind == "closer_object":
-            places, letters = [scene.objects[k - 1].center for k in question.targets], ()
-        else:
-            places, letters = (), ()
-        cells = tuple(cell_at(place, scene.instances.shape, self.grid) for place in places)
-        words = question.answer
-        if cells and self.form.steps:
-            words = f"{steps_in_words(cells, letters, nearness=depth)}: {words}"
-        found = cells if self.form.steps else ()
-        return Response(question.text, question.targets if masks else (), depth, words, question.kind, found)
+        words, found, objects = question.answer, (), ()
+        if self.form.steps and question.points:
+            found = tuple(cell_at(point, scene.instances.shape, self.grid) for point in question.points)
+            words = f"{steps_in_words(found, question.letters, nearness=depth)}: {words}"
+        elif self.form.steps and question.kind == "closer_object":
+            found, objects = self._cells(scene, question.targets)
+            steps = [steps_in_words([cell], nearness=depth) for cell in found]
+            named = " ".join(name + step for name, step in zip(question.choices, steps, strict=True))
+            words = f"{named}: {words}"
+        elif self.form.steps and question.kind in ("count", "attribute"):
+            pairs = sorted(zip(*self._cells(scene, question.members), strict=True))
+            found, objects = zip(*pairs, strict=True) if pairs else ((), ())
+            words = f"{steps_in_words(found, nearness=False) or _NOTHING}: {words}"
+        return Response(question.text, question.targets if masks else (), depth, words, question.kind, found, objects)
+
+    def phrases(self, scene: Scene, rng: np.random.Generator, limit: int) -> list[Response]:
+        """Up to `limit` referring questions whose answers end behind [SEG]."""
+        questions = refer_often(scene, rng, limit)
+        return [Response(question.text, question.targets, False, "", PHRASE) for question in questions]
+
+    def _cells(self, scene: Scene, instances: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The cell of each object, and the objects."""
+        cells = cells_of_objects(scene, self.grid)
+        return tuple(cell_of_object(scene, k, cells[k]) for k in instances), tuple(instances)
 
     def choose(self, scene: Scene, questions: list[Question], marks: Marks, rng: np.random.Generator) -> list[Response]:
         """A response to every question, and those that only training asks: cells of marks, nearness of cells.

@@ -6,7 +6,7 @@ is a row of its own behind that prefix. Questions never see one another, as if e
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from perceptio_hf.world import Question, Scene, ask, draw_points, render_scene
 from perceptio_hf.world.cells import cell_words
 from perceptio_hf.world.scene import COLORS, MATERIALS, SHAPES, SIZES
 
-from .answers import LETTERS, AnswerForm, Marks, Responder, Response
+from .answers import LETTERS, PHRASE, AnswerForm, Marks, Responder, Response, cells_of_objects
 
 _MARKED, _MARKED_ANYWAY = 0.85, 0.5  # how often the points of a question are shown, and points without one
 
@@ -36,16 +36,21 @@ class AskedScene:
     depth: np.ndarray  # (H, W) float32 metres
     instances: np.ndarray  # (H, W) uint8
     kinds: np.ndarray  # (objects + 1, 4) shape, colour, size, material of each instance id; 0 = background
+    geometry: np.ndarray  # (objects + 1, 5) where each instance is and how large, see `GEOMETRY`
+    shares: np.ndarray  # (objects + 1, g * g) bool, the cells of each instance, see `cells_of_objects`
     cells: np.ndarray  # (g * g,) instance id that each image token sees
     letters: np.ndarray  # (g * g,) 1 + index of the letter of the point marked there, 0 = none
     turns: list[tuple[list[int], list[int], Response]]
 
 
 class SceneAsker:
-    """Renders scenes and tokenizes their questions for one processor; the depth codes are filled in by the codec."""
+    """Renders scenes and tokenizes their questions for one processor; the depth codes are filled in by the codec.
 
-    def __init__(self, processor: PerceptioProcessor, size: int, form: AnswerForm | None = None):
-        self.processor, self.size = processor, size
+    `phrases` further referring questions about each scene are answered by [SEG] alone.
+    """
+
+    def __init__(self, processor: PerceptioProcessor, size: int, form: AnswerForm | None = None, phrases: int = 0):
+        self.processor, self.size, self.phrases = processor, size, phrases
         self.grid = int(processor.image_seq_length**0.5)
         picture = (
             processor.start_image_token + processor.image_token * processor.image_seq_length + processor.end_image_token
@@ -66,6 +71,8 @@ class SceneAsker:
         """Token ids of the question with the chat template's markers, and of the answer."""
         asked = self._encode(f"{response.question}<|im_end|>\n<|im_start|>assistant\n")
         span = self.blank_span if response.depth else ""
+        if response.kind == PHRASE:
+            return asked, self._encode(SEG_TOKEN * len(response.masks))
         return asked, [*self._encode(SEG_TOKEN * len(response.masks) + span + response.words), self.end]
 
     def looks(
@@ -73,25 +80,34 @@ class SceneAsker:
     ) -> Iterator[tuple[int, list[int] | int, int]]:
         """Where each token of an answer had better look: (its place in the turn, places of prefix and turn, why).
 
-        A code of the span looks at its own image token when it is predicted, a [SEG] at the object's, a cell that must
-        be found at its own when it is predicted; a cell that was written, at its code in the span.
+        A code of the span looks at its own image token when it is predicted, a [SEG] at those of its object, a cell
+        that must be found at its own, or those of its object, when it is predicted; a cell that was written, at its
+        code in the span, or where there is no span and the cell is an object's, at its image token.
         """
         picture = self.prefix.index(self.processor.image_token_id)
-        segs, found, span = iter(response.masks), set(response.found), None
+        segs, found, span = iter(response.masks), iter(response.found), None
+        objects = iter(response.objects)
         for place, token in enumerate(answer, start=asked):
             if token == self.seg_id:
-                instance = next(segs)
-                yield place, [picture + cell for cell in np.flatnonzero(scene.cells == instance)], SEGMENT
+                yield place, self._seen(scene, next(segs), picture), SEGMENT
             elif token == self.start_id:
                 span = place + 1
                 for cell in range(self.grid**2):
                     yield place + cell, picture + cell, WRITE
             elif token in self.cell_ids:
                 cell = self.cell_ids[token]
-                if cell in found:
-                    yield place - 1, picture + cell, FIND_OBJECT if response.kind == "closer_object" else FIND
+                if response.objects:
+                    yield place - 1, self._seen(scene, next(objects), picture), FIND_OBJECT
+                elif next(found, None) is not None:
+                    yield place - 1, picture + cell, FIND
                 if span is not None:
                     yield place, len(self.prefix) + span + cell, READ
+                elif response.objects:
+                    yield place, picture + cell, READ
+
+    def _seen(self, scene: AskedScene, instance: int, picture: int) -> list[int]:
+        """The places of an object's image tokens."""
+        return [picture + cell for cell in np.flatnonzero(scene.shares[instance])]
 
     def _marks(self, questions: list[Question], rng: np.random.Generator) -> Marks | None:
         """The points that a question is about, now and then none: most users' pictures are not marked."""
@@ -108,7 +124,13 @@ class SceneAsker:
             # Where two points share a cell, the cells cannot tell which is nearer.
             questions = [question for question in questions if not question.points]
             marks = Marks.anywhere(self.size, self.grid, rng) if rng.random() < _MARKED_ANYWAY else Marks((), ())
-        return self._asked(scene, marks, self.responder.choose(scene, questions, marks, rng))
+        responses = self.responder.choose(scene, questions, marks, rng)
+        return self._asked(scene, marks, responses + self.responder.phrases(scene, rng, self.phrases))
+
+    def referred(self, seed: int) -> AskedScene:
+        """Render one scene without marks and ask only for objects, as often as `phrases` allows."""
+        scene, rng = render_scene(seed, size=self.size), np.random.default_rng([seed, 3])
+        return self._asked(scene, Marks((), ()), self.responder.phrases(scene, rng, self.phrases))
 
     def practice(self, seed: int) -> AskedScene:
         """Render one scene that nothing is asked about, every other one crowded with marks.
@@ -128,6 +150,8 @@ class SceneAsker:
             depth=scene.depth,
             instances=scene.instances,
             kinds=describe_objects(scene),
+            geometry=measure_objects(scene),
+            shares=cells_of_objects(scene, self.grid),
             cells=instance_of_cells(scene, self.grid),
             letters=letters,
             turns=[(*self.turn(response), response) for response in responses],
@@ -152,6 +176,20 @@ def describe_objects(scene: Scene) -> np.ndarray:
     return np.array(rows)
 
 
+GEOMETRY = ("x", "y", "depth", "width", "height")
+
+
+def measure_objects(scene: Scene) -> np.ndarray:
+    """(objects + 1, 5) float32, columns as `GEOMETRY`: the centre in [0, 1], 0.3 log of the distance in metres and of
+    width and height as shares of the picture's; so scaled all vary by some tenths. Row 0 is 0."""
+    rows = [(0.0,) * len(GEOMETRY)]
+    for thing in scene.objects:
+        (x, y), (left, top, right, bottom) = thing.center, thing.box
+        logs = 0.3 * np.log([thing.depth, (right - left) / scene.size, (bottom - top) / scene.size])
+        rows.append((x / scene.size, y / scene.size, *logs))
+    return np.array(rows, dtype=np.float32)
+
+
 KIND_CLASSES = tuple(1 + len(names) for names in (SHAPES, COLORS, SIZES, MATERIALS))
 CELL_CLASSES = (*KIND_CLASSES, 1 + len(LETTERS))
 
@@ -165,7 +203,6 @@ class TurnBatch:
     rows: torch.Tensor  # (n,) scene of each turn
     mask_rows: torch.Tensor  # (m,) scene of each [SEG], in reading order
     mask_instances: torch.Tensor  # (m,) instance id each [SEG] stands for
-    mask_kinds: torch.Tensor  # (m, 4) what kind of object that is
     looks: torch.Tensor  # (n, L, P + L) uint8: where each token had better look, and why, see `SceneAsker.looks`
 
 
@@ -178,8 +215,13 @@ class SceneBatch:
     inverse_depth: torch.Tensor  # (b, H, W) relative, 1 = nearest
     instances: torch.Tensor  # (b, H, W)
     cells: torch.Tensor  # (b, g * g, 5) shape, colour, size, material, letter that each image token sees; 0 = none
+    geometry: torch.Tensor  # (b, g * g, 5) of the object that each image token sees, see `GEOMETRY`; 0 = none
     prefix_ids: torch.Tensor  # (b, P)
     turns: list[TurnBatch]
+
+    def to(self, device: torch.device) -> "SceneBatch":
+        """The same batch on `device`."""
+        return _moved(replace(self, turns=[_moved(turns, device) for turns in self.turns]), device)
 
     @property
     def mask_rows(self) -> torch.Tensor:
@@ -197,13 +239,19 @@ class SceneBatch:
         return F.interpolate(inside[:, None], size=size, mode="bilinear", antialias=True)[:, 0]
 
 
+def _moved(batch, device: torch.device):
+    """A copy of a batch whose tensors are on `device`."""
+    values = {item.name: getattr(batch, item.name) for item in fields(batch)}
+    return replace(batch, **{k: value.to(device) for k, value in values.items() if isinstance(value, torch.Tensor)})
+
+
 def click_prompts(model: PerceptioForConditionalGeneration, scenes: SceneBatch) -> torch.Tensor:
     """(m, C): SAM2's embedding of a click somewhere on the object of each [SEG]."""
     inside = scenes.instances[scenes.mask_rows] == scenes.mask_instances[:, None, None]
     pixel, size = inside.flatten(1).float().multinomial(1)[:, 0], inside.shape[-1]
     clicks = torch.stack([pixel % size, pixel // size], -1) + 0.5  # (m, 2) x, y
     clicks = clicks * scenes.mask_pixel_values.shape[-1] / size
-    labels = torch.ones(len(clicks), 1, 1, dtype=torch.int)
+    labels = torch.ones(len(clicks), 1, 1, dtype=torch.int, device=clicks.device)
     points, _ = model.mask_model.prompt_encoder(clicks[:, None, None], labels, input_boxes=None, input_masks=None)
     return points[:, 0, 0]
 
@@ -226,12 +274,14 @@ def collate(scenes: list[AskedScene], asker: SceneAsker) -> SceneBatch:
     turns = [(row, *turn) for row, scene in enumerate(scenes) for turn in scene.turns]
     cells = [np.column_stack([scene.kinds[scene.cells], scene.letters]) for scene in scenes]
     groups = [[turn for turn in turns if turn[3].depth], [turn for turn in turns if not turn[3].depth]]
+    pixels, same = normalise(pictures, pictures.shape[1]), pictures.shape[1] == processor.mask_image_size
     return SceneBatch(
-        pixel_values=normalise(pictures, pictures.shape[1]),
-        mask_pixel_values=normalise(pictures, processor.mask_image_size),
+        pixel_values=pixels,
+        mask_pixel_values=pixels if same else normalise(pictures, processor.mask_image_size),
         inverse_depth=(inverse - far) / (near - far),
         instances=torch.from_numpy(np.stack([scene.instances for scene in scenes])).long(),
         cells=torch.from_numpy(np.stack(cells)),
+        geometry=torch.from_numpy(np.stack([scene.geometry[scene.cells] for scene in scenes])),
         prefix_ids=torch.tensor([asker.prefix] * len(scenes)),
         turns=[_stack_turns(group, scenes, asker) for group in groups if group],
     )
@@ -243,7 +293,6 @@ def _stack_turns(
     ids = [torch.tensor(asked + answer) for _, asked, answer, _ in turns]
     labels = [torch.tensor([IGNORED_LABEL] * len(asked) + answer) for _, asked, answer, _ in turns]
     masks = [(row, instance) for row, *_, response in turns for instance in response.masks]
-    kinds = [scenes[row].kinds[instance] for row, instance in masks]
     input_ids = pad_sequence(ids, batch_first=True, padding_value=asker.processor.tokenizer.pad_token_id)
     looks = torch.zeros(*input_ids.shape, len(asker.prefix) + input_ids.shape[1], dtype=torch.uint8)
     for index, (row, asked, answer, response) in enumerate(turns):
@@ -255,7 +304,6 @@ def _stack_turns(
         rows=torch.tensor([row for row, *_ in turns]),
         mask_rows=torch.tensor([row for row, _ in masks], dtype=torch.long),
         mask_instances=torch.tensor([instance for _, instance in masks], dtype=torch.long),
-        mask_kinds=torch.from_numpy(np.array(kinds, dtype=np.int64).reshape(-1, len(KIND_CLASSES))),
         looks=looks,
     )
 
@@ -263,8 +311,8 @@ def _stack_turns(
 class SceneStream(IterableDataset):
     """Batches of fresh scenes, from `first_seed` on; no scene comes twice, in whichever process."""
 
-    def __init__(self, asker: SceneAsker, batch_size: int, first_seed: int, rank: int, processes: int, practice: bool):
-        self.asker, self.render = asker, asker.practice if practice else asker.scene
+    def __init__(self, asker: SceneAsker, batch_size: int, first_seed: int, rank: int, processes: int, way: str):
+        self.asker, self.render = asker, getattr(asker, way)
         self.batch_size, self.first_seed, self.rank, self.processes = batch_size, first_seed, rank, processes
 
     def __iter__(self) -> Iterator[SceneBatch]:
@@ -284,15 +332,16 @@ def scene_batches(
     batch_size: int,
     first_seed: int,
     form: AnswerForm | None = None,
-    practice: bool = False,
+    phrases: int = 0,
+    way: str = "scene",
     workers: int = 1,
     rank: int = 0,
     processes: int = 1,
 ) -> Iterator[SceneBatch]:
     """An endless stream of training batches, rendered by `workers` other processes (0: by this one).
 
-    Of `processes` that train together, number `rank` gets every `processes`-th batch. `practice` gives scenes without
-    questions, to learn to see.
+    Of `processes` that train together, number `rank` gets every `processes`-th batch. `way` is the method of
+    `SceneAsker` that makes scenes: "scene", "practice" (nothing is asked) or "referred" (objects alone).
     """
-    stream = SceneStream(SceneAsker(processor, size, form), batch_size, first_seed, rank, processes, practice)
+    stream = SceneStream(SceneAsker(processor, size, form, phrases), batch_size, first_seed, rank, processes, way)
     return iter(DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))

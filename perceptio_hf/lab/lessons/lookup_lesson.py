@@ -5,7 +5,7 @@ the nearest. They are short and every word of them says something about the span
 pictures takes minutes here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -36,55 +36,57 @@ class LookupAsker:
     """Makes batches out of codes for one processor; `nearness` (K,) is the level of each code."""
 
     def __init__(self, processor: PerceptioProcessor, nearness: Tensor):
-        self.nearness = nearness
+        self.nearness = nearness.cpu()
         self.num_cells = processor.num_depth_tokens
         to_ids = processor.tokenizer.convert_tokens_to_ids
         ids = processor.spatial_token_ids()
         self.start, self.end = ids["depth_start_token_id"], ids["depth_end_token_id"]
         self.codes = torch.tensor(ids["depth_token_ids"])
-        self.cells = torch.tensor(to_ids(cell_words(int(self.num_cells**0.5))))
-        self.levels = torch.tensor(to_ids(nearness_words()))
+        self.cells = to_ids(cell_words(int(self.num_cells**0.5)))
+        self.levels = to_ids(nearness_words())
         tokens = [processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in _letter_texts()]
-        self.first_letter, self.letters = tokens[0][0], torch.tensor([row[0] for row in tokens[1:]])
+        self.first_letter, self.letters = tokens[0][0], [row[0] for row in tokens[1:]]
         self.colon, self.stop = tokens[0][1], processor.tokenizer.eos_token_id
 
     def batch(self, codes: Tensor, generator: torch.Generator) -> LookupBatch:
-        """Questions about spans of `codes` (b, N)."""
+        """Questions about spans of `codes` (b, N), made on the CPU and put where the codes are."""
+        device, codes = codes.device, codes.cpu()
         levels = self.nearness[codes]  # (b, N)
         marker = torch.ones(len(codes), 1, dtype=torch.long)
         prefix = torch.cat([marker * self.start, self.codes[codes], marker * self.end], 1)
-        chains = [self._chain(row, generator) for row in levels for _ in range(_CHAINS)]
+        chains = [self._chain(row, generator) for row in levels.tolist() for _ in range(_CHAINS)]
         rows = torch.arange(len(codes)).repeat_interleave(_CHAINS).tolist()
-        for row, of in enumerate(levels):
+        for row, of in enumerate(levels.tolist()):
             ends = [self._conclusion(of, generator) for _ in range(_CONCLUSIONS)]
             chains += [chain for chain in ends if chain is not None]
             rows += [row] * (len(chains) - len(rows))
-        return self._stack(prefix, chains, torch.tensor(rows))
+        stacked = self._stack(prefix, chains, torch.tensor(rows))
+        return LookupBatch(*(getattr(stacked, item.name).to(device) for item in fields(stacked)))
 
     def _draw(self, count: int, generator: torch.Generator) -> Tensor:
         return torch.randperm(self.num_cells, generator=generator)[:count]
 
-    def _chain(self, levels: Tensor, generator: torch.Generator) -> list[tuple[int, bool, int]]:
+    def _chain(self, levels: list[int], generator: torch.Generator) -> list[tuple[int, bool, int]]:
         """Tokens of one chain, each with whether it is learnt and the cell it names (-1: none)."""
         cells = self._draw(_CHAIN_CELLS, generator).tolist()
         return [item for cell in cells for item in self._named(cell, levels)]
 
-    def _named(self, cell: int, levels: Tensor) -> list[tuple[int, bool, int]]:
-        return [(int(self.cells[cell]), False, cell), (int(self.levels[levels[cell]]), True, -1)]
+    def _named(self, cell: int, levels: list[int]) -> list[tuple[int, bool, int]]:
+        return [(self.cells[cell], False, cell), (self.levels[levels[cell]], True, -1)]
 
-    def _conclusion(self, levels: Tensor, generator: torch.Generator) -> list[tuple[int, bool, int]] | None:
+    def _conclusion(self, levels: list[int], generator: torch.Generator) -> list[tuple[int, bool, int]] | None:
         """A chain with letters and the letter of the nearest cell, None where two are equally near."""
         count = int(torch.randint(2, len(LETTERS) + 1, (), generator=generator))
-        cells = self._draw(count, generator)
-        near = levels[cells]
-        nearest = int(near.argmax())
-        if int((near == near[nearest]).sum()) > 1:
+        cells = self._draw(count, generator).tolist()
+        near = [levels[cell] for cell in cells]
+        nearest = near.index(max(near))
+        if near.count(near[nearest]) > 1:
             return None
-        heads = [self.first_letter, *self.letters[1:].tolist()]
+        heads = [self.first_letter, *self.letters[1:]]
         tokens: list[tuple[int, bool, int]] = []
-        for head, cell in zip(heads, cells.tolist(), strict=False):
+        for head, cell in zip(heads, cells, strict=False):
             tokens += [(head, False, -1), *self._named(cell, levels)]
-        return [*tokens, (self.colon, False, -1), (int(self.letters[nearest]), True, -1), (self.stop, True, -1)]
+        return [*tokens, (self.colon, False, -1), (self.letters[nearest], True, -1), (self.stop, True, -1)]
 
     def _stack(self, prefix: Tensor, chains: list[list[tuple[int, bool, int]]], rows: Tensor) -> LookupBatch:
         length = max(map(len, chains))

@@ -1,13 +1,14 @@
 """Training the tiny checkpoint from scratch on rendered scenes, stage by stage.
 
 1. codec: the depth VQ-VAE, on rendered depth.
-2. masks: SAM2 learns to segment what a click points at, as the real one did, and what a vector for its kind names, so
-   that its features tell kinds apart as those of a large model do. The language stage keeps this up, and pulls the
-   projected [SEG] states towards such prompts: what to say to SAM2 is then known before SAM2 has learnt to listen.
-3. vision: the ViT learns what each image token shows (depth code, shape, colour, size, material), by a head that is
-   thrown away. Without it the language model has nothing to read from for most of the training.
+2. masks: SAM2 learns to segment what a click points at, as the real one did.
+3. vision: the ViT learns what each image token shows (depth code, shape, colour, size, material, letter) and where, by
+   a head that is thrown away. Without it the language model has nothing to read from for most of the training.
 4. lookup: the language model learns to look cells up in spans of true codes, without pictures.
-5. language: everything but the codec and SAM2's image encoder learns to answer, with masks and depth spans.
+5. grounding: it learns to find what words name: phrases behind a picture, each with a [SEG] that is told where to look.
+   Vision tower and SAM2's image encoder are frozen. Masks follow once [SEG] states say where their object is: the
+   projector is then fitted to SAM2's own prompts, since one that starts anywhere loses most of its units.
+6. language: everything but the codec and SAM2's image encoder learns to answer, with masks and depth spans.
 
 Each finished stage is kept in the output folder, and the language stage writes checkpoints, so that a run that was
 stopped goes on where it was.
@@ -35,21 +36,29 @@ from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 from perceptio_hf.training.checkpoint_files import own_fault
 from perceptio_hf.training.codec import CodebookOptions, DepthBank, train_codebook
 from perceptio_hf.training.logging import draw_losses
-from perceptio_hf.training.losses import mask_loss, score_loss
+from perceptio_hf.training.masks.projector import fit_seg_projector
 from perceptio_hf.world import render_scene, text_corpus
 
-from .batches import CELL_CLASSES, KIND_CLASSES, SceneBatch, click_prompts, scene_batches
+from .batches import SceneBatch, click_prompts, scene_batches
 from .conversation_lesson import LanguageLesson, nearness_of_codes
 from .model import IMAGE_SEQ_LENGTH, IMAGE_SIZE, tiny_config, tiny_processor, tiny_tokenizer
+from .pictures_lesson import CellHead, prompted_masks
 
-STAGES = ("masks", "vision", "lookup", "language")
-# Where masks start from nothing and objects are small, the cross-entropy of the background holds every logit down.
-_DICE_WEIGHT = 4.0
+STAGES = ("masks", "vision", "lookup", "grounding", "language")
 # [SEG] states share a large mean, so that early steps of Adam move what enters the projector's ReLU all one way: at the
 # full rate four fifths of its units died, and masks stopped improving.
 _PROJECTOR_RATE = 0.2
 _SHOWN = 20  # steps that progress bar and plot average over
-_REVISED = 2  # spans per process and step of the language stage
+_DECODER_RATE = 0.5  # of the mask decoder, which knows how to segment by then
+_REVISED = 4  # spans per process and step that are also asked about without their pictures
+_PHRASES = {"masks": 6, "grounding": 10, "language": 6}  # referring questions about a scene, besides all others
+# How scenes are asked about; in the language stage in every way.
+_WAYS = {"masks": "referred", "vision": "practice", "lookup": "practice", "grounding": "referred"}
+_CLICKED = 4  # one [SEG] of so many is also clicked at, lest SAM2 forget to listen to clicks
+_ALIGNED = 0.2  # weight of pulling projected [SEG] states to clicks
+_LOOKING = 2.5  # weight of taught attention
+_UNSEEN = 0.2  # share of the grounding stage before masks: no [SEG] knows yet where its object is
+_FITTED = 768  # [SEG] states that the projector is fitted to
 _RENDEZVOUS = ".rendezvous"  # where the processes find one another
 
 
@@ -75,9 +84,13 @@ class TinyRecipe:
     lookup_steps: int = 800
     lookup_batch: int = 16
     lookup_lr: float = 2e-3
+    grounding_steps: int = 800
+    grounding_batch: int = 16
+    grounding_lr: float = 1.5e-3
     language_steps: int = 2500
     language_batch: int = 16
     language_lr: float = 1.5e-3
+    span_noise: float = 0.25
     checkpoint_every: int = 200
 
     @classmethod
@@ -98,7 +111,9 @@ class TinyRecipe:
         return cls(**values)
 
 
-def train_tiny(recipe: TinyRecipe, out: str | Path, *, processes: int = 2, workers: int = 1) -> Path:
+def train_tiny(
+    recipe: TinyRecipe, out: str | Path, *, processes: int = 2, workers: int = 1, device: str = "cpu"
+) -> Path:
     """Train all stages into `out`; returns the folder of the finished checkpoint, `out/checkpoint`.
 
     A folder with finished stages of the same recipe is continued.
@@ -107,39 +122,43 @@ def train_tiny(recipe: TinyRecipe, out: str | Path, *, processes: int = 2, worke
         processes: share every batch; one thread each. In a model this small, threads only wait for one another: two
             processes are twice as fast as one process with two threads.
         workers: further processes, of each, that render scenes; 0 renders in line.
+        device: where the model is trained; on a GPU by one process, with many workers.
 
     Raises:
-        ValueError: if `out` holds another recipe's stages, or `processes` do not divide the batches.
+        ValueError: if `out` holds another recipe's stages, or `processes` do not divide the batches or share a GPU.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if processes < 1 or any(getattr(recipe, f"{stage}_batch") % processes for stage in STAGES):
         raise ValueError(f"{processes} processes cannot share the recipe's batches evenly; choose a divisor of them.")
+    if device != "cpu" and processes > 1:
+        raise ValueError(f"{processes} processes cannot share {device}; use one process.")
     _claim(recipe, out)
     _check_stages(out)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    _codec_stage(recipe, out)
+    _prepare(recipe, out)
     (out / _RENDEZVOUS).unlink(missing_ok=True)  # of a run that was stopped
-    torch.multiprocessing.spawn(_train_stages, args=(processes, recipe, out, workers), nprocs=processes)
+    torch.multiprocessing.spawn(_train_stages, args=(processes, recipe, out, workers, device), nprocs=processes)
     torch.set_num_threads(threads)
     return out / "checkpoint"
 
 
-def _train_stages(rank: int, processes: int, recipe: TinyRecipe, out: Path, workers: int) -> None:
+def _train_stages(rank: int, processes: int, recipe: TinyRecipe, out: Path, workers: int, device: str) -> None:
     """One of the processes that train the model; the first one shows progress and writes files."""
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")
     rendezvous = (out / _RENDEZVOUS).resolve()
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=processes)
     codec = DepthVQVAE.from_pretrained(out / "codec")
-    processor = tiny_processor(tiny_tokenizer(text_corpus(recipe.corpus_scenes, recipe.seed)), codec.config)
+    processor = PerceptioProcessor.from_pretrained(out / "processor")
     torch.manual_seed(recipe.seed)
     model = fresh_model(processor, codec)
-    trainer = _Stages(recipe, out, model, processor, workers)
+    trainer = _Stages(recipe, out, model, processor, workers, device)
     torch.manual_seed(recipe.seed * 1000 + rank)  # the weights are the same everywhere, the draws are not
     for stage in STAGES:
         trainer.run(stage)
-        if stage == "lookup" and rank == 0 and not (out / "start").exists():
+        if stage == "grounding" and rank == 0 and not (out / "start").exists():
             _save(model, processor, out / "start")  # where an ablation begins
     if rank == 0:
         _save(model, processor, out / "checkpoint")
@@ -199,6 +218,15 @@ def _save(model: PerceptioForConditionalGeneration, processor: PerceptioProcesso
     return folder
 
 
+def _prepare(recipe: TinyRecipe, out: Path) -> None:
+    """The codec, and a processor whose tokenizer knows the world's words."""
+    codec, folder = _codec_stage(recipe, out), out / "processor"
+    if not folder.exists():
+        tokenizer = tiny_tokenizer(text_corpus(recipe.corpus_scenes, recipe.seed))
+        with new_folder(folder) as fresh:
+            tiny_processor(tokenizer, codec.config).save_pretrained(fresh)
+
+
 def _codec_stage(recipe: TinyRecipe, out: Path) -> DepthVQVAE:
     folder = out / "codec"
     if not folder.exists():
@@ -227,18 +255,19 @@ def _codec_stage(recipe: TinyRecipe, out: Path) -> DepthVQVAE:
 
 
 class _Stages:
-    """The three stages that train the model itself."""
+    """The stages that train the model itself."""
 
-    def __init__(self, recipe: TinyRecipe, out: Path, model, processor: PerceptioProcessor, workers: int):
-        self.recipe, self.out, self.model, self.processor, self.workers = recipe, out, model, processor, workers
+    def __init__(self, recipe: TinyRecipe, out: Path, model, processor: PerceptioProcessor, workers: int, device: str):
+        self.recipe, self.out, self.processor, self.workers = recipe, out, processor, workers
         self.rank, self.processes = dist.get_rank(), dist.get_world_size()
-        hidden = model.config.text_config.hidden_size
-        prompt = model.config.mask_config.mask_decoder_config.hidden_size
-        # Heads that only training needs.
-        self.cell_head = nn.Linear(hidden, model.config.num_depth_codes + sum(CELL_CLASSES))
-        self.kind_prompts = nn.ModuleList([nn.Embedding(count, prompt) for count in KIND_CLASSES])
-        self.heads = nn.ModuleList([self.cell_head, self.kind_prompts])
-        self.lesson = LanguageLesson(model, processor, nearness_of_codes(model.depth_model), revise=_REVISED)
+        self.device, nearness = torch.device(device), nearness_of_codes(model.depth_model)
+        head = CellHead(model.config.text_config.hidden_size, model.config.num_depth_codes)
+        self.model, self.cell_head = model.to(self.device), head.to(self.device)
+        self.lesson = LanguageLesson(
+            model, processor, nearness, alignment=_LOOKING, revise=_REVISED, span_noise=recipe.span_noise
+        )
+        # The last [SEG] states, and what they should become.
+        self.fitting: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def run(self, stage: str) -> None:
         """Train one stage, or load its result where it is finished."""
@@ -248,22 +277,23 @@ class _Stages:
             return
         steps, batch, rate = (getattr(self.recipe, f"{stage}_{what}") for what in ("steps", "batch", "lr"))
         parameters = self._parameters(stage)
-        optimizer = adamw(self.model, parameters)
+        optimizer = adamw(self.model, parameters, decoder_rate=1.0 if stage == "masks" else _DECODER_RATE)
         self.history: list[dict[str, float]] = []
         first = self._load(path, optimizer) if path.exists() else 0
-        shown: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_SHOWN))
+        shown: dict[str, deque[torch.Tensor]] = defaultdict(lambda: deque(maxlen=_SHOWN))
         batches = islice(self._batches(stage, first * batch, batch), steps - first)
         progress = tqdm(batches, desc=stage, initial=first, total=steps, disable=self.rank > 0)
         for step, scenes in enumerate(progress, start=first):
             set_rate(optimizer, rate * schedule(step, steps))
-            for name, value in self._step(stage, step, scenes, parameters, optimizer).items():
-                shown[name].append(float(value))
+            parts = self._step(stage, step, scenes.to(self.device), parameters, optimizer)
+            for name, value in parts.items():
+                shown[name].append(value)
             if step % 10 == 0:
-                means = {name: sum(values) / len(values) for name, values in shown.items()}
+                means = {name: float(sum(values)) / len(values) for name, values in shown.items()}
                 self.history.append({"step": step} | means)
                 progress.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()})
             if (step + 1) % self.recipe.checkpoint_every == 0 or step + 1 == steps:
-                self._keep(path, step + 1, optimizer)
+                self._keep(path, step + 1, optimizer if step + 1 < steps else None)
         dist.barrier()
         if self.rank == 0:
             picture = "losses.png" if stage == STAGES[-1] else f"losses_{stage}.png"
@@ -278,27 +308,30 @@ class _Stages:
             size=IMAGE_SIZE,
             batch_size=batch // self.processes,
             first_seed=_FIRST_SEEDS[stage] + self.recipe.seed * 100_000_000 + seen,
-            practice=stage == "vision",
+            phrases=_PHRASES.get(stage, 0),
+            way=_WAYS.get(stage, "scene"),
             workers=self.workers,
             rank=self.rank,
             processes=self.processes,
         )
 
     def _step(self, stage: str, step: int, scenes: SceneBatch, parameters, optimizer) -> dict[str, torch.Tensor]:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss, parts = getattr(self, f"_{stage}_loss")(scenes)
-        if not torch.isfinite(loss):
-            values = {name: float(value) for name, value in parts.items()}
-            raise RuntimeError(f"{stage}, step {step}: the loss is {loss.item()}, its parts {values}.")
+        # A GPU computes matrices this small faster than it can be told to cast them.
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.device.type == "cpu"):
+            loss, parts = getattr(self, f"_{stage}_loss")(scenes, step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        flat /= self.processes
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        if self.processes > 1:
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            flat /= self.processes
+            for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not torch.isfinite(norm):
+            values = {name: float(value) for name, value in parts.items()}
+            raise RuntimeError(f"{stage}, step {step}: the gradient's norm is {norm.item()}, the losses {values}.")
         optimizer.step()
         return {name: value.detach() for name, value in parts.items()}
 
@@ -306,9 +339,15 @@ class _Stages:
         model = self.model
         model.eval().requires_grad_(False)
         chosen = {
-            "masks": [model.mask_model, self.kind_prompts],
+            "masks": [model.mask_model],
             "vision": [model.model.vision_tower, model.model.multi_modal_projector, self.cell_head],
             "lookup": [model.model.language_model, model.lm_head],
+            "grounding": [
+                model.model.language_model,
+                model.lm_head,
+                model.seg_projector,
+                model.mask_model.mask_decoder,
+            ],
             "language": [
                 model.model,
                 model.lm_head,
@@ -322,113 +361,106 @@ class _Stages:
             parameter.requires_grad_(False)
         return [parameter for parameter in parameters if parameter.requires_grad]
 
-    def _keep(self, path: Path, step: int, optimizer: torch.optim.Optimizer) -> None:
+    def _keep(self, path: Path, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+        """Write a checkpoint; that of a finished stage has no optimizer any more."""
         if self.rank > 0:
             return
         state = {
             "model": self.model.state_dict(),
-            "heads": self.heads.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "heads": self.cell_head.state_dict(),
             "step": step,
             "history": self.history,
         }
+        if optimizer is not None:
+            state["optimizer"] = optimizer.state_dict()
         with replacing(path) as partial:
             torch.save(state, partial)
 
     def _load(self, path: Path, optimizer: torch.optim.Optimizer | None = None) -> int:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location=self.device)
         self.model.load_state_dict(state["model"])
-        self.heads.load_state_dict(state["heads"])
+        self.cell_head.load_state_dict(state["heads"])
         if optimizer is not None:
-            optimizer.load_state_dict(state["optimizer"])
-            self.history = state.get("history", [])
+            self.history = state["history"]
+            if "optimizer" in state:
+                optimizer.load_state_dict(state["optimizer"])
         return state["step"]
 
-    def _masks_loss(self, scenes: SceneBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Masks of the objects the questions name, each clicked at, named by its kind, or both."""
-        kinds, clicks = self._prompts(scenes)
-        draw = torch.rand(len(kinds), 1)
-        return self._prompted_masks(scenes, torch.where(draw < 2 / 3, kinds, 0) + torch.where(draw > 1 / 3, clicks, 0))
+    def _masks_loss(self, scenes: SceneBatch, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Masks of clicked objects."""
+        return prompted_masks(self.model, scenes, click_prompts(self.model, scenes), self._every(scenes, 1))
 
-    def _prompts(self, scenes: SceneBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each object asked for: (m, C) a learnt vector of its kind, and SAM2's embedding of a click on it."""
-        kinds = torch.cat([turns.mask_kinds for turns in scenes.turns])
-        named = sum(table(kinds[:, index]) for index, table in enumerate(self.kind_prompts))
-        return named, click_prompts(self.model, scenes)
-
-    def _prompted_masks(self, scenes: SceneBatch, *prompts) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Losses of the masks that each set of prompts (m, C) gives; the parts are those of the first set.
-
-        Unlike the model's own path this one lets gradients through to the image encoder, for the masks stage.
-        """
-        sam, rows = self.model.mask_model, scenes.mask_rows.repeat(len(prompts))
-        features = sam.vision_encoder(scenes.mask_pixel_values, return_dict=True).fpn_hidden_states
-        fine = [sam.mask_decoder.conv_s0(features[0]), sam.mask_decoder.conv_s1(features[1])]
-        embedding = features[2] + sam.no_memory_embedding.view(1, -1, 1, 1)
-        logits, scores = self.model.decode_masks(
-            torch.cat(prompts), embedding[rows], [feature[rows] for feature in fine]
-        )
-        sets = [
-            self._mask_parts(scenes, *pair)
-            for pair in zip(logits.chunk(len(prompts)), scores.chunk(len(prompts)), strict=True)
-        ]
-        return sum(loss for loss, _ in sets), sets[0][1]
-
-    def _mask_parts(self, scenes: SceneBatch, logits, scores) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        targets = scenes.mask_targets(tuple(logits.shape[1:]))
-        loss, parts = mask_loss(logits, targets, dice_weight=_DICE_WEIGHT)
-        parts["mask_score"] = score_loss(scores, logits, targets)
-        with torch.no_grad():
-            inside, truth = logits > 0, targets > 0.5
-            union = (inside | truth).sum((1, 2)).clamp(min=1)
-            parts["iou"] = ((inside & truth).sum((1, 2)) / union).mean()
-        return loss + 0.5 * parts["mask_score"], parts
-
-    def _vision_loss(self, scenes: SceneBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _vision_loss(self, scenes: SceneBatch, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         features = self.model.get_image_features(scenes.pixel_values, return_dict=True).pooler_output
-        return self._cell_parts(scenes, features, self.model.depth_model.encode(scenes.inverse_depth))
+        return self.cell_head.loss(scenes, features, self.model.depth_model.encode(scenes.inverse_depth))
 
-    def _cell_parts(self, scenes: SceneBatch, features, codes) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        depth, *kinds = self.cell_head(features).float().split([self.model.config.num_depth_codes, *CELL_CLASSES], -1)
-        code_loss = F.cross_entropy(depth.flatten(0, 1), codes.flatten())
-        kind_losses = [balanced_cross_entropy(kind, scenes.cells[..., index]) for index, kind in enumerate(kinds)]
-        parts = {"cell_code": code_loss, "cell_kind": sum(kind_losses)}
-        marked = scenes.cells[..., -1] > 0
-        if marked.any():
-            right = kinds[-1].argmax(-1) == scenes.cells[..., -1]
-            parts["letters"] = right[marked].float().mean()
-        return code_loss + sum(kind_losses), parts
-
-    def _lookup_loss(self, scenes: SceneBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _lookup_loss(self, scenes: SceneBatch, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return self.lesson.look_up(self.model.depth_model.encode(scenes.inverse_depth))
 
-    def _language_loss(self, scenes: SceneBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _grounding_loss(self, scenes: SceneBatch, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        lesson, clicks = self.lesson.read(scenes), click_prompts(self.model, scenes).detach()
+        unseen = round(_UNSEEN * self.recipe.grounding_steps)
+        if step <= unseen:
+            self._collect(lesson.seg_states, clicks)
+        if step < unseen:
+            return lesson.loss, lesson.parts
+        if step == unseen:
+            self._fit_projector()
+        masks, parts = self._spoken_masks(scenes, lesson.seg_states, clicks)
+        return lesson.loss + masks, lesson.parts | parts
+
+    def _language_loss(self, scenes: SceneBatch, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         lesson = self.lesson.read(scenes)
-        segs, taught = self.model.seg_projector(lesson.seg_states), sum(self._prompts(scenes))
-        masks, mask_parts = self._prompted_masks(scenes, segs, taught)
-        mask_parts["align"] = F.mse_loss(segs.float(), taught.detach().float())
-        cells, cell_parts = self._cell_parts(scenes, lesson.image_states, lesson.codes)
-        total = lesson.loss + masks + mask_parts["align"] + 0.2 * cells
-        return total, lesson.parts | mask_parts | cell_parts
+        masks, mask_parts = self._spoken_masks(scenes, lesson.seg_states, click_prompts(self.model, scenes).detach())
+        cells, cell_parts = self.cell_head.loss(scenes, lesson.image_states, lesson.codes)
+        return lesson.loss + masks + 0.2 * cells, lesson.parts | mask_parts | cell_parts
+
+    def _every(self, scenes: SceneBatch, apart: int) -> torch.Tensor:
+        return torch.arange(0, len(scenes.mask_rows), apart, device=self.device)
+
+    def _spoken_masks(self, scenes: SceneBatch, states, clicks) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Masks that [SEG] states (m, d) and some of the clicks (m, C) on the same objects give."""
+        prompts = self.model.seg_projector(states)
+        clicked = self._every(scenes, _CLICKED)
+        masks = torch.cat([self._every(scenes, 1), clicked])
+        loss, parts = prompted_masks(self.model, scenes, torch.cat([prompts, clicks[clicked].to(prompts)]), masks)
+        parts["align"] = F.mse_loss(prompts.float(), clicks.float())
+        return loss + _ALIGNED * parts["align"], parts
+
+    def _collect(self, states: torch.Tensor, prompts: torch.Tensor) -> None:
+        """Keep the last [SEG] states and the prompts they should become."""
+        self.fitting = [*self.fitting, (states.detach().float(), prompts.float())]
+        while sum(len(kept) for kept, _ in self.fitting[1:]) >= _FITTED:
+            self.fitting.pop(0)
+
+    def _fit_projector(self) -> None:
+        """Fit the [SEG] projector to what was collected, on all processes to what the first one has."""
+        fit_seg_projector(self.model.seg_projector, *map(torch.cat, zip(*self.fitting, strict=True)))
+        self.fitting = []
+        if self.processes > 1:
+            for parameter in self.model.seg_projector.parameters():
+                dist.broadcast(parameter.data, 0)
 
 
-_FIRST_SEEDS = {"masks": 10_000_000, "vision": 20_000_000, "lookup": 50_000_000, "language": 30_000_000}
+_FIRST_SEEDS = {
+    "masks": 10_000_000,
+    "vision": 20_000_000,
+    "lookup": 50_000_000,
+    "grounding": 60_000_000,
+    "language": 30_000_000,
+}
 
 
-def balanced_cross_entropy(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of (b, N, C) logits, averaged over all cells and once more over those that are not background (0),
-    which are few."""
-    costs = F.cross_entropy(logits.flatten(0, 1), classes.flatten(), reduction="none")
-    shown = classes.flatten() > 0
-    return costs.mean() + (costs[shown].mean() if shown.any() else 0.0)
-
-
-def adamw(model: PerceptioForConditionalGeneration, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
-    """The optimizer of all stages, with a group of its own for the first layer of the [SEG] projector."""
-    slow = {id(parameter) for parameter in model.seg_projector.linear_in.parameters()}
+def adamw(
+    model: PerceptioForConditionalGeneration, parameters: list[nn.Parameter], decoder_rate: float = 1.0
+) -> torch.optim.AdamW:
+    """The optimizer of all stages, with groups of their own for the first layer of the [SEG] projector and for the mask
+    decoder, which learns at `decoder_rate`."""
+    shares = {id(parameter): _PROJECTOR_RATE for parameter in model.seg_projector.linear_in.parameters()}
+    shares |= {id(parameter): decoder_rate for parameter in model.mask_model.mask_decoder.parameters()}
     groups = [
-        {"params": [parameter for parameter in parameters if id(parameter) not in slow], "share": 1.0},
-        {"params": [parameter for parameter in parameters if id(parameter) in slow], "share": _PROJECTOR_RATE},
+        {"params": [item for item in parameters if shares.get(id(item), 1.0) == share], "share": share}
+        for share in sorted({*shares.values(), 1.0}, reverse=True)
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)

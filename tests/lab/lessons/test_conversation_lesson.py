@@ -101,6 +101,27 @@ def test_lesson_fills_spans_and_steps(parts, nearness):
                 assert token - lesson.first_level == nearness[codes[row, cell]]
 
 
+def test_noise_spares_the_codes_that_an_answer_speaks_of(parts, nearness):
+    model, processor = parts
+    scenes = next(scene_batches(processor, size=128, batch_size=4, first_seed=5, workers=0))
+    turns = scenes.turns[0]
+    codes = torch.randint(16, (4, 64), generator=torch.Generator().manual_seed(0))[turns.rows]
+    torch.manual_seed(2)
+    lesson = LanguageLesson(model, processor, nearness, span_noise=0.5)
+    filled = lesson._fill(turns.input_ids, codes)
+    noisy, lost = lesson._disturbed(turns, filled), []
+    for before, after in zip(filled.tolist(), noisy.tolist(), strict=True):
+        start = before.index(model.config.depth_start_token_id)
+        span = range(start + 1, start + 65)
+        spoken = {token - lesson.first_cell for token in before if 0 <= token - lesson.first_cell < 64}
+        changed = [place for place, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
+        assert set(changed) <= set(span) and not spoken & {place - start - 1 for place in changed}
+        assert {after[place] for place in span} <= {before[place] for place in span}
+        lost.append(len(changed) / 64)
+    assert 0.2 < sum(lost) / len(lost) < 0.6 and min(lost) < 0.3 < max(lost)
+    assert LanguageLesson(model, processor, nearness)._disturbed(turns, filled) is filled
+
+
 @pytest.mark.parametrize("plain", [False, True])
 def test_lesson_gives_the_parts_it_names(parts, nearness, plain):
     model, processor = parts
@@ -111,7 +132,7 @@ def test_lesson_gives_the_parts_it_names(parts, nearness, plain):
     assert {"look_write", "look_find", "look_read", "look_segment"} <= set(looking)
     words = {name: part for name, part in read.parts.items() if name not in looking}
     assert set(words) == ({"cross_entropy"} if plain else {"text", "marker", "token", "count", "reconstruction"})
-    expected = sum((0.5 if name == "reconstruction" else 1.0) * part for name, part in words.items())
+    expected = sum({"reconstruction": 0.5}.get(name, 1.0) * part for name, part in words.items())
     torch.testing.assert_close(read.loss, expected + 0.3 * torch.stack(list(looking.values())).mean())
     assert len(read.seg_states) == len(scenes.mask_rows) > 0
 

@@ -8,11 +8,12 @@ import torch
 from transformers import AutoModel, DynamicCache
 
 from perceptio_hf import DepthVQVAE, PerceptioForConditionalGeneration
-from perceptio_hf.lab.lessons.answers import AnswerForm
-from perceptio_hf.lab.lessons.batches import SceneAsker, collate, scene_batches
+from perceptio_hf.lab.lessons.answers import AnswerForm, cell_of_object, cells_of_objects
+from perceptio_hf.lab.lessons.batches import SceneAsker, collate, instance_of_cells, scene_batches
 from perceptio_hf.lab.lessons.model import tiny_processor, tiny_tokenizer
 from perceptio_hf.lab.lessons.stages import STAGES, TinyRecipe, fresh_model, schedule, train_tiny
 from perceptio_hf.modeling.modeling_perceptio import CACHE
+from perceptio_hf.training.attention.loss import FIND, FIND_OBJECT
 from perceptio_hf.world import render_scene, text_corpus
 from perceptio_hf.world.cells import cell_at
 
@@ -125,37 +126,101 @@ def test_answers_take_the_form_asked_for(scene_processor):
 
 
 def test_tokens_are_told_to_look_where_their_answer_is(scene_processor):
-    asker = SceneAsker(scene_processor, 128)
+    asker = SceneAsker(scene_processor, 128, phrases=3)
     scenes = [asker.scene(seed) for seed in range(6)]
     batch = collate(scenes, asker)
     picture, words = asker.prefix.index(scene_processor.image_token_id), scene_processor.tokenizer
-    checked = {"span": 0, "read": 0, "found": 0, "seg": 0}
+    checked = dict.fromkeys(("span", "read", "seen", "found", "object", "seg"), 0)
     for group in batch.turns:
         turns = [(row, turn) for row, scene in enumerate(scenes) for turn in scene.turns]
         turns = [(row, turn) for row, turn in turns if turn[2].depth == bool((group.labels == asker.start_id).any())]
         for ids, looks, (row, (asked, answer, response)) in zip(group.input_ids, group.looks, turns, strict=True):
-            sequence = asker.prefix + ids.tolist()
+            sequence, shares = asker.prefix + ids.tolist(), cells_of_objects(render_scene(row), 8)
             for place in range(len(asked), len(asked) + len(answer)):
                 keys = looks[place].nonzero()[:, 0].tolist()
-                token, following = ids[place].item(), words.decode(ids[place + 1 : place + 2])
+                assert all(key <= len(asker.prefix) + place for key in keys)  # nobody looks ahead
+                token = ids[place].item()
                 if token == asker.seg_id:
                     checked["seg"] += 1
-                    assert [key - picture for key in keys] == np.flatnonzero(
-                        np.isin(scenes[row].cells, response.masks[: 1 + (ids[:place] == asker.seg_id).sum()])
-                        & np.isin(scenes[row].cells, [response.masks[(ids[:place] == asker.seg_id).sum()]])
-                    ).tolist()
-                elif following.startswith(" p") and following[2:].isdecimal() and response.found:
-                    checked["found"] += 1
-                    assert keys == [picture + int(following[2:])]
+                    instance = response.masks[(ids[len(asked) : place] == asker.seg_id).sum()]
+                    assert [key - picture for key in keys] == np.flatnonzero(shares[instance]).tolist()
                 elif token in asker.cell_ids and response.depth:
                     checked["read"] += 1
                     start = sequence.index(asker.start_id)
-                    assert keys == [start + 1 + asker.cell_ids[token]]
+                    assert start + 1 + asker.cell_ids[token] in keys
+                elif token in asker.cell_ids and response.objects:
+                    checked["seen"] += 1
+                    assert picture + asker.cell_ids[token] in keys
                 elif response.depth and token == asker.start_id:
                     checked["span"] += 1
                     assert keys == [picture]
-                assert all(key <= len(asker.prefix) + place for key in keys)  # nobody looks ahead
+            cells = [
+                place for place, token in enumerate(ids.tolist()) if token in asker.cell_ids and place >= len(asked)
+            ]
+            for number, place in enumerate(cells if response.found else []):
+                word = words.decode(ids[place])
+                assert word == f" p{response.found[number]:02d}"
+                # Other reasons of the place before are those of a cell that was written there.
+                why = FIND_OBJECT if response.objects else FIND
+                keys = (looks[place - 1] == why).nonzero()[:, 0].tolist()
+                if response.objects:
+                    checked["object"] += 1
+                    assert shares[response.objects[number], response.found[number]]
+                    assert [key - picture for key in keys] == np.flatnonzero(shares[response.objects[number]]).tolist()
+                else:
+                    checked["found"] += 1
+                    assert keys == [picture + response.found[number]]
     assert all(checked.values()), checked
+
+
+def test_every_object_has_cells(scene_processor):
+    """Even one that fills no cell for the most part, such as a small ball behind another."""
+    small = 0
+    for seed in range(40):
+        scene = render_scene(seed)
+        cells, most = cells_of_objects(scene, 8), instance_of_cells(scene, 8)
+        assert not cells[0].any()
+        for instance in range(1, len(scene.objects) + 1):
+            share = (scene.instances == instance).reshape(8, 16, 8, 16).sum((1, 3)).flatten()
+            assert cells[instance].tolist() == (share * 2 >= share.max()).tolist()
+            assert cells[instance, cell_of_object(scene, instance, cells[instance])]
+            small += instance not in most
+    assert small > 0
+
+
+def test_answers_name_the_cells_of_what_they_speak_of(scene_processor):
+    asker = SceneAsker(scene_processor, 128)
+    said = {"count": 0, "attribute": 0, "closer_object": 0, "none": 0}
+    for seed in range(12):
+        scene = render_scene(seed)
+        for *_, response in asker.scene(seed).turns:
+            steps, _, answer = response.words.rpartition(":")
+            cells = [int(cell) for cell in re.findall(r"\bp(\d\d)\b", steps)]
+            if response.kind not in said:
+                continue
+            said[response.kind] += 1
+            assert cells == list(response.found) and len(cells) == len(response.objects)
+            said["none"] += steps == "none"
+            if response.kind == "count":
+                assert len(cells) == int(answer) and cells == sorted(cells)
+            elif response.kind == "closer_object":
+                near = response.objects[int(steps.index(answer.strip()) > 0)]
+                assert scene.objects[near - 1].depth == min(scene.objects[k - 1].depth for k in response.objects)
+                first, second = re.split(r" p\d\d d00 ?", steps)[:2]
+                assert first in response.question.lower() and second in response.question.lower()
+            else:
+                assert steps == "none" or cells
+    assert all(said.values()), said
+
+
+def test_phrases_end_behind_their_mask(scene_processor):
+    asker = SceneAsker(scene_processor, 128, phrases=5)
+    scenes = [asker.referred(seed) for seed in range(8)]
+    turns = [(scene, turn) for scene in scenes for turn in scene.turns]
+    assert 30 < len(turns) <= 40 and len({turn[2].question for _, turn in turns}) > 30
+    assert all(answer == [asker.seg_id] and len(response.masks) == 1 for _, (_, answer, response) in turns)
+    batch = collate(scenes, asker)
+    assert len(batch.mask_rows) == len(turns) and not batch.cells[..., -1].any()
 
 
 def test_no_marked_cell_is_shared(scene_processor):

@@ -9,8 +9,8 @@ from evaluation.published_formats import column_runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perceptio_hf.data.formats.coco_masks import segmentation_mask
 from perceptio_hf.data.run_length import decode_mask, encode_mask
-from perceptio_hf.evaluation.benchmarks.formats.coco_masks import segmentation_mask
 from perceptio_hf.extras import how_to_install
 
 coco = pytest.importorskip("pycocotools.mask")

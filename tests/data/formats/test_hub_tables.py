@@ -11,9 +11,9 @@ from evaluation.published_formats import (
     write_parquet,
 )
 
+from perceptio_hf.data.formats.hub_tables import open_table
 from perceptio_hf.data.run_length import decode_mask
 from perceptio_hf.evaluation.benchmarks import open_benchmark
-from perceptio_hf.evaluation.benchmarks.formats.hub_tables import open_table
 
 datasets = pytest.importorskip("datasets")
 coco = pytest.importorskip("pycocotools.mask")

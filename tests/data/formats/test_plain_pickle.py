@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 
-from perceptio_hf.evaluation.benchmarks.formats.plain_pickle import read_plain_pickle
+from perceptio_hf.data.formats.plain_pickle import read_plain_pickle
 
 PLAIN = [
     {"a": 1, "b": [2.5, None, True], "c": ("x", b"y\xff"), "d": {1, 2}, "e": collections.OrderedDict(k="v")},

@@ -1,0 +1,122 @@
+"""CamVid as samples of referring segmentation, and masks measured on it; used by photographs.py and mask_watch.py.
+
+FOLDER/train and FOLDER/val hold NAME.jpg and NAME.label.png (8 bits, the class of each pixel), as prepared for SegNet.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from perceptio_hf.data.run_length import encode_mask
+from perceptio_hf.data.sources import paired_files, write_samples
+
+CLASSES = {3: "the road", 0: "the sky", 1: "the buildings", 4: "the pavement", 5: "the trees", 8: "the cars"}
+LEAST_SHARE = 0.01  # of the picture: what covers less is neither taught nor asked about
+QUESTION, ANSWER = "Please segment {}.", "[SEG] Here {} {}."
+
+
+@dataclass(frozen=True, eq=False)
+class Street:
+    """A photograph, and the mask (height, width) of each class that covers enough of it, by its number."""
+
+    name: str
+    file: Path
+    masks: dict[int, np.ndarray]
+
+    def picture(self) -> Image.Image:
+        return Image.open(self.file).convert("RGB")
+
+
+def read_streets(folder: Path, classes: dict[int, str] = CLASSES) -> list[Street]:
+    streets = []
+    for name, (picture, labels) in paired_files(folder, "*.jpg", "*.label.png").items():
+        classes_of = np.asarray(Image.open(labels))
+        masks = {number: classes_of == number for number in classes}
+        kept = {number: mask for number, mask in masks.items() if mask.mean() >= LEAST_SHARE}
+        streets.append(Street(name, picture, kept))
+    return streets
+
+
+def question_and_answer(number: int) -> tuple[str, str]:
+    thing = CLASSES[number]
+    return QUESTION.format(thing), ANSWER.format("are" if thing.endswith("s") else "is", thing)
+
+
+def conversations(streets: list[Street], seed: int = 0) -> Iterator[dict[str, Any]]:
+    """One sample for each picture, which asks for all of its classes in turn, in random order: the picture is read once
+    for six masks."""
+    rng = random.Random(seed)
+    for street in streets:
+        numbers = rng.sample(sorted(street.masks), len(street.masks))
+        messages = []
+        for number in numbers:
+            question, answer = question_and_answer(number)
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        masks = [encode_mask(street.masks[number]) for number in numbers]
+        yield {"id": street.name, "images": [street.file], "messages": messages, "masks": masks}
+
+
+def write_streets(folder: Path, out: Path, classes: dict[int, str] = CLASSES) -> Path:
+    """The photographs of FOLDER as a folder of samples, which recipes read."""
+    streets = [street for street in read_streets(folder, classes) if street.masks]
+    return out if out.exists() else write_samples(out, conversations(streets))
+
+
+@torch.no_grad()
+def predict_masks(
+    model: torch.nn.Module, processor: Callable, streets: list[Street], *, batch: int = 16
+) -> list[dict[int, np.ndarray]]:
+    """For each street and each of its classes the mask (height, width) that the model draws, each asked for alone, with
+    a [SEG] forced and greedy decoding."""
+    asked = [(place, number) for place, street in enumerate(streets) for number in street.masks]
+    drawn: list[dict[int, np.ndarray]] = [{} for _ in streets]
+    processor.tokenizer.padding_side = "left"
+    for start in range(0, len(asked), batch):
+        part = asked[start : start + batch]
+        chats = [_chat(streets[place].picture(), question_and_answer(number)[0]) for place, number in part]
+        inputs = processor.apply_chat_template(
+            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+        )
+        out = model.generate(**inputs, do_sample=False, spatial="seg", max_new_tokens=24, return_dict_in_generate=True)
+        for (place, number), answer in zip(part, processor.post_process_spatial(out), strict=True):
+            drawn[place][number] = answer.masks[0]
+    return drawn
+
+
+def _chat(picture: Image.Image, question: str) -> list[dict]:
+    return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
+
+
+def intersection_over_union(one: np.ndarray, other: np.ndarray) -> float:
+    return float((one & other).sum() / max((one | other).sum(), 1))
+
+
+def mask_figures(drawn: list[dict[int, np.ndarray]], streets: list[Street]) -> dict[str, float]:
+    """Mean IoU over the pictures that show a class, for each class, and the mean of these."""
+    figures = {}
+    for number, name in CLASSES.items():
+        values = [
+            intersection_over_union(masks[number], street.masks[number])
+            for masks, street in zip(drawn, streets, strict=True)
+            if number in street.masks
+        ]
+        if values:
+            figures[name.removeprefix("the ")] = round(float(np.mean(values)), 4)
+    return {"mean": round(float(np.mean(list(figures.values()))), 4)} | figures
+
+
+def usual_places(streets: list[Street], size: tuple[int, int]) -> dict[int, np.ndarray]:
+    """The mask of each class that can be drawn without looking: where at least half of the training pictures that show
+    it have it, or, where that is nowhere, where most have it."""
+    masks = {}
+    for number in CLASSES:
+        shares = [street.masks[number] for street in streets if number in street.masks]
+        share = np.mean([np.asarray(Image.fromarray(mask).resize(size[::-1])) for mask in shares], axis=0)
+        masks[number] = share >= min(0.5, 0.5 * float(share.max()))
+    return masks

@@ -1,0 +1,184 @@
+"""Pictures inside of larger files: tar shards in WebDataset's form, parquet, data sets that `datasets` saved.
+
+Each is found by a small place that any process can open again; nothing is unpacked.
+"""
+
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from perceptio_hf.data.rows import import_datasets
+from perceptio_hf.extras import missing
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+    from datasets import Dataset
+
+TAR_SUFFIX, PARQUET_SUFFIX = ".tar", ".parquet"
+_NAMED = ("picture", "image", "images")  # columns that hold pictures
+_PLAIN = ("string", "large_string", "bool", "int32", "int64", "float32", "float64")  # columns that are carried along
+_ROWS = 1000  # of a table's plain columns at a time
+
+
+@dataclass(frozen=True, slots=True)
+class TarMember:
+    """A file inside of a tar file: where its bytes lie."""
+
+    file: str
+    name: str
+    offset: int
+    size: int
+
+    def encoded(self) -> dict[str, Any]:
+        """The picture as `datasets` keeps them: {"bytes": ..., "path": ...}.
+
+        Raises:
+            ValueError: where the file is shorter than it was when it was listed.
+        """
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.size)
+        if len(data) != self.size:
+            raise ValueError(f"the tar file ends after {len(data):,} of its {self.size:,} bytes.")
+        return {"bytes": data, "path": self.name}
+
+
+@dataclass(frozen=True, slots=True)
+class ParquetRow:
+    """A row of a parquet file, by its row group and its place in that."""
+
+    file: str
+    group: int
+    place: int
+
+    def encoded(self) -> Any:
+        """As `TarMember.encoded`, or a path."""
+        return _only(_pictures_of_group(self.file, self.group)[self.place].as_py())
+
+
+@dataclass(frozen=True, slots=True)
+class SavedRow:
+    """A row of a folder that `Dataset.save_to_disk` wrote."""
+
+    folder: str
+    row: int
+
+    def encoded(self) -> Any:
+        """As `TarMember.encoded`, or a path."""
+        dataset, column = opened_dataset(self.folder)
+        return _only(dataset.select_columns([column])[self.row][column])
+
+
+Place = TarMember | ParquetRow | SavedRow
+
+
+def _only(content: Any) -> Any:
+    if isinstance(content, list):
+        if len(content) != 1:
+            raise ValueError(f"it has {len(content)} pictures; one is asked about at a time.")
+        content = content[0]
+    if content is None:
+        raise ValueError("it has no picture.")
+    return content
+
+
+def tar_members(file: str) -> Iterator[TarMember]:
+    """The files in a tar file, in its order; only their headers are read.
+
+    Raises:
+        ValueError: for what is no tar file, or a packed one, in which nothing can be found without unpacking all.
+    """
+    try:
+        with tarfile.open(file, "r:") as archive:
+            for member in archive:
+                if member.isfile() and not member.issparse():
+                    yield TarMember(file, member.name, member.offset_data, member.size)
+                archive.members = []  # it would remember all of them
+    except FileNotFoundError:
+        raise ValueError(f"There is no file {file}; check the path.") from None
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{file} cannot be read as a tar file ({error}); shards must not be compressed.") from None
+
+
+def parquet_rows(file: str) -> Iterator[tuple[ParquetRow, dict[str, Any]]]:
+    """Every row of a parquet file, with what its plain columns say.
+
+    Raises:
+        ValueError: for what is no parquet file, or one without a column of pictures.
+    """
+    table, column = _opened_parquet(file)
+    plain = [field.name for field in table.schema_arrow if str(field.type) in _PLAIN_ARROW and field.name != column]
+    for group in range(table.num_row_groups):
+        count, place = table.metadata.row_group(group).num_rows, 0
+        if not plain:
+            yield from ((ParquetRow(file, group, number), {}) for number in range(count))
+            continue
+        for batch in table.iter_batches(_ROWS, row_groups=[group], columns=plain):
+            for values in batch.to_pylist():
+                yield ParquetRow(file, group, place), values
+                place += 1
+
+
+_PLAIN_ARROW = (*(name for name in _PLAIN if not name.startswith("float")), "float", "double")
+
+
+@lru_cache(maxsize=8)
+def _opened_parquet(file: str) -> "tuple[pq.ParquetFile, str]":
+    """A parquet file, and its column of pictures."""
+    try:
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise missing(error, "Reading parquet files") from error
+    if not os.path.isfile(file):
+        raise ValueError(f"There is no file {file}; check the path.")
+    try:
+        table = pq.ParquetFile(file)
+    except Exception as error:  # pyarrow's own kinds
+        raise ValueError(f"{file} cannot be read as parquet: {error}") from None
+    names = table.schema_arrow.names
+    found = [name for name in _NAMED if name in names]
+    if not found:
+        raise ValueError(f"{file} has the columns {', '.join(names)}; one must be called `image`.")
+    return table, found[0]
+
+
+@lru_cache(maxsize=2)
+def _pictures_of_group(file: str, group: int) -> Any:
+    """A row group's pictures, encoded, as an Arrow column; rows are asked for in their order, more or less."""
+    table, column = _opened_parquet(file)
+    fresh = type(table)(file)  # one that is shared between threads is not safe to read from
+    return fresh.read_row_group(group, columns=[column]).column(0)
+
+
+def saved_rows(folder: str) -> Iterator[tuple[SavedRow, dict[str, Any]]]:
+    """Every row of a saved data set, with what its plain columns say.
+
+    Raises:
+        ValueError: for a folder that cannot be read, or has no column of pictures.
+    """
+    dataset, column = opened_dataset(os.path.abspath(folder))
+    plain = [name for name, feature in dataset.features.items() if getattr(feature, "dtype", None) in _PLAIN]
+    rows = dataset.select_columns([name for name in plain if name != column])
+    for row in range(len(dataset)):
+        yield SavedRow(os.path.abspath(folder), row), rows[row] if plain else {}
+
+
+@lru_cache(maxsize=8)
+def opened_dataset(folder: str) -> "tuple[Dataset, str]":
+    """A saved data set whose pictures stay encoded, and the column that holds them; errors as `saved_rows`."""
+    datasets = import_datasets()
+    try:
+        dataset = datasets.load_from_disk(folder)
+    except Exception as error:  # pyarrow's and others' own kinds
+        raise ValueError(f"{folder} is a data set that cannot be read: {error}") from None
+    named = [name for name in _NAMED if name in dataset.features]
+    typed = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    if not named + typed:
+        raise ValueError(f"{folder} has the columns {', '.join(dataset.features)}; one must be called `image`.")
+    column = (named + typed)[0]
+    if isinstance(dataset.features[column], datasets.Image):
+        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset, column

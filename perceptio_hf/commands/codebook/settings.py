@@ -1,0 +1,58 @@
+"""The options of `perceptio codebook train`, from the command line and a YAML file."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+DEFAULTS = {
+    "data": "world",
+    "maps": None,
+    "seed": 0,
+    "unit": None,
+    "pattern": None,
+    "teacher": None,
+    "teacher_unit": None,
+    "steps": None,
+    "minutes": None,
+}
+
+
+def read_settings(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Join the options of the command line with those of a YAML file; the command line wins.
+
+    Raises:
+        ValueError: The file is missing, not YAML, or holds something else than the options.
+    """
+    from perceptio_hf.files import find_recipe, read_yaml
+
+    known = {**DEFAULTS, "codec": {}, "options": {}}
+    read = {} if config is None else read_yaml(find_recipe(config))
+    unknown = sorted(set(read) - set(known))
+    if unknown:
+        raise ValueError(f"{config} holds {', '.join(unknown)}; known are {', '.join(known)}.")
+    given = {key: value for key, value in given.items() if value is not None}
+    if "steps" in given or "minutes" in given:  # one replaces the other
+        read = {key: value for key, value in read.items() if key not in ("steps", "minutes")}
+    settings = {**known, **read, **given}
+    if settings["steps"] is None and settings["minutes"] is None:
+        settings["minutes"] = 5.0
+    return settings
+
+
+def build_options(cls: type, fields: Any, name: str) -> Any:
+    """`cls(**fields)`, with an error that names the section of the YAML file."""
+    import dataclasses
+
+    known = [field.name for field in dataclasses.fields(cls)]
+    unknown = sorted(set(fields) - set(known)) if isinstance(fields, dict) else ["no mapping"]
+    if unknown:
+        raise ValueError(f"`{name}` holds {', '.join(map(str, unknown))}, which is not a field of {cls.__name__}.")
+    try:
+        return cls(**{name: _number(value) for name, value in fields.items()})
+    except Exception as error:  # ValueError of ours, TypeError, or the type checks of huggingface_hub
+        raise ValueError(f"`{name}`: {error}") from error
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 1e-4, without a point, as a text."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value.strip()) else value

@@ -1,0 +1,83 @@
+"""`perceptio codebook eval` and `encode`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .sources import AsJson, Pattern, UnitOption, counted, depth_source, figures_text, known, load_codec, needed_unit
+
+Codec = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CODEC", help="Folder of a depth codec, or of a checkpoint that has one.", show_default=False
+    ),
+]
+
+
+def evaluate(
+    codec: Codec,
+    data: Annotated[
+        str, typer.Option(help="world (scenes no training saw), world:SEED or a folder of depth maps.")
+    ] = "world",
+    unit: UnitOption = None,
+    pattern: Pattern = None,
+    maps: Annotated[int, typer.Option(min=1, help="Most depth maps to use.")] = 256,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how well depth maps survive being written as codes."""
+    model = load_codec(codec)
+
+    from perceptio_hf.evaluation.metrics.depth import codec_metrics
+    from perceptio_hf.world import HELD_OUT_SEED
+
+    source = depth_source(data, unit, pattern, maps, model.config.image_size, first_seed=HELD_OUT_SEED)
+    figures = known(codec_metrics(model, map(source.read, counted(len(source), "reading"))))
+    print(json.dumps(figures, indent=2) if as_json else figures_text(figures))
+
+
+def encode(
+    codec: Codec,
+    files: Annotated[list[Path], typer.Argument(help="Depth maps: .png, .tif, .npy, .npz.", show_default=False)],
+    unit: UnitOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for codes.json and what the codes decode to, as 16-bit PNG.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write depth maps as codes."""
+    import torch
+
+    from perceptio_hf.data.depth_maps import read_depth, write_depth_png
+    from perceptio_hf.files import write_json
+
+    unit = needed_unit(unit)
+    names = _distinct_names(files)
+    model = load_codec(codec)
+    rows, decoded = [], []
+    for path in files:
+        item = read_depth(path, unit)
+        codes = model.encode(torch.from_numpy(item.relative), torch.from_numpy(item.valid))
+        rows.append({"file": str(path), "codes": codes.tolist()})
+        decoded.append(model.decode(codes, size=item.relative.shape).detach().numpy())
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, depth in zip(names, decoded, strict=True):
+            write_depth_png(out / name, depth)
+        write_json(out / "codes.json", rows)
+    if as_json or out is None:
+        print(json.dumps(rows))
+    else:
+        print(f"{len(rows)} depth maps written as {model.num_tokens} codes each: {out / 'codes.json'}")
+
+
+def _distinct_names(files: list[Path]) -> list[str]:
+    """A .png name for each file; two files that would share one are an error."""
+    names = [f"{path.stem}.png" for path in files]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise ValueError(
+                f"{files[names.index(name)]} and {files[index]} would both become {name}; encode one by one."
+            )
+    return names

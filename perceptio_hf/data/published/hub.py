@@ -1,0 +1,70 @@
+"""Data sets of the `datasets` library, by their name on the Hub or from a folder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from perceptio_hf.data.rows import as_rows, import_datasets
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+_SAVED = ("dataset_info.json", "dataset_dict.json")
+
+
+def hub(
+    name: str,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    revision: str | None = None,
+    columns: dict[str, str] | None = None,
+    streaming: bool = False,
+) -> "Dataset | IterableDataset":
+    """A data set with the columns of a sample (docs/data.md), or of LLaVA's form.
+
+    Args:
+        name: on the Hub, or a folder: with .parquet or .jsonl files, or one that `save_to_disk` wrote.
+        split: which part.
+        subset: its configuration, where it has several.
+        revision: branch, tag or commit on the Hub.
+        columns: ours -> theirs, where columns have other names; those that are not named are left out then.
+        streaming: read while training, instead of downloading everything first.
+
+    Raises:
+        ValueError: where it cannot be had, lacks the split, or its columns are none of a sample.
+        ImportError: where `datasets` is not installed.
+    """
+    dataset = _opened(name, split, subset, revision, streaming)
+    if columns is not None:
+        dataset = _renamed(dataset, columns, name)
+    return as_rows(dataset, f"The data set {name} ({split})")
+
+
+def _opened(
+    name: str, split: str, subset: str | None, revision: str | None, streaming: bool
+) -> "Dataset | IterableDataset":
+    datasets = import_datasets()
+    folder = Path(name).expanduser()
+    try:
+        if any((folder / file).is_file() for file in _SAVED):
+            dataset = datasets.load_from_disk(str(folder))
+            if isinstance(dataset, datasets.DatasetDict):
+                dataset = dataset[split]
+            return dataset.to_iterable_dataset() if streaming else dataset
+        place = str(folder) if folder.is_dir() else name
+        return datasets.load_dataset(place, subset, split=split, revision=revision, streaming=streaming)
+    except Exception as error:  # what the Hub, the network, pyarrow and `datasets` raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"The data set {name} (split {split!r}) cannot be had: {reason}") from error
+
+
+def _renamed(
+    dataset: "Dataset | IterableDataset", columns: Mapping[str, str], name: str
+) -> "Dataset | IterableDataset":
+    there = dataset.column_names or []
+    lacking = [theirs for theirs in columns.values() if theirs not in there]
+    if lacking:
+        raise ValueError(f"The data set {name} has no column {lacking[0]!r}; it has {', '.join(there)}.")
+    dataset = dataset.select_columns(list(dict.fromkeys(columns.values())))
+    return dataset.rename_columns({theirs: ours for ours, theirs in columns.items() if ours != theirs})

@@ -1,0 +1,154 @@
+"""What all sources of published data need: rows that are made once, and a look whether the pictures are there."""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from perceptio_hf.data.form import PICTURE_TOKEN
+from perceptio_hf.data.lines import MOST_IN_MEMORY, mapped_once
+from perceptio_hf.data.rows import dataset_of, to_row
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_logger = logging.getLogger(__name__)
+ON_MISSING = ("raise", "skip")
+_NAMED = 5  # missing pictures that a message names
+
+
+def listed(
+    place: Path,
+    files: Sequence[Path],
+    samples: Callable[[], Iterable[Mapping[str, Any]]],
+    *,
+    missing: str,
+    options: object = "",
+) -> "Dataset":
+    """Samples as a data set whose pictures are there.
+
+    Args:
+        place: where the data lie, for messages.
+        files: that the samples are made of. Where they are large the rows are made once, and mapped into memory until
+            one of the files changes.
+        samples: makes them.
+        missing: "raise", or "skip" to leave out samples whose pictures are missing.
+        options: what the samples depend on beside the files.
+
+    Raises:
+        ValueError: where there are none, or pictures are missing (counted, some named).
+    """
+    check_missing(missing)
+    if sum(file.stat().st_size for file in files) <= MOST_IN_MEMORY:
+        dataset = dataset_of(samples())
+    else:
+        dataset = mapped_once(place.resolve(), str(options), files, lambda: map(to_row, samples()))
+    if not len(dataset):
+        raise ValueError(f"{place} holds nothing to learn from.")
+    return with_pictures(dataset, place, missing)
+
+
+def with_pictures(dataset: "Dataset", place: Path, missing: str = "raise") -> "Dataset":
+    """The samples whose picture files exist. Folders are listed, each once; no file is opened.
+
+    Raises:
+        ValueError: where some are missing, unless `missing` is "skip"; where all are.
+    """
+    check_missing(missing)
+    known: dict[str, set[str]] = {}
+    absent: dict[int, list[str]] = {}
+    for number, pictures in enumerate(dataset.with_format(None)["images"]):
+        gone = [picture["path"] for picture in pictures or () if not _is_there(picture, known)]
+        if gone:
+            absent[number] = gone
+    if not absent:
+        return dataset
+    names = list(dict.fromkeys(name for paths in absent.values() for name in paths))
+    what = f"{place}: {len(names)} pictures are missing, of {len(absent)} of {len(dataset)} samples: "
+    what += ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+    if missing == "raise" or len(absent) == len(dataset):
+        raise ValueError(
+            f"{what}. Complete the pictures, name their folder, or leave such samples out (missing: skip)."
+        )
+    _logger.warning("%s. Left out.", what)
+    return dataset.select([number for number in range(len(dataset)) if number not in absent])
+
+
+def check_missing(missing: str) -> None:
+    """ValueError for another word."""
+    if missing not in ON_MISSING:
+        raise ValueError(f"missing is {missing!r}; choose one of {', '.join(ON_MISSING)}.")
+
+
+def _is_there(picture: Mapping[str, Any], known: dict[str, set[str]]) -> bool:
+    """Whether a picture is bytes, an address, or a file in its folder, which is listed once."""
+    path = picture["path"]
+    if picture["bytes"] is not None or not path or "://" in path:
+        return True
+    folder, name = os.path.split(path)
+    if folder not in known:
+        try:
+            known[folder] = set(os.listdir(folder))
+        except OSError:
+            known[folder] = set()
+    return name in known[folder]
+
+
+def checked_pictures(dataset: "Dataset", place: Path, missing: str = "raise") -> "Dataset":
+    """As `with_pictures`, and every conversation shows as many pictures (`<image>`) as its sample has.
+
+    Raises:
+        ValueError: also naming the first samples that show another number, unless these are to be skipped.
+    """
+    dataset = with_pictures(dataset, place, missing)
+    shown, given = _shown_and_given(dataset)
+    is_wrong = (shown > 0) & (shown != given)  # where no place is named, pictures come first
+    if not is_wrong.any():
+        return dataset
+    wrong = np.flatnonzero(is_wrong)
+    first = [f"{dataset[int(row)]['id']} shows {shown[row]} and has {given[row]}" for row in wrong[:_NAMED]]
+    what = f"{place}: {len(wrong)} of {len(dataset)} samples show another number of pictures ({PICTURE_TOKEN}) than "
+    what += f"they have: {'; '.join(first)}" + ("; ..." if len(wrong) > _NAMED else "")
+    if missing == "raise" or is_wrong.all():
+        raise ValueError(f"{what}. Mend or remove them, or leave them out (missing: skip).")
+    _logger.warning("%s. Left out.", what)
+    return dataset.select(np.flatnonzero(~is_wrong))
+
+
+def _shown_and_given(dataset: "Dataset") -> tuple[np.ndarray, np.ndarray]:
+    """How many pictures each conversation shows, and how many each sample has, (n,) each; counted by Arrow."""
+    from pyarrow import compute
+
+    shown, given = [], []
+    for batch in dataset.with_format("arrow").iter(10_000):
+        messages = batch.column("messages").combine_chunks()
+        contents = compute.struct_field(compute.list_flatten(messages), "content")
+        parts = compute.list_flatten(contents)
+        kinds, texts = (compute.struct_field(parts, name) for name in ("type", "text"))
+        places = compute.fill_null(compute.count_substring(texts, PICTURE_TOKEN), 0).to_numpy()
+        places = places + compute.equal(kinds, "image").to_numpy(zero_copy_only=False)
+        rows = compute.list_parent_indices(messages).to_numpy()[compute.list_parent_indices(contents).to_numpy()]
+        shown.append(np.bincount(rows, weights=places, minlength=len(messages)).astype(int))
+        given.append(compute.fill_null(compute.list_value_length(batch.column("images")), 0).to_numpy())
+    return np.concatenate(shown), np.concatenate(given)
+
+
+def published_mask(segmentation: Any, size: Sequence[int]) -> dict[str, Any]:
+    """COCO's polygons or run lengths with the size [height, width] of their picture; nothing is drawn yet.
+
+    Raises:
+        ValueError: for neither of them, or run lengths of another size.
+    """
+    if isinstance(segmentation, Mapping):
+        if [int(side) for side in segmentation.get("size", ())] != list(size):
+            raise ValueError(
+                f"its run lengths are {segmentation.get('size')} and its picture {list(size)} (height, width); the "
+                "annotations belong to another version of the pictures."
+            )
+        return dict(segmentation)
+    if not isinstance(segmentation, list) or not segmentation:
+        raise ValueError(f"its segmentation is neither polygons nor run lengths: {segmentation!r:.60}.")
+    return {"size": list(size), "polygons": segmentation}

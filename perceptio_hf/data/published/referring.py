@@ -1,0 +1,188 @@
+"""RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO, as they are published, to learn from.
+
+    FOLDER/refs(unc).p          pickled list of referring records (RefCOCOg: refs(umd).p); gRefCOCO: grefs(unc).json
+    FOLDER/instances.json       COCO's annotations of their pictures
+    FOLDER/train2014/           COCO's pictures
+
+A sample is a picture with all expressions about it: it is opened once for all of them.
+"""
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perceptio_hf.data.formats.coco_annotations import Annotations, first_existing
+from perceptio_hf.data.formats.referring_records import (
+    FILES,
+    annotations_of,
+    read_records,
+    record_places,
+    records_of_split,
+    sentences_of,
+    wanted_objects,
+)
+
+from .listing import listed, published_mask
+from .wording import conversation, expression_turn, rng_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TURNS = 20  # of a conversation; about 25 tokens each
+
+
+def refcoco(
+    folder: str | os.PathLike,
+    *,
+    split: str = "train",
+    pictures: str | os.PathLike | None = None,
+    turns: int = TURNS,
+    held_out: str | os.PathLike | None = None,
+    missing: str = "raise",
+) -> "Dataset":
+    """RefCOCO: one conversation for each picture, one turn for each expression.
+
+    Args:
+        folder: with `refs(unc).p` and `instances.json`; or the file of the records.
+        split: "train", or another of its splits.
+        pictures: the folder of COCO's train2014 pictures, where they lie elsewhere.
+        turns: expressions in a conversation at most; a picture with more has several.
+        held_out: a folder with records of other sets of the family: pictures of their val and test splits are left out,
+            since RefCOCO's train split holds some that RefCOCOg tests on.
+        missing: "raise", or "skip" to leave out pictures that are not there.
+
+    Raises:
+        ValueError: for files that are missing or damaged, records that contradict the annotations (named), or pictures
+            that are missing.
+    """
+    return _referring("refcoco", folder, split, pictures, turns, held_out, missing)
+
+
+def refcocop(
+    folder: str | os.PathLike,
+    *,
+    split: str = "train",
+    pictures: str | os.PathLike | None = None,
+    turns: int = TURNS,
+    held_out: str | os.PathLike | None = None,
+    missing: str = "raise",
+) -> "Dataset":
+    """RefCOCO+, without words for places; as `refcoco`."""
+    return _referring("refcoco+", folder, split, pictures, turns, held_out, missing)
+
+
+def refcocog(
+    folder: str | os.PathLike,
+    *,
+    split: str = "train",
+    pictures: str | os.PathLike | None = None,
+    turns: int = TURNS,
+    held_out: str | os.PathLike | None = None,
+    missing: str = "raise",
+) -> "Dataset":
+    """RefCOCOg with `refs(umd).p`, longer expressions; as `refcoco`."""
+    return _referring("refcocog", folder, split, pictures, turns, held_out, missing)
+
+
+def grefcoco(
+    folder: str | os.PathLike,
+    *,
+    split: str = "train",
+    pictures: str | os.PathLike | None = None,
+    turns: int = TURNS,
+    held_out: str | os.PathLike | None = None,
+    missing: str = "raise",
+) -> "Dataset":
+    """gRefCOCO with `grefs(unc).json`: one [SEG] for each object that an expression means, none where it means none; as
+    `refcoco`."""
+    return _referring("grefcoco", folder, split, pictures, turns, held_out, missing)
+
+
+def held_out_pictures(folder: str | os.PathLike) -> set[int]:
+    """The numbers of all pictures that any set of RefCOCO's family in this folder (or its sub-folders) tests on.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    folder = Path(folder).expanduser()
+    names = {name for files in FILES.values() for name in files}
+    found = sorted(file for file in folder.rglob("*refs(*") if file.name in names)
+    if not found:
+        raise ValueError(f"{folder} holds no records of RefCOCO's family, such as refs(unc).p, to hold out.")
+    records = [record for file in found for record in read_records(file)]
+    return {record["image_id"] for record in records if record["split"] != "train"}
+
+
+def _referring(
+    name: str,
+    folder: str | os.PathLike,
+    split: str,
+    pictures: str | os.PathLike | None,
+    turns: int,
+    held_out: str | os.PathLike | None,
+    missing: str,
+) -> "Dataset":
+    if turns < 1:
+        raise ValueError(f"turns is {turns}; a conversation has at least one.")
+    place = Path(folder).expanduser()
+    refs = first_existing(record_places(place, name), FILES[name][0])
+    seen_at = None if pictures is None else Path(pictures).expanduser()
+    annotations_file = first_existing([refs.parent / "instances.json", place / "instances.json"], "instances.json")
+    samples = functools.partial(_samples, name, refs, place, split, seen_at, turns, held_out)
+    options = (name, split, pictures, turns, held_out)
+    return listed(place, [refs, annotations_file], samples, missing=missing, options=options)
+
+
+def _samples(
+    name: str,
+    refs: Path,
+    place: Path,
+    split: str,
+    pictures: Path | None,
+    turns: int,
+    held_out: str | os.PathLike | None,
+) -> Iterator[dict[str, Any]]:
+    records = records_of_split(read_records(refs), split, refs)
+    annotations = annotations_of(refs, place, pictures)
+    kept_back = set() if held_out is None else held_out_pictures(held_out)
+    by_picture: dict[int, list[dict]] = {}
+    for record in records:
+        if record["image_id"] not in kept_back:
+            by_picture.setdefault(record["image_id"], []).append(record)
+    for number, about in by_picture.items():
+        yield from _of_picture(name, number, about, annotations, turns)
+
+
+def _of_picture(
+    name: str, number: int, records: list[dict], annotations: Annotations, turns: int
+) -> Iterator[dict[str, Any]]:
+    file, size = annotations.picture(number)
+    asked: list[tuple[str, list[dict]]] = []
+    for record in records:
+        with _naming(record):
+            objects = annotations.without_crowds(wanted_objects(record))
+            masks = [published_mask(annotations.segmentation(item, number), size) for item in objects]
+            asked += [(words, masks) for _, words in sentences_of(record)]
+    rng = rng_of(name, number)
+    rng.shuffle(asked)
+    parts = -(-len(asked) // turns)
+    for part in range(parts):
+        chosen = asked[part::parts]
+        yield {
+            "id": f"{name} {file.name}" + (f" {part + 1}" if parts > 1 else ""),
+            "images": [file],
+            "messages": conversation([expression_turn(rng, words, len(masks)) for words, masks in chosen]),
+            "masks": [mask for _, masks in chosen for mask in masks],
+        }
+
+
+@contextmanager
+def _naming(record: dict) -> Iterator[None]:
+    """A ValueError in the block is about this record."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"expression record {record['ref_id']}: {error}") from None

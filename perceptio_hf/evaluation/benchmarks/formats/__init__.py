@@ -1,1 +1,0 @@
-"""Files that several published benchmarks use: Hub tables, pickled records, COCO's masks. Imports `data` only."""

@@ -1,0 +1,196 @@
+"""Labels of many pictures: the order of the work, its journal, and the data set that comes of it (docs/label.md)."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perceptio_hf import __version__
+from perceptio_hf.bulk.engines import Engine, fill_journal
+from perceptio_hf.bulk.items import Item
+from perceptio_hf.bulk.journal import Journal
+from perceptio_hf.bulk.order import cut, digest, order_by_size, read_order, write_order
+from perceptio_hf.data.rows import import_datasets
+from perceptio_hf.files import replacing, write_json
+
+from .shards import label_features, write_dataset
+from .worker import DEPTH_FOLDER, Load, open_labeller
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FORMAT, VERSION = "perceptio labels", 1
+ABOUT_FILE, ROWS_FOLDER, FAILURES_FILE, JOURNAL_FOLDER = "labels.json", "labels", "failures.jsonl", "journal"
+QUESTIONS_FOLDER, REPORT_FILE = "questions", "questions.json"
+_LINES_FILE, _ORDER_FILE = "labels.jsonl", "order.json"
+_HEADERS = 8  # threads that read the sizes of pictures
+_SHAPES = 20  # widths to heights that are told apart when pictures are sorted, for each doubling
+
+
+@dataclass
+class Tally:
+    """How many pictures were labelled and failed, earlier runs included, and how many this run did itself."""
+
+    labelled: int = 0
+    failed: int = 0
+    fresh: int = 0
+
+
+def label_items(
+    items: Sequence[Item],
+    folder: Path,
+    engine: Engine,
+    load: Load,
+    about: dict[str, Any],
+    *,
+    batch_size: int,
+    overwrite: bool = False,
+    watch: Callable[[int, int], None] | None = None,
+) -> Tally:
+    """Label what the folder has no line of yet, and write all rows as a data set.
+
+    Pictures of about the same shape share a batch; rows come in the order of the items.
+
+    Args:
+        load: gives teacher and codec; called by each worker.
+        about: of labels.json: "teacher", "codec", "maps"; what the rows depend on besides the items.
+        watch: told how many of how many are done.
+
+    Raises:
+        ValueError: results of other items, another teacher or codec; no picture could be labelled.
+        OSError: where it cannot be written.
+    """
+    what = digest([item.id, item.picture, item.extra] for item in items)
+    order = read_order(folder / JOURNAL_FOLDER / _ORDER_FILE, what) or _order(items)
+    batches = [[items[place] for place in batch] for batch in cut(order, [None] * len(items), batch_size)]
+    ids = [items[place].id for place in order]
+    claim = {**about, "set_of_pictures": what}
+    _check_own(folder)
+    journal = Journal(folder / JOURNAL_FOLDER / _LINES_FILE, claim, ids, overwrite=overwrite, keep=False)
+    if not journal.done:
+        _remove_results(folder)
+        write_order(folder / JOURNAL_FOLDER / _ORDER_FILE, what, order)
+    if not (is_complete(folder) and journal.done == len(items)):
+        write_json(folder / ABOUT_FILE, _document(about, complete=False))
+    told = None if watch is None else lambda _: watch(journal.done, len(items))
+    fresh = fill_journal(journal, engine, partial(open_labeller, load, about["maps"]), batches, told, folder)
+    if not is_complete(folder):
+        _write_rows(items, folder, about)
+    document = read_about(folder)
+    if not document["rows"]:
+        raise ValueError(f"no picture could be labelled; {folder / FAILURES_FILE} says why of each.")
+    return Tally(document["rows"], document["failures"], fresh)
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What labels.json says.
+
+    Raises:
+        ValueError: for a folder without labels, or with those of a later version.
+    """
+    path = folder / ABOUT_FILE
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(f"{folder} has no {ABOUT_FILE} that can be read; `perceptio label` writes it.") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT or document.get("version") != VERSION:
+        raise ValueError(f"{path} is not of the form {FORMAT!r}, version {VERSION}; label with this version again.")
+    return document
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether all rows are written."""
+    return (folder / ABOUT_FILE).is_file() and bool(read_about(folder).get("complete"))
+
+
+def read_rows(folder: Path) -> "Dataset":
+    """The rows of a folder of labels, with pictures that stay encoded.
+
+    Raises:
+        ValueError: for a folder without labels, or whose labelling was not finished.
+    """
+    datasets = import_datasets()
+    if not read_about(folder).get("complete"):
+        raise ValueError(f"{folder} is not complete; run the same `perceptio label` again, it goes on where it was.")
+    rows = datasets.load_from_disk(str(folder / ROWS_FOLDER))
+    return rows.cast_column("image", datasets.Image(decode=False))
+
+
+def _order(items: Sequence[Item]) -> list[int]:
+    """Pictures of one shape next to each other."""
+    with ThreadPoolExecutor(_HEADERS) as pool:
+        sizes = list(pool.map(Item.size, items))
+    return order_by_size([0 if size is None else _shape(*size) for size in sizes], [None] * len(items))
+
+
+def _shape(width: int, height: int) -> int:
+    """Wide pictures have large numbers; teachers scale pictures of one shape to one size."""
+    return round(_SHAPES * math.log2(max(width, 1) / max(height, 1)))
+
+
+def _document(about: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"format": FORMAT, "version": VERSION, **more, **about, "perceptio_hf": __version__}
+
+
+def _write_rows(items: Sequence[Item], folder: Path, about: dict[str, Any]) -> None:
+    """The journal as a data set; last of all labels.json says that it is complete."""
+    failures: list[dict[str, Any]] = []
+    rows = write_dataset(folder / ROWS_FOLDER, _rows(items, folder, failures), label_features(), _document(about))
+    path = folder / FAILURES_FILE
+    if failures:
+        with replacing(path) as temporary:
+            lines = (json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures)
+            temporary.write_text("".join(lines), encoding="utf-8")
+    else:
+        path.unlink(missing_ok=True)
+    counts = {"complete": True, "rows": rows, "failures": len(failures)}
+    write_json(folder / ABOUT_FILE, _document(about, **counts))
+
+
+def _rows(items: Sequence[Item], folder: Path, failures: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for record in _in_order(folder / JOURNAL_FOLDER / _LINES_FILE):
+        item = items[record["index"]]
+        if "error" in record:
+            place = item.source if isinstance(item.source, str) else item.picture
+            failures.append({"id": item.id, "picture": place, "error": record["error"]})
+            continue
+        yield {
+            "id": item.id,
+            "image": item.encoded(),
+            **{key: record[key] for key in ("width", "height", "codes", "depth")},
+            "extra": json.dumps(item.extra, ensure_ascii=False) if item.extra else None,
+        }
+
+
+def _in_order(lines: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a journal by their "index"; only those that came too early are kept."""
+    early: dict[int, dict[str, Any]] = {}
+    following = 0
+    with open(lines, encoding="utf-8") as file:
+        for record in map(json.loads, file):
+            early[record["index"]] = record
+            while following in early:
+                yield early.pop(following)
+                following += 1
+    assert not early, "every item has one line"
+
+
+def _check_own(folder: Path) -> None:
+    """Raises ValueError where the folder holds somebody else's files under our names: they would be removed."""
+    ours = (folder / ABOUT_FILE).exists() or (folder / JOURNAL_FOLDER / _LINES_FILE).with_suffix(".claim.json").exists()
+    found = [name for name in (ROWS_FOLDER, DEPTH_FOLDER, QUESTIONS_FOLDER) if (folder / name).exists()]
+    if found and not ours:
+        raise ValueError(f"{folder / found[0]} is there already, and no {ABOUT_FILE} beside it; name another --out.")
+
+
+def _remove_results(folder: Path) -> None:
+    """What an earlier run left beside lines that are written anew."""
+    for name in (ROWS_FOLDER, DEPTH_FOLDER, QUESTIONS_FOLDER):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (ABOUT_FILE, FAILURES_FILE, REPORT_FILE):
+        (folder / name).unlink(missing_ok=True)

@@ -1,0 +1,110 @@
+"""benchmarks/gpu.py, which may not be run for months: all parts on the CPU, tiny, and what it does about trouble."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+# What needs TRL's settings or a prediction that this release may not have.
+MAY_FAIL = {"memory"}
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    spec = importlib.util.spec_from_file_location("gpu", BENCHMARK)
+    module = importlib.util.module_from_spec(spec)
+    path = sys.path.copy()
+    spec.loader.exec_module(module)
+    yield module
+    sys.path[:] = path
+
+
+def run(out: Path, *options: str) -> dict:
+    command = [sys.executable, str(BENCHMARK), "--out", str(out), "--device", "cpu", "--quick", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    document = json.loads((out / "gpu.json").read_text())
+    assert all(name in done.stdout for name in document["parts"]), "the table names every part"
+    return document
+
+
+@pytest.mark.slow
+def test_every_part_runs(tmp_path, gpu):
+    parts = run(tmp_path)["parts"]
+    assert list(parts) == list(gpu.ORDER)
+    troubled = {name: part for name, part in parts.items() if part["state"] != "done" and name not in MAY_FAIL}
+    assert troubled == {}
+    errors = {
+        f"{name}, {case}": figures["error"]
+        for name, part in parts.items()
+        for case, figures in part["cases"].items()
+        if "error" in figures and name not in MAY_FAIL
+    }
+    assert errors == {}
+    tiny = parts["generation_tiny"]["cases"]
+    assert tiny["float32, prompts one by one"]["same"] == tiny["float32, prompts one by one"]["of"] == 2
+    ways = parts["compiled"]["cases"]
+    assert all(case["same_ids"] for case in ways.values())
+    assert ways["bfloat16, parallel, static, CUDA graphs"]["graphs_after_the_second_call"] == 0
+    assert all(case["same_ids"] for case in parts["device_map"]["cases"].values())
+    assert parts["fsdp"]["cases"]["full, bfloat16, float32 weights"]["sharded"] > 0
+
+
+def test_parts_that_fail_or_hang_or_no_longer_fit_hinder_no_other(tmp_path, gpu, capsys):
+    def fails(setup, record):
+        with record.case("good") as figures:
+            figures["value"] = 1
+        with record.case("bad"):
+            raise RuntimeError("no such kernel")
+        raise RuntimeError("the device is gone")
+
+    def hangs(setup, record):
+        import time
+
+        record.add("before", value=2)
+        time.sleep(60)
+
+    from gpu_parts.tools import PARTS, Part, Setup
+
+    setup, limits = Setup(gpu.torch.device("cpu"), quick=False), (gpu.SLACK, gpu.GRACE)
+    parts = {"fails": Part(10.0, fails), "hangs": Part(0.0, hangs), "long": Part(1e6, hangs), "last": Part(10.0, fails)}
+    before = dict(PARTS)
+    PARTS.clear(), PARTS.update(parts)
+    gpu.SLACK, gpu.GRACE = 1.0, 0.5
+    try:
+        names = ["fails", "unknown", "hangs", "long", "last"]
+        document = gpu.run_all(names, setup, 2.0, tmp_path, ["its traceback"])
+    finally:
+        gpu.SLACK, gpu.GRACE = limits
+        PARTS.clear(), PARTS.update(before)
+    found = document["parts"]
+    assert {name: part["state"] for name, part in found.items()} == {
+        "fails": "failed",
+        "unknown": "failed",
+        "hangs": "stopped",
+        "long": "left out",
+        "last": "failed",
+    }
+    assert found["fails"]["cases"]["good"]["value"] == 1 and "no such kernel" in found["fails"]["cases"]["bad"]["error"]
+    assert "the device is gone" in "\n".join(found["fails"]["log"]) and found["unknown"]["log"] == ["its traceback"]
+    assert found["hangs"]["cases"] == {"before": {"value": 2}}
+    assert json.loads((tmp_path / "gpu.json").read_text()) == document
+    assert "the device is gone" in gpu.table(document)
+
+
+def test_a_part_begins_from_nothing_where_the_fork_is_bad(tmp_path):
+    """What a forked process does when something has started CUDA before: it becomes this command."""
+    path = tmp_path / "grammar.json"
+    command = [sys.executable, str(BENCHMARK), "--part", "grammar", str(path), "--device", "cpu", "--quick"]
+    assert subprocess.run(command, timeout=120).returncode == 0
+    assert "2 rows x 800" in json.loads(path.read_text())
+
+
+def test_an_unknown_part_is_named(tmp_path):
+    command = [sys.executable, str(BENCHMARK), "--only", "grammer", "--out", str(tmp_path), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "grammer" in done.stderr

@@ -1,0 +1,145 @@
+"""`perceptio train --dry-run`: what is printed is what training would do."""
+
+import json
+from pathlib import Path
+
+import pytest
+import sft_helpers as sft
+import yaml
+from helpers import random_model
+
+from perceptio_hf.commands.main import run
+from perceptio_hf.data.sources import write_samples
+from perceptio_hf.training.planning.sharding import Layout, layout_of_environment, layout_of_file
+from perceptio_hf.training.recipe import read_recipe, training_set
+
+ACCELERATE = Path(__file__).parents[3] / "recipes" / "accelerate"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A random model and two sets of samples."""
+    folder, processor = tmp_path_factory.mktemp("plan"), sft.processor()
+    random_model(processor).save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    write_samples(folder / "many", [sft.sample(number) for number in range(6)])
+    write_samples(folder / "few", [sft.sample(number) for number in range(2)])
+    return folder
+
+
+@pytest.fixture
+def recipe(folder, tmp_path):
+    def write(**changes) -> str:
+        values = {
+            "model_name_or_path": str(folder / "model"),
+            "data_folder": str(folder),
+            "tasks": [{"samples": "many", "weight": 2}, {"samples": "few"}],
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "num_train_epochs": 3,
+            "gradient_checkpointing": False,
+            **changes,
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+        return str(tmp_path / "recipe.yaml")
+
+    return write
+
+
+def test_samples_steps_and_memory_are_those_of_the_training(recipe, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = recipe()
+    assert run(["train", "--config", path, "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    read = read_recipe(path, ["--output_dir", "x"])
+    mixed = training_set(read.arguments)
+    assert plan["samples_per_epoch"] == len(mixed) and plan["samples_per_step"] == 4
+    trainer = sft.trainer(tmp_path / "t", train=mixed, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    trainer.args.max_steps, trainer.args.num_train_epochs = -1, 3
+    loader = trainer.get_train_dataloader()
+    assert plan["steps"] == 3 * -(-len(loader) // 2)
+    tokens = [trainer.data_collator([row])["input_ids"].shape[1] for row in mixed]
+    assert plan["tokens_per_step"] == pytest.approx(4 * sum(tokens) / len(tokens), rel=0.05)
+    assert [task["samples"] for task in plan["tasks"]] == [6, 2] and plan["tasks"][0]["share"] == pytest.approx(2 / 3)
+    assert plan["trained"] == sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert plan["memory"]["peak"] == sum(
+        plan["memory"][part] for part in ("weights", "gradients", "optimizer", "activations", "gathered")
+    )
+    assert not (tmp_path / "planned").exists()
+
+
+def test_lines_for_people(recipe, capsys):
+    assert run(["train", "--config", recipe(), "--dry-run", "--lora_r", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:4] == ["task", "source", "samples", "share"]
+    assert lines[1].split()[:4] == ["many", "samples", "6", "66.7%"]
+    assert any(line.startswith("A step: 4 samples, about") and "epochs of 9 samples" in line for line in lines)
+    assert any("x 4 bytes" in line for line in lines) and any("  peak" in line for line in lines)
+
+
+def test_seconds_and_hours_are_measured(recipe, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(["train", "--config", recipe(max_steps=1000), "--dry-run", "--measure", "3", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert 0 < plan["seconds_per_step"] < 60
+    assert plan["hours"] == pytest.approx(plan["seconds_per_step"] * 1000 / 3600)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]  # nothing is left behind
+
+
+def test_gpus_of_the_launch_are_reckoned_with(recipe, capsys):
+    plans = {}
+    for name in ("1gpu", "fsdp2_8gpu"):
+        assert run(["train", "--config", recipe(), "--dry-run", "--json", "--launch", name]) == 0
+        plans[name] = json.loads(capsys.readouterr().out)
+    alone, shards = plans["1gpu"], plans["fsdp2_8gpu"]
+    assert shards["samples_per_step"] == 8 * alone["samples_per_step"]
+    assert shards["memory"]["weights"] == -(-alone["memory"]["weights"] // 8)
+    assert shards["memory"]["gathered"] > 0 and shards["memory"]["activations"] == alone["memory"]["activations"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"tasks": [{"samples": "gone"}]}, ["--dry-run"], "gone holds no samples"),
+        ({"tasks": [{"world": "refer", "scenes": 2}]}, ["--dry-run"], "set max_steps"),
+        ({"max_length": 5}, ["--dry-run"], "more than max_length=5"),
+        ({}, ["--measure", "5"], "belong to --dry-run"),
+        ({"recipe": "tiny"}, ["--dry-run"], "--dry-run is for fine-tuning"),
+        ({}, ["--dry-run", "--launch", "nowhere"], "There is no recipe nowhere"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(changes, options, message, recipe, capsys):
+    capsys.readouterr()
+    assert run(["train", "--config", recipe(**changes), *options]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("perceptio: ")]
+    assert len(lines) == 1 and message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("1gpu", Layout(1)),
+        ("ddp_8gpu", Layout(8)),
+        ("fsdp2_8gpu", Layout(8, "fsdp")),
+        ("zero3_8gpu", Layout(8, "zero3")),
+        ("fsdp2_2x8gpu", Layout(16, "fsdp")),
+    ],
+)
+def test_layouts_of_the_configurations_that_ship(name, layout):
+    assert layout_of_file(ACCELERATE / f"{name}.yaml") == layout
+
+
+def test_layouts_that_cannot_be_reckoned_with(tmp_path, monkeypatch):
+    file = tmp_path / "a.yaml"
+    for text, message in (
+        ("distributed_type: FSDP\nnum_processes: 2", "fsdp_version is None; expected 2"),
+        ("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 2}", "zero_stage is 2; expected 3"),
+        ("num_processes: many", "num_processes is 'many'"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            layout_of_file(file)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert layout_of_environment() == Layout(4)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert layout_of_environment() == Layout(4, "fsdp")
