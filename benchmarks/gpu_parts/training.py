@@ -179,10 +179,9 @@ def measure_case(setup, config, figures: dict, weights, autocast, adapters: bool
 @part(seconds=40)
 def memory(setup, record):
     """The memory of `training`'s cases as `perceptio train --dry-run` predicts it, by a step without numbers."""
-    from perceptio_hf.training.planning.memory import predict_memory
-
     from perceptio_hf import PerceptioSFTConfig
     from perceptio_hf.training.lora import lora_config
+    from perceptio_hf.training.planning.memory import predict_memory
 
     config = perceptio_config(setup)
     batch = batch_of(setup, config)

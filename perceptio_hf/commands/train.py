@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
     from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor
+    from perceptio_hf.evaluation.during.trackers import TrainerFigures
     from perceptio_hf.training.checkpoints import WholeCheckpoints
+    from perceptio_hf.training.config import PerceptioSFTConfig
     from perceptio_hf.training.planning.plan import Plan
     from perceptio_hf.training.recipe import Recipe, RecipeArguments
     from perceptio_hf.training.trainer import PerceptioSFTTrainer
@@ -268,14 +270,21 @@ def _trainer(recipe: "Recipe") -> "WholeCheckpoints":
         from perceptio_hf.training.rewards.recipe import reward_trainer
 
         return reward_trainer(recipe, model, processor, _adapters(model, arguments))
+    figures = _figures(arguments, settings)
     trainer = PerceptioSFTTrainer(
         model,
         settings,
         train_dataset=training_set(arguments),
-        eval_dataset=evaluation_sets(arguments),
+        eval_dataset=evaluation_sets(arguments) or (None if figures is None else {}),
         processing_class=processor,
         peft_config=_adapters(model, arguments),
     )
+    if figures is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError(
+            "figures answer with the whole model, which FSDP and DeepSpeed share out; leave them out, and measure "
+            "checkpoints with `perceptio eval`."
+        )
+    trainer.figures = figures
     show_losses(trainer)
     return trainer
 
@@ -286,6 +295,23 @@ def _source(arguments: "RecipeArguments") -> tuple[str, dict[str, str]]:
 
     source = tiny_checkpoint() if arguments.model_name_or_path == "tiny" else arguments.model_name_or_path
     return str(source), {} if Path(source).is_dir() else {"revision": arguments.model_revision}
+
+
+def _figures(arguments: "RecipeArguments", settings: "PerceptioSFTConfig") -> "TrainerFigures | None":
+    """What every evaluation measures beside the losses, None where the recipe asks for nothing.
+
+    Raises:
+        ValueError: where no evaluation is asked for.
+    """
+    if not arguments.figures:
+        return None
+    if settings.eval_strategy == "no":
+        raise ValueError("The recipe lists figures, but never evaluates: set eval_strategy: steps and eval_steps.")
+    from perceptio_hf.evaluation.during.figures import HeldOutFigures
+    from perceptio_hf.evaluation.during.trackers import TrainerFigures
+
+    batch = settings.per_device_eval_batch_size
+    return TrainerFigures(HeldOutFigures(arguments.figures, arguments.data_folder, batch_size=batch))
 
 
 def _loaded(

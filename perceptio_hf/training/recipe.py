@@ -58,6 +58,10 @@ class RecipeArguments:
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flash_attention_2."})
     tasks: list[dict] = field(default_factory=list, metadata={"help": "What to train on, see the recipes."})
     eval_tasks: list[dict] = field(default_factory=list, metadata={"help": "What to evaluate on; each by itself."})
+    figures: list[dict] = field(
+        default_factory=list,
+        metadata={"help": "Benchmarks of `perceptio eval` that every evaluation answers by generation."},
+    )
     data_folder: str | None = field(
         default=None, metadata={"help": "Folder in which the places of tasks lie, unless they are absolute."}
     )
