@@ -9,11 +9,13 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
+from perceptio_hf.extras import how_to_install
 from perceptio_hf.training.losses.words import TOKEN_OVER, check_over
 
 from .losses import PARTS, LossPart, LossWeights
 
 ON_ERROR = ("raise", "skip")
+TRACKERS = ("tensorboard", "wandb", "trackio")  # what the extra `track` brings; pictures of cases go there too
 
 # Settings of SFTConfig that this trainer has no use for: the values that ask for nothing, and what is done instead.
 _WITHOUT_EFFECT: dict[str, tuple[tuple, str]] = {
@@ -165,9 +167,8 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
         untold = {"flyte", "azure_ml"}  # transformers does not tell whether these are there
         lacking = [name for name in self.report_to if name in {*INTEGRATION_TO_CALLBACK} - {*available} - untold]
         if lacking:
-            raise ValueError(
-                f"report_to names {lacking[0]}, which is not installed: pip install {lacking[0]}, or leave it out."
-            )
+            way = how_to_install("track") if lacking[0] in TRACKERS else f"pip install {lacking[0]}"
+            raise ValueError(f"report_to names {lacking[0]}, which is not installed: {way}, or leave it out.")
         unknown = [name for name in self.report_to if name not in INTEGRATION_TO_CALLBACK]
         if unknown:
             raise ValueError(
