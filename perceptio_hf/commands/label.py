@@ -35,7 +35,11 @@ def label(
         typer.Option(help="Folder or Hub name of a depth-estimation model of transformers.", show_default=False),
     ],
     depth_codec: Annotated[
-        str, typer.Option(help="Folder of a depth codec, or of a checkpoint that has one.", show_default=False)
+        str,
+        typer.Option(
+            help="Folder of a depth codec, or of a checkpoint that has one; tiny is the embedded one.",
+            show_default=False,
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the labels.", show_default=False)],
     maps: Annotated[bool, typer.Option("--maps", help="Keep the teacher's maps too, as 16-bit PNG.")] = False,
@@ -78,6 +82,7 @@ def label(
     kinds = check_kinds(questions, annotations)
     check_out(out)
 
+    from perceptio_hf import tiny_checkpoint
     from perceptio_hf.bulk.engines import open_engine
     from perceptio_hf.bulk.items import list_items
     from perceptio_hf.labelling.teacher import teacher_info
@@ -90,6 +95,7 @@ def label(
         checkpoints.check_device(device)
     teacher = os.path.abspath(os.path.expanduser(teacher)) if os.path.isdir(os.path.expanduser(teacher)) else teacher
     info = teacher_info(teacher, teacher_unit)
+    depth_codec = tiny_checkpoint() if depth_codec == "tiny" else depth_codec
     codec = os.path.abspath(depth_codec) if os.path.exists(depth_codec) else depth_codec
     about = _about(info, codec, dtype, maps or bool(kinds))
     load = partial(load_labeller, info, codec, device, dtype)
