@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .predict import DType, EngineName, check_out
+from .checkpoints import DTypeName
+from .predict import Address, EngineName, Workers, check_out
 
 if TYPE_CHECKING:
     from perceptio_hf import DepthVQVAE
@@ -63,16 +64,10 @@ def label(
         str | None,
         typer.Option(help="Where the teacher runs. Default: the GPU if there is one.", show_default=False),
     ] = None,
-    dtype: Annotated[DType, typer.Option(help="Numbers the teacher computes with; auto takes its own.")] = "auto",
+    dtype: Annotated[DTypeName, typer.Option(help="Numbers the teacher computes with; auto takes its own.")] = "auto",
     engine: Annotated[EngineName, typer.Option(help="What does the work: this process, or workers of Ray.")] = "local",
-    address: Annotated[
-        str | None,
-        typer.Option(help="Of a Ray cluster: auto, HOST:PORT. Default: Ray on this machine.", show_default=False),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Of Ray. Default: one for each GPU, without GPUs one.", show_default=False),
-    ] = None,
+    address: Address = None,
+    workers: Workers = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace labels of other pictures, another teacher or codec.")
     ] = False,
