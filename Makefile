@@ -24,7 +24,7 @@ help:
 	@echo "make test-between  what leans on transformers, with a release of each series between the oldest and the tested one"
 	@echo "make test-sam2     converted SAM2 weights beside Meta's own code, which this installs"
 	@echo "make test-lmms-eval   the plug-in inside lmms-eval, which this installs"
-	@echo "make test-ray      predict and eval on several workers of Ray, which this installs"
+	@echo "make test-ray      predict, eval and label on several workers of Ray, which this installs"
 	@echo "make test-engines  exported folders in transformers serve and under the grammars of xgrammar, llguidance and outlines, which this installs"
 	@echo "make test-track    figures and pictures of a training where it reports to, which this installs"
 	@echo "make test-app      the page in a real browser, which this installs; SCREENSHOTS=docs/images takes README's pictures"
@@ -130,7 +130,7 @@ test-track: $(STAMP)
 
 test-ray: $(STAMP)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) "ray[data]==2.60.0"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/bulk/test_ray_engine.py
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/bulk/test_ray_engine.py tests/labelling/test_ray.py
 
 # Debian's Chromium, driven by Playwright: no browser is downloaded from elsewhere.
 SCREENSHOTS ?=

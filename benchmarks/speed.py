@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py --out benchmarks/results/speed.json
     python benchmarks/speed.py --parts spans answers masks grammar --spans 200
-    python benchmarks/speed.py --parts large
+    python benchmarks/speed.py --parts large --rounds 3 --batches 1
 
 All sides of a comparison take turns in one process, after one round that does not count; figures are medians of CPU
 seconds (on a GPU: seconds). The sides are
@@ -41,6 +41,7 @@ from transformers import (
 
 import perceptio_hf
 from perceptio_hf import DepthVQVAE, DepthVQVAEConfig, PerceptioForConditionalGeneration
+from perceptio_hf.files import write_json
 from perceptio_hf.modeling.span_grammar import SpanGrammar
 from perceptio_hf.modeling.spans import spatial_loop
 from perceptio_hf.modeling.spans.grammar_state import GrammarState, LoopGrammar
@@ -353,7 +354,7 @@ def table(figures: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--out", type=Path, help="a JSON file; its table is printed in any case")
+    parser.add_argument("--out", type=Path, help="a JSON file, which keeps what other parts have left in it")
     parser.add_argument("--spans", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 8, 32))
@@ -370,13 +371,20 @@ def main() -> None:
         "grammar": lambda: grammar_figures(rounds, device),
         "large": lambda: large_figures(rounds, batches, arguments.share, device),
     }
-    figures = {}
+    about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": arguments.device}
     for part in arguments.parts:
-        figures[part] = make[part]()
-        print(table({part: figures[part]}), flush=True)
-    if arguments.out:
-        about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": arguments.device}
-        arguments.out.write_text(json.dumps({"about": about, "figures": figures}, indent=1) + "\n")
+        figures = make[part]()
+        print(table({part: figures}), flush=True)
+        if arguments.out:  # after every part: a run that is stopped has lost nothing
+            add(arguments.out, about, part, figures)
+
+
+def add(path: Path, about: dict, part: str, figures: dict) -> None:
+    """Write the figures of a part into the file, which keeps the other parts, and other batches of this one."""
+    known = json.loads(path.read_text())["figures"] if path.exists() else {}
+    known[part] = known.get(part, {}) | figures
+    ordered = {name: known[name] for name in PARTS if name in known}
+    write_json(path, {"about": about, "figures": ordered})
 
 
 if __name__ == "__main__":

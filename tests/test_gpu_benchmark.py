@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
-# What needs TRL's settings or a prediction that this release may not have.
-MAY_FAIL = {"memory"}
+# What needs something that is not everywhere.
+MAY_FAIL = set() if importlib.util.find_spec("perceptio_hf.training.planning") else {"memory"}
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +24,19 @@ def gpu():
 
 
 def run(out: Path, *options: str) -> dict:
-    command = [sys.executable, str(BENCHMARK), "--out", str(out), "--device", "cpu", "--quick", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    command = [
+        sys.executable,
+        str(BENCHMARK),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        "--quick",
+        "--minutes",
+        "30",
+        *options,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     document = json.loads((out / "gpu.json").read_text())
     assert all(name in done.stdout for name in document["parts"]), "the table names every part"
@@ -46,7 +57,7 @@ def test_every_part_runs(tmp_path, gpu):
     }
     assert errors == {}
     tiny = parts["generation_tiny"]["cases"]
-    assert tiny["float32, prompts one by one"]["same"] == tiny["float32, prompts one by one"]["of"] == 2
+    assert tiny["float32, prompts one by one"]["same"] == tiny["float32, prompts one by one"]["of"] == 1
     ways = parts["compiled"]["cases"]
     assert all(case["same_ids"] for case in ways.values())
     assert ways["bfloat16, parallel, static, CUDA graphs"]["graphs_after_the_second_call"] == 0

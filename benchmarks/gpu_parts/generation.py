@@ -25,6 +25,7 @@ from .tools import (
 )
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "datasets", "huggingface_hub", "triton", "flash_attn")
+WAYS = ("sequential", "parallel")
 WRONG = 0.17  # share of a guessed span that is wrong at first: gives random weights the passes of the shipped ones
 
 
@@ -58,7 +59,7 @@ def generation_tiny(setup, record):
     model, processor = tiny(setup.device)
     length = model.spatial_vocabulary().span_length + setup.size(12, 2)
     options = {"spatial": "depth", "do_sample": False, "max_new_tokens": length}
-    batches = setup.size((1, 8, 32), (2,))
+    batches = setup.size((1, 8, 32), (1,))
     given = {rows: prompts(processor, 0, rows, setup.device) for rows in batches}
     for dtype in setup.size((torch.float32, torch.bfloat16), (torch.float32,)):
         cast = model.to(dtype)
@@ -67,21 +68,21 @@ def generation_tiny(setup, record):
                 figures |= compare(setup, cast, inputs, options)
     model, _ = tiny(setup.device)
     with record.case("float32, prompts one by one") as figures:
-        singles = [prompts(processor, number, 1, setup.device) for number in range(setup.size(16, 2))]
+        singles = [prompts(processor, number, 1, setup.device) for number in range(setup.size(16, 1))]
         figures["of"], figures["same"], figures["passes"] = len(singles), 0, []
         for inputs in singles:
             right = model.generate(**inputs, **options, spatial_decoding="sequential")
             with counted_passes() as passes:
                 figures["same"] += torch.equal(model.generate(**inputs, **options), right)
             figures["passes"] += passes
-    waiting(setup, record, model, given[batches[0]], options | {"max_new_tokens": length}, "tiny")
+    waiting(setup, record, model, given[batches[0]], options, "tiny", setup.size(WAYS, WAYS[1:]))
 
 
 def compare(setup, model, inputs, options, *, guesses: bool = False) -> dict:
     """Seconds and passes of both ways of decoding, and whether they give the same ids; `guesses`: see `guessing`."""
     found, rows, ids = {}, len(inputs["input_ids"]), {}
     model.generate(**inputs, **(options | {"spatial": "none", "max_new_tokens": 4}))  # libraries load, memory is taken
-    for decoding in ("sequential", "parallel"):
+    for decoding in WAYS:
         chosen = options | {"spatial_decoding": decoding}
         run = lambda chosen=chosen: ids.update({chosen["spatial_decoding"]: model.generate(**inputs, **chosen)})  # noqa: E731
         guess = guessing(model, ids["sequential"][0], inputs) if guesses and ids else nullcontext()
@@ -91,7 +92,7 @@ def compare(setup, model, inputs, options, *, guesses: bool = False) -> dict:
         found[f"{decoding}_passes"] = passes[-1]
         found[f"{decoding}_tokens_per_second"] = rows * new / found[f"{decoding}_seconds"]
         found[f"{decoding}_passes_per_second"] = passes[-1] / found[f"{decoding}_seconds"]
-    one, other = (ids[name] for name in ("sequential", "parallel"))
+    one, other = (ids[name] for name in WAYS)
     width = min(one.shape[1], other.shape[1])
     found["rows_the_same"] = int((one[:, :width] == other[:, :width]).all(1).sum()) if width else 0
     found["rows"], found["new_tokens"] = rows, width - inputs["input_ids"].shape[1]
@@ -99,7 +100,7 @@ def compare(setup, model, inputs, options, *, guesses: bool = False) -> dict:
     return found
 
 
-def waiting(setup, record, model, inputs, options, name: str, decodings=("sequential", "parallel")) -> None:
+def waiting(setup, record, model, inputs, options, name: str, decodings) -> None:
     """Synchronisations a token and a pass, with ids alone and with masks and depth."""
     for decoding in decodings:
         for whole in (False, True):
@@ -157,7 +158,7 @@ def whole_answers(setup, record, model, config, words) -> None:
     options = {"spatial": "seg+depth", "do_sample": False, "max_new_tokens": length}
     ids = model.generate(**inputs, **options, spatial_decoding="sequential")
     with record.case("whole answer, bfloat16, batch 1") as figures, guessing(model, ids[0], inputs):
-        for decoding in ("sequential", "parallel"):
+        for decoding in WAYS:
             chosen = options | {"spatial_decoding": decoding, "return_dict_in_generate": True}
             run = lambda chosen=chosen: model.generate(**inputs, **chosen)  # noqa: E731
             figures[f"{decoding}_seconds"] = seconds_of(setup, run, warm=int(decoding == "parallel"))
@@ -171,7 +172,7 @@ def whole_answers(setup, record, model, config, words) -> None:
         figures["peers_seconds"] = seconds_of(setup, lambda: peers(model, inputs, ids, new))
         figures["peers_over_parallel"] = figures["peers_seconds"] / figures["parallel_seconds"]
     with guessing(model, ids[0], inputs):
-        waiting(setup, record, model, inputs, options, "1b", ("parallel",))
+        waiting(setup, record, model, inputs, options, "1b", WAYS[1:])
         with record.case("1b, profile of parallel") as figures:
             figures |= profiled(setup, lambda: model.generate(**inputs, **options))
 

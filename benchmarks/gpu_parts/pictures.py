@@ -1,8 +1,11 @@
 """Pictures in and out: SAM2 and its decoder, the depth codec and its training, labels from a depth teacher."""
 
+import tempfile
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
 
 from perceptio_hf import DepthVQVAE, DepthVQVAEConfig
@@ -38,7 +41,7 @@ def masks(setup, record):
                 figures["ms"] = 1000 * seconds_of(setup, run, repeats=setup.size(5, 1), warm=2)
 
 
-@part(seconds=15)
+@part(seconds=20)
 def codec(setup, record):
     """The codec of real checkpoints: encode, decode, and steps of its training a second."""
     config = perceptio_config(setup).depth_config
@@ -58,6 +61,25 @@ def codec(setup, record):
                     figures["steps_per_second"] = 1 / seconds_of(setup, step, repeats=setup.size(10, 1), warm=3)
                 figures["maps_per_second"] = batch * figures["steps_per_second"]
                 figures["memory_gib"] = memory["allocated"] / 2**30
+    with record.case("train_codebook, batch 32, with its order, k-means and moves") as figures:
+        measure_codebook(setup, figures, config)
+
+
+def measure_codebook(setup, figures: dict, config: DepthVQVAEConfig) -> None:
+    """The loop of `perceptio codebook train`: 60 steps, maps in memory."""
+    from accelerate import Accelerator
+
+    from perceptio_hf.data.depth_maps import DepthMap
+    from perceptio_hf.training.codec import CodebookOptions, DepthBank, train_codebook
+
+    rows, columns = np.mgrid[: config.image_size, : config.image_size] / config.image_size
+    maps = [DepthMap.from_metric(1 + rows * (1 + k % 3) + columns * (k % 5)) for k in range(setup.size(256, 4))]
+    bank = DepthBank.gather(maps, config)
+    options = CodebookOptions(batch_size=setup.size(32, 2))
+    accelerator, steps = Accelerator(cpu=not setup.is_cuda), setup.size(60, 4)
+    run = lambda: train_codebook(config, bank, steps=steps, options=options, accelerator=accelerator)  # noqa: E731
+    figures["seconds_with_start_and_end"] = seconds_of(setup, run)
+    figures["steps"] = steps
 
 
 def _codec_step(setup, config: DepthVQVAEConfig, batch: int, dtype: torch.dtype | None):
@@ -97,7 +119,7 @@ def _teacher(setup) -> DepthAnythingForDepthEstimation:
     return DepthAnythingForDepthEstimation(config).eval().to(setup.device)
 
 
-@part(seconds=15)
+@part(seconds=20)
 def labels(setup, record):
     """From pictures on the host to depth codes on the host: teacher, relative depth, codec."""
     teacher = _teacher(setup)
@@ -109,6 +131,36 @@ def labels(setup, record):
             pictures = np.random.default_rng(0).integers(0, 256, (batch, 3, side, side), dtype=np.uint8)
             with record.case(f"{str(dtype).removeprefix('torch.')}, batch {batch}") as figures, torch.inference_mode():
                 measure_labels(setup, figures, teacher, codec, torch.from_numpy(pictures), dtype)
+    with record.case("perceptio label's worker, photographs of 640 x 480") as figures:
+        measure_worker(setup, figures, teacher.float(), codec)
+
+
+def measure_worker(setup, figures: dict, teacher, codec: DepthVQVAE) -> None:
+    """A batch from JPEG files to codes as `perceptio label` does it: reading, which several threads share, and work."""
+    from transformers import DPTImageProcessor
+
+    from perceptio_hf.bulk.items import Item
+    from perceptio_hf.labelling.teacher import Teacher, teacher_info
+    from perceptio_hf.labelling.worker import Labeller
+
+    with tempfile.TemporaryDirectory() as folder:
+        side, rows = setup.size(518, 28), setup.size(32, 2)
+        teacher.save_pretrained(folder)
+        resize = {"size": {"height": side, "width": side}, "keep_aspect_ratio": True, "ensure_multiple_of": 14}
+        DPTImageProcessor(**resize).save_pretrained(folder)
+        generator, items = np.random.default_rng(0), []
+        for number in range(rows):
+            path = f"{folder}/{number}.jpg"
+            noise = Image.fromarray(generator.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+            noise.resize((640, 480)).save(path)
+            items.append(Item(number, str(number), path, path))
+        labeller = Labeller(Teacher(teacher_info(folder), str(setup.device)), codec, maps=False)
+        read = labeller.read(items)
+        figures["pictures"] = rows
+        figures["read_seconds"] = seconds_of(setup, lambda: labeller.read(items))
+        figures["work_seconds"] = seconds_of(setup, lambda: labeller.work(items, read), repeats=2, warm=1)
+        figures["pictures_per_second_of_work"] = rows / figures["work_seconds"]
+        assert all(result.record.get("codes") for result in labeller.work(items, read))
 
 
 def measure_labels(setup, figures: dict, teacher, codec: DepthVQVAE, pictures: torch.Tensor, dtype) -> None:

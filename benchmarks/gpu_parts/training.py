@@ -3,6 +3,7 @@
 import copy
 import os
 import socket
+import tempfile
 from functools import partial
 
 import torch
@@ -185,7 +186,7 @@ def memory(setup, record):
 
     config = perceptio_config(setup)
     batch = batch_of(setup, config)
-    for name, (weights, autocast, adapters, checkpoints) in _cases(setup):
+    for name, (weights, autocast, adapters, checkpoints) in _cases(setup)[: setup.size(None, 1)]:
         with record.case(name) as figures:
             half = "bf16" if autocast == torch.bfloat16 else "fp16"
             settings = PerceptioSFTConfig("unused", gradient_checkpointing=checkpoints, bf16=False, report_to="none")
@@ -194,6 +195,29 @@ def memory(setup, record):
             found = predict_memory(config, batch, settings, **chosen)
             for kind in ("weights", "gradients", "optimizer", "activations", "peak"):
                 figures[f"{kind}_gib"] = getattr(found, kind) / 2**30
+
+
+@part(seconds=30)
+def trainer(setup, record):
+    """The embedded checkpoint through the trainer that users have: its pace, its memory, its losses."""
+    from perceptio_hf import PerceptioSFTConfig, PerceptioSFTTrainer, tiny_checkpoint
+    from perceptio_hf.data.world_samples import world_dataset
+
+    steps, rows = setup.size(20, 2), setup.size(16, 2)
+    data = world_dataset("depth", scenes=rows * steps, first_seed=400_000_000)
+    precisions = {"bfloat16": {"bf16": True}, "float32": {}, "float16": {"fp16": True}}
+    for name, half in list(precisions.items())[: setup.size(3, 1)]:
+        with record.case(name) as figures, tempfile.TemporaryDirectory() as out:
+            values = {"max_steps": steps, "per_device_train_batch_size": rows, "learning_rate": 1e-4, "bf16": False}
+            values |= {"save_strategy": "no", "report_to": "none", "plot_losses": False, "logging_steps": 1}
+            values |= {"gradient_checkpointing": False, "disable_tqdm": True, **half}
+            training = PerceptioSFTTrainer(tiny_checkpoint(), PerceptioSFTConfig(out, **values), train_dataset=data)
+            with peak_memory(setup) as found:
+                training.train()
+            logged = training.state.log_history
+            figures["steps_per_second"] = logged[-1]["train_steps_per_second"]
+            figures["losses"] = [entry["loss"] for entry in logged if "loss" in entry]
+            figures["device"], figures["found_gib"] = str(training.model.device), found["allocated"] / 2**30
 
 
 @part(seconds=25)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 from .placement import device_of, is_here, read_parameter
+from .shared_mask_decoder import best_masks, can_share
 
 # SAM2 normalises with ImageNet's statistics whatever InternVL's image processor does.
 SAM2_MEAN = (0.485, 0.456, 0.406)
@@ -122,7 +123,7 @@ class MaskPredictionMixin:
         index = [used.index(number) for number in numbers]
         embedding, *fine = self._features_of(mask_pixel_values, used)
         prompts = self.seg_projector(seg_states.to(device_of(self.seg_projector)))
-        return self.decode_masks(prompts, embedding[index], [feature[index] for feature in fine])
+        return self.decode_masks(prompts, embedding, fine, index)
 
     def _features_of(self, mask_pixel_values: torch.Tensor, used: list[int]) -> list[torch.Tensor]:
         """Features of some of the pictures, three tensors of (len(used), ...); what is kept is not computed again."""
@@ -140,9 +141,17 @@ class MaskPredictionMixin:
         return [torch.stack(parts) for parts in zip(*(kept[number] for number in used), strict=True)]
 
     def decode_masks(
-        self, prompts: torch.Tensor, embedding: torch.Tensor, fine: list[torch.Tensor]
+        self,
+        prompts: torch.Tensor,
+        embedding: torch.Tensor,
+        fine: list[torch.Tensor],
+        pictures: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """SAM2's mask decoder on n prompts (n, C) with the features of their pictures -> (n, h, w), (n,)."""
+        """SAM2's mask decoder on n prompts (n, C) with the features of pictures -> (n, h, w), (n,).
+
+        Args:
+            pictures: n indices into the features; None: there are features for each prompt, in order.
+        """
         sam, count = self.mask_model, prompts.shape[0]
         first = torch.zeros(1, dtype=torch.long, device=embedding.device)
         sparse = prompts.to(embedding)[:, None, None]  # (n, 1 prompt, 1 token, C)
@@ -150,12 +159,22 @@ class MaskPredictionMixin:
             padding = sam.prompt_encoder.not_a_point_embed(first).to(embedding).view(1, 1, 1, -1)
             sparse = torch.cat([padding.expand(count, 1, self.config.mask_padding_points, -1), sparse], dim=2)
         dense = sam.prompt_encoder.no_mask_embed(first).to(embedding).view(1, -1, 1, 1)  # as for a picture without mask
+        positions, multimask = self._positions(embedding), self.config.mask_multimask_output
+        if can_share(sam.mask_decoder, embedding, multimask=multimask):
+            numbers = range(count) if pictures is None else pictures
+            masks, scores = best_masks(
+                sam.mask_decoder, embedding + dense, positions, sparse[:, 0], fine, numbers, multimask=multimask
+            )
+            return masks.float(), scores.float()
+        if pictures is not None:
+            index = torch.tensor(pictures, device=embedding.device)
+            embedding, fine = embedding[index], [feature[index.to(feature.device)] for feature in fine]
         arguments = {
             "image_embeddings": embedding,
-            "image_positional_embeddings": self._positions(embedding).expand(count, -1, -1, -1),
+            "image_positional_embeddings": positions.expand(count, -1, -1, -1),
             "sparse_prompt_embeddings": sparse,
             "dense_prompt_embeddings": dense.expand(count, -1, *embedding.shape[2:]),
-            "multimask_output": self.config.mask_multimask_output,
+            "multimask_output": multimask,
             "high_resolution_features": fine,
         }
         absent, decoder = self._absent_tokens(embedding), sam.mask_decoder

@@ -27,6 +27,7 @@ _FILES = (
     "modeling/modeling_perceptio.py",
     "modeling/spans/score_trace.py",
     "modeling/shards.py",
+    "modeling/shared_mask_decoder.py",
     "modeling/spans/span_cache.py",
     "modeling/spans/span_decoding.py",
     "modeling/span_grammar.py",

@@ -1,0 +1,62 @@
+"""The table of documents out of what benchmarks/speed.py has written.
+
+python benchmarks/speed_table.py benchmarks/results/speed.json
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+SIDES = ("peers", "loop", "sequential", "parallel")
+HEAD = """| one answer, CPU seconds | peers' pipeline | transformers' loop | code by code | parallel | of the peers' |
+|---|---|---|---|---|---|"""
+
+
+def answers(figures: dict) -> list[str]:
+    """One line for each kind of answer and batch: seconds of all sides."""
+    groups = {f"152 M parameters, {batch}": sides for batch, sides in figures.get("large", {}).items()}
+    groups |= {f"embedded checkpoint, {kind}": sides for kind, sides in figures.get("answers", {}).items()}
+    lines = []
+    for name, sides in groups.items():
+        seconds = " | ".join(f"{sides[side]:.3g}" for side in SIDES)
+        lines.append(f"| {name} | {seconds} | {sides['parallel'] / sides['peers']:.2f} |")
+    return lines
+
+
+def others(figures: dict) -> list[str]:
+    """What has no peer: spans, masks, questions, the grammar."""
+    lines = []
+    for name, span in figures.get("spans", {}).items():
+        precision, places = name.split(", ")
+        lines.append(
+            f"| {precision}, {places} a pass | {span['passes']:.1f} passes a span, {span['of codes']:.2f} of its "
+            f"codes; {span['same spans']} of {span['of']} spans as code by code |"
+        )
+    if "masks" in figures:
+        masks = figures["masks"]
+        lines.append(
+            f"| masks of one picture | 8 take {masks['8 masks'] / masks['1 mask']:.2f} times as long as one, "
+            f"of a known picture one takes {masks['1 mask of a known picture'] / masks['1 mask']:.3f} |"
+        )
+    if "second" in figures:
+        second = figures["second"]
+        lines.append(f"| a second question | {second['known'] / second['afresh']:.2f} of the time of asking afresh |")
+    if "grammar" in figures:
+        state, reference = (1000 * figures["grammar"][side] for side in ("state", "reference"))
+        lines.append(f"| the grammar, 32 x 151,674 | {state:.2f} ms a step (read off the ids: {reference:.0f} ms) |")
+    return lines
+
+
+def table(figures: dict) -> str:
+    """Both tables in Markdown."""
+    return "\n".join([HEAD, *answers(figures), "", "| | |", "|---|---|", *others(figures)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    print(table(json.loads(parser.parse_args().results.read_text())["figures"]))
+
+
+if __name__ == "__main__":
+    main()
