@@ -13,7 +13,7 @@ STAMP := $(VENV)/.perceptio-installed
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-oldest test-newest test-between test-arithmetic test-arithmetic-quick test-sam2 test-lmms-eval test-engines test-ray test-app plan lint clean
+.PHONY: help env demo test test-oldest test-newest test-between test-arithmetic test-arithmetic-quick test-sam2 test-lmms-eval test-engines test-ray test-track test-app plan lint clean
 
 help:
 	@echo "make demo   render a scene, ask the embedded model about it, write pictures to perceptio-demo/"
@@ -24,8 +24,9 @@ help:
 	@echo "make test-between  what leans on transformers, with a release of each series between the oldest and the tested one"
 	@echo "make test-sam2     converted SAM2 weights beside Meta's own code, which this installs"
 	@echo "make test-lmms-eval   the plug-in inside lmms-eval, which this installs"
-	@echo "make test-ray      predict and eval on several workers of Ray, which this installs"
+	@echo "make test-ray      predict, eval and label on several workers of Ray, which this installs"
 	@echo "make test-engines  exported folders in transformers serve and under the grammars of xgrammar, llguidance and outlines, which this installs"
+	@echo "make test-track    figures and pictures of a training where it reports to, which this installs"
 	@echo "make test-app      the page in a real browser, which this installs; SCREENSHOTS=docs/images takes README's pictures"
 	@echo "make plan   draw the figures of the documents: the imports, a span that converges"
 	@echo "make lint   ruff check and ruff format --check"
@@ -123,9 +124,13 @@ test-engines: $(STAMP)
 	@$(ENGINES)/bin/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) $(SERVER_NEEDS)
 	@OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest -q -n 2 tests/conversion/test_engine_grammars.py tests/conversion/test_transformers_serve.py
 
+test-track: $(STAMP)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e ".[track]"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/evaluation/during
+
 test-ray: $(STAMP)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) "ray[data]==2.60.0"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/bulk/test_ray_engine.py
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/bulk/test_ray_engine.py tests/labelling/test_ray.py
 
 # Debian's Chromium, driven by Playwright: no browser is downloaded from elsewhere.
 SCREENSHOTS ?=

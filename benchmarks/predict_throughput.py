@@ -1,11 +1,15 @@
 """What `perceptio predict` costs over many pictures: `python benchmarks/predict_throughput.py --out RESULTS.json`.
 
 Pictures per second in batches against one at a time, alternating, over the same rendered scenes; answers that differ
-are counted. Then one run over a folder of many, for as long as `--seconds`: the memory of the process after every 100
-pictures, and what it grows by. A busy machine slows a run down, so that the best of the rounds counts.
+are counted. Then one run over a folder of many, for as long as `--seconds`, and what memory it takes: of the process,
+and, of that, what the allocator has given out. The first goes up and down by tens of megabytes with what glibc keeps of
+the memory that was given back; a leak would show in the second, which no such chance moves, and in the highest values
+of the first. A busy machine slows a run down, so that the best of the rounds counts.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import tempfile
@@ -27,7 +31,8 @@ from perceptio_hf.files import write_json
 from perceptio_hf.world import HELD_OUT_SEED, render_scene
 
 _QUESTION = "Which object is closest?"
-_EVERY = 100  # pictures between two looks at the memory
+_EVERY = 200  # pictures between two looks at the memory
+_PARTS = 5  # of a run, whose highest values are compared
 
 
 class _Enough(Exception):
@@ -42,19 +47,23 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--many", type=int, default=10_000, help="pictures of the run whose memory is measured")
-    parser.add_argument("--seconds", type=float, default=300, help="after which that run is stopped")
+    parser.add_argument("--seconds", type=float, default=900, help="after which that run is stopped")
+    parser.add_argument("--many-spatial", help="of that run; default: as --spatial")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     loaded = checkpoints.load(checkpoints.resolve(options.model))
     with tempfile.TemporaryDirectory() as folder:
         pictures = render(Path(folder, "pictures"), options.many)
-        items = ask_of_all(list_items([str(pictures)]), _QUESTION, options.spatial)
+        listed = list_items([str(pictures)])
         ask = partial(answer, loaded, Path(folder))
-        found = {
-            "spatial": options.spatial,
-            "speed": compare(ask, items[: options.pictures], options.batch_size, options.rounds),
-            "memory": watch_memory(ask, items, options.batch_size, options.seconds),
-        }
+        items = ask_of_all(listed[: options.pictures], _QUESTION, options.spatial)
+        speed = compare(ask, items, options.batch_size, options.rounds)
+        spatial = options.many_spatial or options.spatial
+        memory = watch_memory(ask, ask_of_all(listed, _QUESTION, spatial), options.batch_size, options.seconds)
+    found = {
+        "speed": {"spatial": options.spatial, **speed},
+        "memory": {"spatial": spatial, **memory},
+    }
     print(json.dumps(found, indent=2))
     if options.out:
         write_json(options.out, found)
@@ -105,37 +114,61 @@ def compare(ask, items: list[Item], batch_size: int, rounds: int) -> dict:
 
 
 def watch_memory(ask, items: list[Item], batch_size: int, seconds: float) -> dict:
-    """Megabytes of the process, and how many it grows by over a thousand pictures after the first fifth."""
-    seen: list[tuple[int, float]] = []
+    """Megabytes while many pictures are answered; what they grow by is measured behind the first fifth."""
+    seen: list[tuple[int, float, float, int]] = []
     begin = time.perf_counter()
 
     def watch(done: int, total: int) -> None:
-        if not seen or done - seen[-1][0] >= _EVERY or done == total:
-            seen.append((done, resident()))
-        if time.perf_counter() - begin > seconds:
-            seen.append((done, resident()))
+        late = time.perf_counter() - begin > seconds
+        if not seen or done - seen[-1][0] >= _EVERY or done == total or late:
+            seen.append((done, resident(), given_out(), len(gc.get_objects())))
+        if late:
             raise _Enough
 
     with suppress(_Enough):
         ask(items, batch_size, watch)
     took = time.perf_counter() - begin
-    done, megabytes = np.array(seen).T
-    late = done >= done[-1] / 5
-    slope = np.polyfit(done[late], megabytes[late], 1)[0] * 1000 if late.sum() > 1 else float("nan")
+    done, process, used, objects = np.array(seen).T
+    parts = np.array_split(process, min(_PARTS, len(process)))
     return {
         "pictures_listed": len(items),
         "pictures_answered": int(done[-1]),
         "seconds": round(took, 1),
-        "megabytes": [[int(count), round(size, 1)] for count, size in seen],
-        "megabytes_per_1000_pictures": round(float(slope), 3),
-        "extrapolated_growth_over_10000": round(10 * float(slope), 1),
+        "pictures_megabytes_given_out_objects": [
+            [int(count), round(size, 1), round(inside, 1), int(number)] for count, size, inside, number in seen
+        ],
+        "highest_megabytes_in_each_fifth": [round(float(part.max()), 1) for part in parts],
+        "megabytes_per_1000_pictures": per_thousand(done, process),
+        "given_out_megabytes_per_1000_pictures": per_thousand(done, used),
+        "objects_per_1000_pictures": per_thousand(done, objects),
     }
+
+
+def per_thousand(done: np.ndarray, values: np.ndarray) -> float | None:
+    """The slope behind the first fifth of a run."""
+    late = done >= done[-1] / _PARTS
+    return round(float(np.polyfit(done[late], values[late], 1)[0]) * 1000, 3) if late.sum() > 1 else None
 
 
 def resident() -> float:
     """Megabytes of this process that are in memory; Linux."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+class _Mallinfo(ctypes.Structure):
+    """`struct mallinfo2` of glibc 2.33 and later."""
+
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
+
+
+def given_out() -> float:
+    """Megabytes that the allocator has given out in this process and not got back; Linux with glibc."""
+    ask = ctypes.CDLL(None).mallinfo2
+    ask.restype = _Mallinfo
+    found = ask()
+    return (found.uordblks + found.hblkhd) / 1e6
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """CamVid as samples of referring segmentation, and masks measured on it; used by photographs.py and mask_watch.py.
 
+python benchmarks/streets.py FOLDER/train OUT
+
 FOLDER/train and FOLDER/val hold NAME.jpg and NAME.label.png (8 bits, the class of each pixel), as prepared for SegNet.
+OUT becomes a folder of samples, which recipes read.
 """
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,9 +67,10 @@ def conversations(streets: list[Street], seed: int = 0) -> Iterator[dict[str, An
 
 
 def write_streets(folder: Path, out: Path, classes: dict[int, str] = CLASSES) -> Path:
-    """The photographs of FOLDER as a folder of samples, which recipes read."""
-    streets = [street for street in read_streets(folder, classes) if street.masks]
-    return out if out.exists() else write_samples(out, conversations(streets))
+    """The photographs of `folder` as a folder of samples; one that is there already stays."""
+    if out.exists():
+        return out
+    return write_samples(out, conversations([street for street in read_streets(folder, classes) if street.masks]))
 
 
 @torch.no_grad()
@@ -113,10 +118,15 @@ def mask_figures(drawn: list[dict[int, np.ndarray]], streets: list[Street]) -> d
 
 def usual_places(streets: list[Street], size: tuple[int, int]) -> dict[int, np.ndarray]:
     """The mask of each class that can be drawn without looking: where at least half of the training pictures that show
-    it have it, or, where that is nowhere, where most have it."""
+    it have it, or, where that is so nowhere, half as many as anywhere."""
     masks = {}
     for number in CLASSES:
-        shares = [street.masks[number] for street in streets if number in street.masks]
-        share = np.mean([np.asarray(Image.fromarray(mask).resize(size[::-1])) for mask in shares], axis=0)
-        masks[number] = share >= min(0.5, 0.5 * float(share.max()))
+        seen = [street.masks[number] for street in streets if number in street.masks]
+        if seen:
+            share = np.mean([np.asarray(Image.fromarray(mask).resize(size[::-1])) for mask in seen], axis=0)
+            masks[number] = share >= min(0.5, 0.5 * float(share.max()))
     return masks
+
+
+if __name__ == "__main__":
+    write_streets(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -21,11 +21,8 @@ SEG_TOKEN = "[SEG]"
 DEPTH_START_TOKEN = "<DEPTH_START>"
 DEPTH_END_TOKEN = "<DEPTH_END>"
 
-_SPATIAL_PATTERN = re.compile(r"\[SEG\]|<DEPTH_(?:START|END|\d+)>")
 PICTURE_MARK = re.compile(r"Image-([1-9]\d{0,3}):")  # group 1: the picture's number in the conversation, from 1
 _LONGEST_MARK = len("Image-9999:")
-# U+2060 is invisible and breaks the token string, so that a tokenizer reads what a user typed as plain text.
-_WORD_JOINER = "\u2060"
 
 
 def depth_token(code: int) -> str:
@@ -42,11 +39,6 @@ def spatial_tokens(num_depth_codes: int) -> list[str]:
 def depth_span(codes: Iterable[int]) -> str:
     """The text of one depth span: start marker, the codes in raster order, end marker."""
     return DEPTH_START_TOKEN + "".join(depth_token(int(code)) for code in codes) + DEPTH_END_TOKEN
-
-
-def escape_spatial_tokens(text: str) -> str:
-    """Break every spatial token string in `text` with an invisible word joiner, so that it stays plain text."""
-    return _SPATIAL_PATTERN.sub(lambda match: match[0][0] + _WORD_JOINER + match[0][1:], text)
 
 
 def picture_mark(number: int) -> str:

@@ -109,3 +109,41 @@ def codec(seed: int = 0, **changes) -> DepthVQVAE:
         setattr(config, name, value)
     torch.manual_seed(seed)
     return DepthVQVAE(config).eval()
+
+
+def save_teacher(folder: Path, *, kind: str = "relative", seed: int = 0) -> Path:
+    """A small random Depth Anything as transformers' repositories have it: Depth Anything V2's layout, 56 pixels."""
+    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config, DPTImageProcessor
+
+    stages = [f"stage{number}" for number in (1, 2, 3, 4)]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    backbone = Dinov2Config(
+        **sizes, image_size=56, patch_size=14, out_features=stages, reshape_hidden_states=False, apply_layernorm=True
+    )
+    config = DepthAnythingConfig(
+        backbone_config=backbone,
+        reassemble_hidden_size=32,
+        neck_hidden_sizes=[8, 8, 16, 16],
+        fusion_hidden_size=16,
+        head_hidden_size=8,
+        depth_estimation_type=kind,
+        max_depth=1 if kind == "relative" else 10,
+    )
+    torch.manual_seed(seed)
+    model = DepthAnythingForDepthEstimation(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=1.4 / parameter[0].numel() ** 0.5)
+            elif name == "head.conv3.bias":
+                parameter.fill_(3.0 if kind == "relative" else 0.0)  # above the ReLU that ends it
+    model.save_pretrained(folder)
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    DPTImageProcessor(
+        size={"height": 56, "width": 56},
+        keep_aspect_ratio=True,
+        ensure_multiple_of=14,
+        image_mean=mean,
+        image_std=std,
+    ).save_pretrained(folder)
+    return folder

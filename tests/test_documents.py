@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from component_helpers import codec, mask_model, save_internvl
+from component_helpers import codec, mask_model, save_internvl, save_teacher
 from conversion.test_sa2va import write_source
 from document_blocks import Block, blocks_of
 from evaluation import published_formats as formats
@@ -77,7 +77,7 @@ SLOW = ("README.md", "evaluation.md", "lora.md", "training.md")  # those that tr
 # Further options that make long work short: the beginning of a command -> what is put behind it.
 SHORT = {
     "train": "--max_steps 2 --per_device_train_batch_size 2 --logging_steps 1 --eval_strategy no --use_cpu true",
-    "codebook train": "--steps 3 --maps 4",
+    "codebook train": "--steps 3 --maps 4 --config codebook_tiny",
     "codebook eval": "--maps 2",
     "eval hardblink": "--limit 2",
     "eval world-closest": "--limit 3",
@@ -166,6 +166,15 @@ def _llava(path: Path) -> None:
     path.write_text(json.dumps([{"id": "1", "image": "coco/1.jpg", "conversations": turns}]))
 
 
+def _instances(path: Path) -> None:
+    """Two objects in the one picture of `photos`, in COCO's form."""
+    image = {"id": 1, "file_name": "a.jpg"}
+    boxes = [[10, 10, 60, 10, 60, 60, 10, 60], [70, 70, 120, 70, 120, 120, 70, 120]]
+    things = [{"image_id": 1, "category_id": k, "segmentation": [box], "iscrowd": 0} for k, box in enumerate(boxes)]
+    names = [{"id": number, "name": name} for number, name in enumerate(("mug", "box"))]
+    path.write_text(json.dumps({"images": [image], "annotations": things, "categories": names}))
+
+
 INPUTS: dict[str, Callable[[Path], object]] = {
     "photo.jpg": _picture,
     "answers.jsonl": _answers,
@@ -185,6 +194,8 @@ INPUTS: dict[str, Callable[[Path], object]] = {
     "depth-codec": lambda path: codec().save_pretrained(path),
     "Sa2VA-1B": lambda path: write_source(path, "Qwen2ForCausalLM"),
     "Sa2VA-4B": lambda path: write_source(path, "Qwen2ForCausalLM"),
+    "Depth-Anything-V2-Small-hf": save_teacher,
+    "instances_train.json": _instances,
     "llava_v1_5_mix665k.json": _llava,
     "HARDBLINK_FOLDER": lambda path: formats.write_hardblink(path, formats.scenes_of(range(5, 9))[:2]),
     "path/to/hardblink": lambda path: formats.write_hardblink(path, formats.scenes_of(range(5, 9))[:2]),

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from perceptio_hf.tokens import (
     SpatialVocabulary,
     depth_span,
-    escape_spatial_tokens,
     read_sequence,
     spatial_tokens,
 )
@@ -24,13 +23,6 @@ def test_names_are_those_of_public_checkpoints():
     assert tokens[:3] == ["[SEG]", "<DEPTH_START>", "<DEPTH_0>"]
     assert tokens[-2:] == ["<DEPTH_127>", "<DEPTH_END>"] and len(tokens) == 131
     assert depth_span([3, 0]) == "<DEPTH_START><DEPTH_3><DEPTH_0><DEPTH_END>"
-
-
-def test_escaped_tokens_look_the_same_and_are_no_tokens():
-    text = "is [SEG] or <DEPTH_3> or <DEPTH_START> a word?"
-    escaped = escape_spatial_tokens(text)
-    assert escaped.replace("\u2060", "") == text
-    assert not any(token in escaped for token in spatial_tokens(128))
 
 
 def test_whole_response():

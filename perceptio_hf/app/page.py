@@ -45,6 +45,7 @@ _EVERY = 0.08  # seconds between two drawings of a depth map that grows
 _KEPT = 16  # answers whose files are kept
 _ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}
 _OWN = {"api_visibility": "private", "show_progress": "hidden"}
+_AT_ONCE = {**_OWN, "queue": False}
 _EMPTY = {
     "picture": None,
     "points": [],
@@ -96,6 +97,12 @@ class Page:
         picture = _opened(path, path.name)
         view = {**_EMPTY, "picture": _about(picture, path), "points": list(map(list, example.points))}
         return {**view, "marked": _marked(picture, example.points)}, example.question, example.spatial
+
+    def wait(self, view: dict, text: str) -> str:
+        """The question, until its turn comes: others may be asking."""
+        if not view.get("picture") or not (text or "").strip():
+            return gr.skip()  # `ask` says what is missing
+        return results.show_words(text, "", True)
 
     def ask(self, view: dict, text: str, spatial: str) -> Iterator[tuple]:
         """View, answer, what was written, and three files, again and again while the answer is written."""
@@ -231,11 +238,15 @@ def build_page(assistant: Assistant, folder: Path) -> gr.Blocks:
                 examples = _examples(page.examples)
         shown = [viewer, said, written, *files]
         viewer.picture_chosen(page.read_picture, viewer, viewer, **_OWN)
-        viewer.points_set(page.set_points, viewer, viewer, **_OWN)
-        viewer.closest_asked(page.ask_closest, viewer, shown, **_OWN, **_ONE_AT_A_TIME)
+        viewer.points_set(page.set_points, viewer, viewer, trigger_mode="always_last", **_OWN)
+        viewer.closest_asked(lambda view: page.wait(view, CLOSEST), viewer, said, **_AT_ONCE).then(
+            page.ask_closest, viewer, shown, **_OWN, **_ONE_AT_A_TIME
+        )
         examples.example_chosen(page.show_example, None, [viewer, text, spatial], **_OWN)
         for asked in (button.click, text.submit):
-            asked(page.ask, [viewer, text, spatial], shown, **_OWN, **_ONE_AT_A_TIME)
+            asked(page.wait, [viewer, text], said, **_AT_ONCE).then(
+                page.ask, [viewer, text, spatial], shown, **_OWN, **_ONE_AT_A_TIME
+            )
         _publish(page.answer)
     return blocks.queue(default_concurrency_limit=4, max_size=64)
 

@@ -6,7 +6,7 @@ import pickle
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, redirect_stdout
 from typing import Any
 
 from perceptio_hf.extras import missing
@@ -52,7 +52,9 @@ class RayEngine:
             return
         import ray
 
-        with self._cluster() as resources:
+        # Where a worker dies, Ray says so on standard output, some of it when it is shut down. That is for the command's
+        # own document.
+        with redirect_stdout(sys.stderr), self._cluster() as resources:
             gpus = int(resources.get("GPU", 0))
             workers = min(self.workers or gpus or 1, len(batches))
             if gpus and workers > gpus:

@@ -7,24 +7,13 @@ import typer
 
 from perceptio_hf.extras import missing
 
-from .predict import DType
+from .checkpoints import Device, DType, Model
 
 
 def app(
-    model: Annotated[
-        str | None,
-        typer.Option(help="Folder or Hub name of a checkpoint. Default: the embedded tiny one.", show_default=False),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="Where the model runs: cpu, cuda, cuda:1, mps ... Default: the GPU if there is one.",
-            show_default=False,
-        ),
-    ] = None,
-    dtype: Annotated[
-        DType, typer.Option(help="Numbers the language model computes with; auto takes those it was saved in.")
-    ] = "auto",
+    model: Model = None,
+    device: Device = None,
+    dtype: DType = "auto",
     host: Annotated[
         str, typer.Option(help="0.0.0.0 lets other machines in.", envvar="GRADIO_SERVER_NAME")
     ] = "127.0.0.1",

@@ -1,15 +1,32 @@
-"""Loads the checkpoint a command names, with errors that a user can act on."""
+"""Loads the checkpoint a command names, with errors that a user can act on; and the options that name it."""
 
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
 
 from perceptio_hf import tiny_checkpoint
 
 if TYPE_CHECKING:
     from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor
 
+Model = Annotated[
+    str | None,
+    typer.Option(help="Folder or Hub name of a checkpoint. Default: the embedded tiny one.", show_default=False),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Where the model runs: cpu, cuda, cuda:1, mps ... Default: the GPU if there is one.", show_default=False
+    ),
+]
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DType = Annotated[
+    DTypeName,
+    typer.Option(help="Numbers the language model computes with; auto takes those it was saved in."),
+]
 TINY_NOTE = (
     "The embedded tiny checkpoint knows only rendered scenes: on photographs it shows that everything runs, not that "
     "it sees. Name another checkpoint with --model."

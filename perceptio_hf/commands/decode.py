@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .predict import DType, check_out, name_folders, write_answer
+from .checkpoints import Device, DType
+from .predict import check_out, name_folders, write_answer
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,13 +40,8 @@ def decode(
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers that go through the model together.")] = 4,
-    device: Annotated[
-        str | None,
-        typer.Option(help="Where the model runs. Default: the GPU if there is one.", show_default=False),
-    ] = None,
-    dtype: Annotated[
-        DType, typer.Option(help="Numbers the language model computes with; auto takes those it was saved in.")
-    ] = "auto",
+    device: Device = None,
+    dtype: DType = "auto",
 ) -> None:
     """Read ANSWERS.jsonl, what an engine wrote about pictures, and write masks and depth as `perceptio predict` does.
 

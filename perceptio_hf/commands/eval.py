@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .predict import EngineName, Spatial, check_out
+from .checkpoints import Model
+from .predict import Address, EngineName, Spatial, Workers, check_out
 
 if TYPE_CHECKING:
     from perceptio_hf.evaluation.benchmarks import Benchmark
@@ -25,10 +26,7 @@ def evaluate(
             help="refcoco, hardblink, mmbench, world-closest, ...; a wrong name lists all.", show_default=False
         ),
     ],
-    model: Annotated[
-        str | None,
-        typer.Option(help="Folder or Hub name of a checkpoint. Default: the embedded tiny one.", show_default=False),
-    ] = None,
+    model: Model = None,
     data: Annotated[
         Path | None,
         typer.Option(help="Where the benchmark's files are; not for rendered scenes (world-...).", show_default=False),
@@ -92,13 +90,8 @@ def evaluate(
     ] = "raise",
     seed: Annotated[int, typer.Option(help="Of codes that are drawn.")] = 0,
     engine: Annotated[EngineName, typer.Option(help="What answers: this process, or workers of Ray.")] = "local",
-    address: Annotated[
-        str | None,
-        typer.Option(help="Of a Ray cluster: auto, HOST:PORT. Default: Ray on this machine.", show_default=False),
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Of Ray. Default: one for each GPU, without GPUs one.", show_default=False)
-    ] = None,
+    address: Address = None,
+    workers: Workers = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace results of another model, data or setting.")
     ] = False,

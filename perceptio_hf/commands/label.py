@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .predict import DType, EngineName, check_out
+from .checkpoints import DTypeName
+from .predict import Address, EngineName, Workers, check_out
 
 if TYPE_CHECKING:
     from perceptio_hf import DepthVQVAE
@@ -34,7 +35,11 @@ def label(
         typer.Option(help="Folder or Hub name of a depth-estimation model of transformers.", show_default=False),
     ],
     depth_codec: Annotated[
-        str, typer.Option(help="Folder of a depth codec, or of a checkpoint that has one.", show_default=False)
+        str,
+        typer.Option(
+            help="Folder of a depth codec, or of a checkpoint that has one; tiny is the embedded one.",
+            show_default=False,
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the labels.", show_default=False)],
     maps: Annotated[bool, typer.Option("--maps", help="Keep the teacher's maps too, as 16-bit PNG.")] = False,
@@ -59,16 +64,10 @@ def label(
         str | None,
         typer.Option(help="Where the teacher runs. Default: the GPU if there is one.", show_default=False),
     ] = None,
-    dtype: Annotated[DType, typer.Option(help="Numbers the teacher computes with; auto takes its own.")] = "auto",
+    dtype: Annotated[DTypeName, typer.Option(help="Numbers the teacher computes with; auto takes its own.")] = "auto",
     engine: Annotated[EngineName, typer.Option(help="What does the work: this process, or workers of Ray.")] = "local",
-    address: Annotated[
-        str | None,
-        typer.Option(help="Of a Ray cluster: auto, HOST:PORT. Default: Ray on this machine.", show_default=False),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Of Ray. Default: one for each GPU, without GPUs one.", show_default=False),
-    ] = None,
+    address: Address = None,
+    workers: Workers = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace labels of other pictures, another teacher or codec.")
     ] = False,
@@ -83,6 +82,7 @@ def label(
     kinds = check_kinds(questions, annotations)
     check_out(out)
 
+    from perceptio_hf import tiny_checkpoint
     from perceptio_hf.bulk.engines import open_engine
     from perceptio_hf.bulk.items import list_items
     from perceptio_hf.labelling.teacher import teacher_info
@@ -95,6 +95,7 @@ def label(
         checkpoints.check_device(device)
     teacher = os.path.abspath(os.path.expanduser(teacher)) if os.path.isdir(os.path.expanduser(teacher)) else teacher
     info = teacher_info(teacher, teacher_unit)
+    depth_codec = tiny_checkpoint() if depth_codec == "tiny" else depth_codec
     codec = os.path.abspath(depth_codec) if os.path.exists(depth_codec) else depth_codec
     about = _about(info, codec, dtype, maps or bool(kinds))
     load = partial(load_labeller, info, codec, device, dtype)

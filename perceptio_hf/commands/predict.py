@@ -10,6 +10,8 @@ from urllib.parse import unquote, urlsplit
 
 import typer
 
+from .checkpoints import Device, DType, Model
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -20,8 +22,14 @@ if TYPE_CHECKING:
 
 LoadIn = Literal["4bit", "8bit"]
 EngineName = Literal["local", "ray"]
-DType = Literal["auto", "float32", "bfloat16", "float16"]
 Spatial = Literal["auto", "none", "seg", "depth", "seg+depth"]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Of a Ray cluster: auto, HOST:PORT. Default: Ray on this machine.", show_default=False),
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Of Ray. Default: one for each GPU, without GPUs one.", show_default=False)
+]
 _LONGEST_NAME = 60  # characters that an address gives to a folder; file systems allow 255 bytes
 
 
@@ -35,10 +43,7 @@ def predict(
             show_default=False,
         ),
     ],
-    model: Annotated[
-        str | None,
-        typer.Option(help="Folder or Hub name of a checkpoint. Default: the embedded tiny one.", show_default=False),
-    ] = None,
+    model: Model = None,
     spatial: Annotated[
         Spatial, typer.Option(help="Which spatial tokens to force; auto lets the model decide, none forbids them.")
     ] = "auto",
@@ -53,30 +58,16 @@ def predict(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures that go through the model together.")] = 4,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="Where the model runs: cpu, cuda, cuda:1, mps ... Default: the GPU if there is one.",
-            show_default=False,
-        ),
-    ] = None,
-    dtype: Annotated[
-        DType, typer.Option(help="Numbers the language model computes with; auto takes those it was saved in.")
-    ] = "auto",
+    device: Device = None,
+    dtype: DType = "auto",
     load_in: Annotated[
         LoadIn | None, typer.Option(help="Shrink the language model to 4 or 8 bits (bitsandbytes).", show_default=False)
     ] = None,
     engine: Annotated[
         EngineName, typer.Option(help="What works on many pictures: this process, or workers of Ray.")
     ] = "local",
-    address: Annotated[
-        str | None,
-        typer.Option(help="Of a Ray cluster: auto, HOST:PORT. Default: Ray on this machine.", show_default=False),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Of Ray. Default: one for each GPU, without GPUs one.", show_default=False),
-    ] = None,
+    address: Address = None,
+    workers: Workers = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Many pictures: replace results of another model, question or setting.")
     ] = False,
@@ -262,6 +253,8 @@ def _predict_many(
 
     from . import checkpoints
 
+    if question is None and not any(item.question.strip() for item in items):
+        raise ValueError("Nothing is asked: add a question as the last word, or `question` to the lines of the list.")
     asked = predictions.ask_of_all(items, question, spatial)
     with in_use(out, "perceptio predict"):
         if isinstance(engine, LocalEngine):

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
     from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor
+    from perceptio_hf.evaluation.during.trackers import TrainerFigures
+    from perceptio_hf.training.checkpoints import WholeCheckpoints
+    from perceptio_hf.training.config import PerceptioSFTConfig
     from perceptio_hf.training.planning.plan import Plan
     from perceptio_hf.training.recipe import Recipe, RecipeArguments
     from perceptio_hf.training.trainer import PerceptioSFTTrainer
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 # Options that are not listed here belong to the recipe: `--max_steps 10` takes the place of its `max_steps`.
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 SFT, TINY = "sft", "tiny"  # kinds of recipes
+REWARDED = ("grpo", "rloo")  # those that learn by rewards
 _RECIPE_FILE = "recipe.json"
 _WAYS_TO_PERCEPTIO = {
     "internvl": "run `perceptio build`, which joins it with a SAM2 and a depth codec, and train the result.",
@@ -82,7 +86,8 @@ def train(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON document.")] = False,
 ) -> None:
-    """Train by a recipe: fine-tune a checkpoint on tasks of your own, or (`recipe: tiny`) a tiny one from scratch.
+    """Train by a recipe: fine-tune a checkpoint on tasks of your own, by samples or (`recipe: grpo`, `recipe: rloo`) by
+    rewards, or (`recipe: tiny`) a tiny one from scratch.
 
     Any key of a fine-tuning recipe can be given as an option, e.g. `--max_steps 10`.
     """
@@ -92,7 +97,9 @@ def train(
     kind = read_yaml(config).get("recipe", SFT)
     if not dry_run and (measure is not None or launch is not None or as_json):
         raise ValueError("--measure, --launch and --json belong to --dry-run; give it, or leave them out.")
-    if kind == SFT:
+    if dry_run and kind in REWARDED:
+        raise ValueError("--dry-run is for training on samples; what rewards take depends on how long answers are.")
+    if kind in (SFT, *REWARDED):
         if processes is not None or workers is not None or device is not None:
             raise ValueError(
                 "--processes, --workers and --device are for recipes of kind tiny. To train with several processes, "
@@ -102,7 +109,7 @@ def train(
         if dry_run:
             _plan(config, context.args, measure, launch, as_json)
         else:
-            _fine_tune(config, out, context.args)
+            _fine_tune(config, out, context.args, kind)
     elif kind == TINY:
         if dry_run:
             raise ValueError("--dry-run is for fine-tuning; a tiny recipe takes about two hours on two cores.")
@@ -110,7 +117,7 @@ def train(
             raise ValueError(f"Unknown options {' '.join(context.args)}; change the keys of a tiny recipe in {config}.")
         _from_scratch(config, out or Path("runs/tiny"), processes, workers, device or "cpu")
     else:
-        raise ValueError(f"{config}: recipe is {kind!r}; choose {SFT} (the default) or {TINY}.")
+        raise ValueError(f"{config}: recipe is {kind!r}; choose {SFT} (the default), {', '.join(REWARDED)} or {TINY}.")
 
 
 def _from_scratch(config: Path, out: Path, processes: int | None, workers: int | None, device: str) -> None:
@@ -125,12 +132,13 @@ def _from_scratch(config: Path, out: Path, processes: int | None, workers: int |
         print(f"The finished checkpoint is {done}")
 
 
-def _fine_tune(config: Path, out: Path | None, overrides: Sequence[str]) -> None:
+def _fine_tune(config: Path, out: Path | None, overrides: Sequence[str], kind: str) -> None:
     from perceptio_hf.extras import missing
     from perceptio_hf.files import in_use, read_yaml
 
     try:
         from perceptio_hf.training.recipe import read_recipe
+        from perceptio_hf.training.rewards.recipe import read_reward_recipe
     except ModuleNotFoundError as error:
         raise missing(error, "Fine-tuning") from error
 
@@ -138,7 +146,7 @@ def _fine_tune(config: Path, out: Path | None, overrides: Sequence[str]) -> None
         overrides = [*overrides, "--output_dir", str(out)]
     elif "output_dir" not in read_yaml(config) and not any(option.startswith("--output") for option in overrides):
         overrides = [*overrides, "--output_dir", str(Path("runs", config.stem))]
-    recipe = read_recipe(config, overrides)
+    recipe = read_recipe(config, overrides) if kind == SFT else read_reward_recipe(kind, config, overrides)
     folder = Path(recipe.settings.output_dir)
     _silence()  # not before: the settings take it for a wish to see no progress bar
     first = recipe.settings.process_index == 0  # of several that train together
@@ -247,7 +255,7 @@ def _lasting(recipe: "Recipe") -> dict:
     return json.loads(json.dumps(values, default=str))
 
 
-def _trainer(recipe: "Recipe") -> "PerceptioSFTTrainer":
+def _trainer(recipe: "Recipe") -> "WholeCheckpoints":
     from perceptio_hf.training.logging import show_losses
     from perceptio_hf.training.recipe import check_label_codecs, evaluation_sets, training_set
     from perceptio_hf.training.trainer import PerceptioSFTTrainer
@@ -258,14 +266,25 @@ def _trainer(recipe: "Recipe") -> "PerceptioSFTTrainer":
     model, processor = _loaded(source, options | (settings.model_init_kwargs or {}), revision)
     settings.model_init_kwargs = None
     check_label_codecs([*arguments.tasks, *arguments.eval_tasks], arguments.data_folder, model.depth_model)
+    if arguments.recipe in REWARDED:
+        from perceptio_hf.training.rewards.recipe import reward_trainer
+
+        return reward_trainer(recipe, model, processor, _adapters(model, arguments))
+    figures = _figures(arguments, settings)
     trainer = PerceptioSFTTrainer(
         model,
         settings,
         train_dataset=training_set(arguments),
-        eval_dataset=evaluation_sets(arguments),
+        eval_dataset=evaluation_sets(arguments) or (None if figures is None else {}),
         processing_class=processor,
         peft_config=_adapters(model, arguments),
     )
+    if figures is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError(
+            "figures answer with the whole model, which FSDP and DeepSpeed share out; leave them out, and measure "
+            "checkpoints with `perceptio eval`."
+        )
+    trainer.figures = figures
     show_losses(trainer)
     return trainer
 
@@ -276,6 +295,23 @@ def _source(arguments: "RecipeArguments") -> tuple[str, dict[str, str]]:
 
     source = tiny_checkpoint() if arguments.model_name_or_path == "tiny" else arguments.model_name_or_path
     return str(source), {} if Path(source).is_dir() else {"revision": arguments.model_revision}
+
+
+def _figures(arguments: "RecipeArguments", settings: "PerceptioSFTConfig") -> "TrainerFigures | None":
+    """What every evaluation measures beside the losses, None where the recipe asks for nothing.
+
+    Raises:
+        ValueError: where no evaluation is asked for.
+    """
+    if not arguments.figures:
+        return None
+    if settings.eval_strategy == "no":
+        raise ValueError("The recipe lists figures, but never evaluates: set eval_strategy: steps and eval_steps.")
+    from perceptio_hf.evaluation.during.figures import HeldOutFigures
+    from perceptio_hf.evaluation.during.trackers import TrainerFigures
+
+    batch = settings.per_device_eval_batch_size
+    return TrainerFigures(HeldOutFigures(arguments.figures, arguments.data_folder, batch_size=batch))
 
 
 def _loaded(
@@ -320,19 +356,22 @@ def _adapters(model: "PerceptioForConditionalGeneration", arguments: "RecipeArgu
     return lora_config(model, r=arguments.lora_r, target_layers=options.pop("layers", None), **options)
 
 
-def _run(trainer: "PerceptioSFTTrainer", folder: Path, resume: Path | str | None) -> None:
+def _run(trainer: "WholeCheckpoints", folder: Path, resume: Path | str | None) -> None:
+    from perceptio_hf.training.trainer import PerceptioSFTTrainer
+
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     finished = trainer.save_finished(folder / "checkpoint")
-    if trainer.eval_dataset is not None and trainer.args.eval_strategy == "no":
+    by_rewards = not isinstance(trainer, PerceptioSFTTrainer)
+    if not by_rewards and trainer.eval_dataset is not None and trainer.args.eval_strategy == "no":
         trainer.evaluate()
         trainer.draw_losses()
     if trainer.is_world_process_zero():
-        for kind, count in trainer.skipped_samples.items():
+        for kind, count in ({} if by_rewards else trainer.skipped_samples).items():
             print(f"{count} samples were left out because of their {kind}.")
-        print(f"The finished checkpoint is {finished}" + _and_plot(trainer))
+        print(f"The finished checkpoint is {finished}" + ("" if by_rewards else _and_plot(trainer)))
 
 
-def _save_merged(trainer: "PerceptioSFTTrainer", folder: Path) -> None:
+def _save_merged(trainer: "WholeCheckpoints", folder: Path) -> None:
     from perceptio_hf.training.lora import save_merged
 
     if trainer.is_world_process_zero():

@@ -26,7 +26,7 @@ from .run_length import RunLengths
 
 CONVERSATIONS = "conversations"
 PICTURE_TOKEN = "<image>"  # where a picture stands inside a text, in LLaVA's files and in ours
-PART_KEYS = ("image", "path", "url", "base64")  # of a part of a message that names its picture itself
+PART_KEYS = ("image", "path", "url", "base64", "image_url")  # of a part of a message that names its picture itself
 _MEANT = {
     "images": ("image", "img", "imgs", "image_path", "image_paths", "picture", "pictures", "photo", "photos"),
     "messages": ("message", "conversation", CONVERSATIONS, "chat", "dialog", "turns", "texts"),
@@ -47,10 +47,11 @@ class Sample(TypedDict, total=False):
     images: pictures in reading order: paths, data: URLs, PIL, uint8 arrays (H, W, 3), encoded bytes, or what
         `datasets.Image` gives.
     messages: the chat. `content` is a string, or parts {"type": "text", "text": ...} and {"type": "image"}; ``<image>``
-        in a text is the place of a picture too. Where there is no place, all pictures come before the first words of
-        the user. Every turn of the assistant is learnt; in it ``[SEG]`` and ``<DEPTH_START><DEPTH_END>`` (an empty
-        span, at most one per picture) are spatial tokens, and ``Image-2:`` says that those behind it speak of the
-        second picture (the rule: `perceptio_hf.tokens`).
+        in a text is the place of a picture too. A part may name its picture itself, as `image`, `path`, `url`, `base64`
+        or as OpenAI's {"type": "image_url", "image_url": {"url": ...}}: a file or a data: URL. Where there is no place,
+        all pictures come before the first words of the user. Every turn of the assistant is learnt; in it ``[SEG]`` and
+        ``<DEPTH_START><DEPTH_END>`` (an empty span, at most one per picture) are spatial tokens, and ``Image-2:`` says
+        that those behind it speak of the second picture (the rule: `perceptio_hf.tokens`).
     masks: one per ``[SEG]`` in reading order, of its picture's size: COCO run lengths or polygons, or a path, an array
         (H, W) or a grey picture, where 0 is outside. Floats up to 1 are probabilities. What could be meant in two ways
         is an error.
@@ -186,11 +187,31 @@ def read_part(part: Any) -> dict:
     given = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
     kind = given.get("type")
     is_text = kind == "text" and isinstance(given.get("text"), str) and len(given) == 2
-    if not is_text and (kind != "image" or len(given) > 2 or set(given) - {"type", *PART_KEYS}):
+    is_picture = kind == "image" and len(given) <= 2 and not set(given) - {"type", *PART_KEYS[:-1]}
+    if kind == "image_url" and len(given) == 2 and isinstance(_url(given.get("image_url")), str):
+        given, is_picture = {"type": "image", "url": _url(given["image_url"])}, True
+    if not is_text and not is_picture:
         raise SampleError(f"a part of a message is a text or an image, not {str(part)[:80]}.")
     if is_text:
         _check_text(given["text"])
+    else:
+        check_here(picture_of(given))
     return given
+
+
+def _url(value: Any) -> Any:
+    """What OpenAI's `image_url` names: it is {"url": ..., "detail": ...}, or the address alone."""
+    return value.get("url") if isinstance(value, Mapping) else value
+
+
+def check_here(picture: Any) -> None:
+    """Raises SampleError for an address elsewhere: it would be asked for again in every epoch, by every process."""
+    if isinstance(picture, Mapping):
+        picture = picture.get("path")
+    if isinstance(picture, str) and picture[:8].lower().startswith(("http://", "https://")):
+        raise SampleError(
+            f"its picture {picture[:80]} lies elsewhere; download it, and give its path or a data: URL.", "picture"
+        )
 
 
 def _check_text(text: str) -> None:
@@ -206,7 +227,9 @@ def picture_of(part: Mapping[str, Any]) -> Any:
     """The picture that a part of a message names itself, or None."""
     if part.get("base64") is not None:
         return f"data:;base64,{part['base64']}"
-    return next((part[key] for key in PART_KEYS if part.get(key) is not None), None)
+    return next(
+        (_url(part[key]) if key == "image_url" else part[key] for key in PART_KEYS if part.get(key) is not None), None
+    )
 
 
 def split_at_pictures(text: str) -> list[dict[str, str]]:

@@ -135,6 +135,8 @@ def _located(value: Any, folder: Path) -> Any:
         return value if SCHEMES.match(value) else str(folder / Path(value).expanduser())
     if isinstance(value, Mapping) and isinstance(value.get("path"), str) and value.get("bytes") is None:
         return {**value, "path": _located(value["path"], folder)}
+    if isinstance(value, Mapping) and isinstance(value.get("url"), str):  # of OpenAI's parts
+        return {**value, "url": _located(value["url"], folder)}
     if isinstance(value, list) and any(isinstance(item, (str, Mapping)) for item in value):
         return [_located(item, folder) for item in value]
     return value

@@ -40,7 +40,7 @@ from .depth_maps import DepthMap
 from .encoded import as_code_lists, as_list, load_depth, load_mask, open_encoded
 from .form import REASONS as REASONS
 from .form import Sample as Sample
-from .form import SampleError, as_sample, name_of, picture_sources, read_messages
+from .form import SampleError, as_sample, check_here, name_of, picture_sources, read_messages
 
 _SPAN = re.compile(r"<DEPTH_START>((?:<DEPTH_\d+>)*)<DEPTH_END>")
 _DEPTH_TOKEN = re.compile(r"<DEPTH_(?:START|END|\d+)>")
@@ -118,6 +118,7 @@ def _load(sample: Mapping[str, Any], num_depth_tokens: int, num_depth_codes: int
 
 
 def _picture(source: Any) -> Image.Image:
+    check_here(source)
     try:
         return load_picture(open_encoded(source))
     except Exception as error:  # whatever a file or a value makes Pillow or numpy raise is an error of this sample

@@ -8,6 +8,7 @@ import numpy as np
 from perceptio_hf.tokens import DEPTH_END_TOKEN, DEPTH_START_TOKEN, SEG_TOKEN
 from perceptio_hf.world import Question, Scene, ask, draw_points, render_scene
 from perceptio_hf.world.cells import cell_at, cell_word
+from perceptio_hf.world.fair import fair_sets
 
 from .rows import import_datasets, sample_features, to_row
 from .run_length import encode_mask
@@ -22,6 +23,9 @@ WORLD_TASKS = {
     "spatial": ("closer_object", "closest_point"),  # spans first, then the answer that can be read off them
     "plain": ("count", "attribute"),  # no spans
 }
+FAIR = "closest"  # the same question of marked points alone, fair: nothing but depth tells (`perceptio_hf.world.fair`)
+_FAIR_POINTS, _SCENES_PER_SET = (3, 4, 5), 6
+_FAIR_BLOCK = 600  # scenes that fair questions are drawn from together
 _SHARDS = 1024  # at most; a stream is split between processes, and skipped through, by shards
 
 
@@ -63,12 +67,16 @@ def world_sample(
 
 
 def iter_world_samples(task: str, seeds: Sequence[int], *, size: int = 128, **options: Any) -> Iterator[dict[str, Any]]:
-    """All samples of a task about the scenes with these numbers; `options` go to `world_sample`.
+    """All samples of a task about the scenes with these numbers, in a row for fair questions; `options` go to
+    `world_sample`.
 
     Raises:
-        ValueError: for an unknown task.
+        ValueError: for an unknown task, or too few scenes for fair questions.
     """
     _check_task(task)
+    if task == FAIR:
+        yield from _fair_samples(seeds, size, options)
+        return
     for seed in seeds:
         scene = render_scene(seed, size=size)
         for question in ask(scene, np.random.default_rng([seed, 1]), WORLD_TASKS[task]):
@@ -88,7 +96,7 @@ def world_dataset(
     """A stream of samples that are rendered as they are needed.
 
     Args:
-        task: one of `WORLD_TASKS`.
+        task: one of `WORLD_TASKS`, or "closest": fair questions of 3, 4 and 5 marked points, one for two scenes.
         scenes: how many.
         first_seed: number of the first; see `perceptio_hf.world` for the numbers that are held out.
         size: width and height of the pictures in pixels.
@@ -101,7 +109,7 @@ def world_dataset(
     if scenes < 1:
         raise ValueError(f"scenes is {scenes}; it must be 1 or more.")
     last = first_seed + scenes
-    per_shard = -(-scenes // _SHARDS)
+    per_shard = _FAIR_BLOCK if task == FAIR else -(-scenes // _SHARDS)
     shards = [(start, min(start + per_shard, last)) for start in range(first_seed, last, per_shard)]
     options = {"task": task, "size": size, "masks": masks, "depth": depth, "cells": cells}
     return import_datasets().IterableDataset.from_generator(
@@ -116,5 +124,22 @@ def _rows(shards: list[tuple[int, int]], options: dict[str, Any]) -> Iterator[di
 
 
 def _check_task(task: str) -> None:
-    if task not in WORLD_TASKS:
-        raise ValueError(f"Unknown task {task!r}; the world has {', '.join(WORLD_TASKS)}.")
+    if task not in WORLD_TASKS and task != FAIR:
+        raise ValueError(f"Unknown task {task!r}; the world has {', '.join((*WORLD_TASKS, FAIR))}.")
+
+
+def _fair_samples(seeds: Sequence[int], size: int, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Questions with 3, 4 and 5 points in turn."""
+    each = max(1, len(seeds) // _SCENES_PER_SET)
+    found = [fair_sets(n, each, scenes=len(seeds), first_seed=seeds[0], size=size) for n in _FAIR_POINTS]
+    for item in (item for row in zip(*found, strict=False) for item in row):
+        listed = f"{', '.join(item.letters[:-1])} or {item.letters[-1]}"
+        question = Question(
+            "closest_point",
+            f"Which is closest to the camera: {listed}?",
+            item.answer,
+            points=item.points,
+            letters=item.letters,
+            choices=item.letters,
+        )
+        yield world_sample(render_scene(item.seed, size=size), question, task=FAIR, **options)

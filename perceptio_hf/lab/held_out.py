@@ -9,6 +9,7 @@ import numpy as np
 
 from perceptio_hf.evaluation.metrics.depth import depth_metrics
 from perceptio_hf.evaluation.run.answering import encode_questions
+from perceptio_hf.training.rewards.texts import conclusion
 from perceptio_hf.world import HELD_OUT_SEED, Question, Scene, ask, draw_points, render_scene
 
 if TYPE_CHECKING:
@@ -27,11 +28,6 @@ class Item:
     scene: Scene
     question: Question
     picture: np.ndarray
-
-
-def conclusion(text: str) -> str:
-    """What an answer concludes: the words behind its last colon, without a final stop, or all of it."""
-    return text.rsplit(":", 1)[-1].strip().rstrip(".").strip()
 
 
 def held_out_items(scenes: int, first_seed: int = HELD_OUT_SEED, size: int = 128) -> list[Item]:

@@ -16,9 +16,9 @@ from perceptio_hf.world.fair import GRID, cell_center, draw_cells
 
 CELLS = GRID * GRID
 MARGIN = 0.08  # of relative inverse depth, between points that are told apart
-_SMOOTH = 0.03  # largest spread of it around a point
+_SMOOTH = 0.05  # largest spread of it around a point
 _REACH = 64  # a point's depth must hold for a 64th of the shorter side around it
-_MOST, _FRUITLESS = 4, 200  # sets with the same places; draws of places without a set after which it is enough
+_MOST, _FRUITLESS = 4, 1000  # sets with the same places; draws of places without a set after which it is enough
 _COUNTS = {"closest": (3, 4, 5), "order": (3,)}
 
 

@@ -15,6 +15,7 @@ from perceptio_hf.bulk.engines import Engine, fill_journal
 from perceptio_hf.bulk.items import Item
 from perceptio_hf.bulk.journal import Journal
 from perceptio_hf.bulk.order import cut, digest, order_by_size, read_order, write_order
+from perceptio_hf.data.published.labels import FORMAT, VERSION, read_label_metadata
 from perceptio_hf.data.rows import import_datasets
 from perceptio_hf.files import replacing, write_json
 
@@ -24,7 +25,6 @@ from .worker import DEPTH_FOLDER, Load, open_labeller
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FORMAT, VERSION = "perceptio labels", 1
 ABOUT_FILE, ROWS_FOLDER, FAILURES_FILE, JOURNAL_FOLDER = "labels.json", "labels", "failures.jsonl", "journal"
 QUESTIONS_FOLDER, REPORT_FILE = "questions", "questions.json"
 _LINES_FILE, _ORDER_FILE = "labels.jsonl", "order.json"
@@ -81,31 +81,18 @@ def label_items(
     fresh = fill_journal(journal, engine, partial(open_labeller, load, about["maps"]), batches, told, folder)
     if not is_complete(folder):
         _write_rows(items, folder, about)
-    document = read_about(folder)
+    document = read_label_metadata(folder)
     if not document["rows"]:
         raise ValueError(f"no picture could be labelled; {folder / FAILURES_FILE} says why of each.")
     return Tally(document["rows"], document["failures"], fresh)
 
 
-def read_about(folder: Path) -> dict[str, Any]:
-    """What labels.json says.
-
-    Raises:
-        ValueError: for a folder without labels, or with those of a later version.
-    """
-    path = folder / ABOUT_FILE
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ValueError(f"{folder} has no {ABOUT_FILE} that can be read; `perceptio label` writes it.") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT or document.get("version") != VERSION:
-        raise ValueError(f"{path} is not of the form {FORMAT!r}, version {VERSION}; label with this version again.")
-    return document
-
-
 def is_complete(folder: Path) -> bool:
     """Whether all rows are written."""
-    return (folder / ABOUT_FILE).is_file() and bool(read_about(folder).get("complete"))
+    try:
+        return bool(read_label_metadata(folder)["complete"])
+    except ValueError:
+        return False
 
 
 def read_rows(folder: Path) -> "Dataset":
@@ -115,8 +102,7 @@ def read_rows(folder: Path) -> "Dataset":
         ValueError: for a folder without labels, or whose labelling was not finished.
     """
     datasets = import_datasets()
-    if not read_about(folder).get("complete"):
-        raise ValueError(f"{folder} is not complete; run the same `perceptio label` again, it goes on where it was.")
+    read_label_metadata(folder)
     rows = datasets.load_from_disk(str(folder / ROWS_FOLDER))
     return rows.cast_column("image", datasets.Image(decode=False))
 

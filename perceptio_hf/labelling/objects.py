@@ -4,7 +4,6 @@ Two questions that look the same without depth, that is, name the same two categ
 picture and the same one larger, are taken together, one for either answer. Rules on these are then right in half.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from perceptio_hf.data.formats.coco_annotations import read_json
 from perceptio_hf.data.masks import mask_of
 
 MARGIN = 0.1  # of relative inverse depth, between the medians of two objects
@@ -55,12 +55,7 @@ class Annotations:
     """
 
     def __init__(self, file: Path):
-        try:
-            document = json.loads(file.read_bytes())
-        except OSError as error:
-            raise ValueError(f"--annotations {file} cannot be read ({error.strerror}).") from None
-        except ValueError as error:
-            raise ValueError(f"--annotations {file} is no JSON ({error}).") from None
+        document = read_json(file)
         if not isinstance(document, dict) or not all(isinstance(document.get(key), list) for key in _NEEDED):
             raise ValueError(f"--annotations {file} is not of COCO's form: an object with {', '.join(_NEEDED)}.")
         try:
@@ -71,7 +66,8 @@ class Annotations:
         self._by_name: dict[str, list[str]] = {}
         for name in self._pictures:
             self._by_name.setdefault(name.rpartition("/")[2], []).append(name)
-        self.file, self.found, self.without, self.other_size = file, set(), 0, 0
+        # Sets, since several threads ask.
+        self.file, self.found, self.without, self.other_size = file, set(), set(), set()
 
     def of(self, names: Sequence[str], size: tuple[int, int]) -> list[Thing]:
         """The objects of a picture that can be named by their category; none where it has no annotations.
@@ -82,11 +78,11 @@ class Annotations:
         """
         image = self._find(names)
         if image is None:
-            self.without += 1
+            self.without.add(names[0])
             return []
         self.found.add(image["file_name"])
         if (image.get("width", size[0]), image.get("height", size[1])) != size:
-            self.other_size += 1
+            self.other_size.add(names[0])
             return []
         return self._things.get(image["id"], [])
 
@@ -101,9 +97,9 @@ class Annotations:
     def report(self) -> dict[str, int]:
         """What had no counterpart."""
         return {
-            "pictures_without_annotations": self.without,
+            "pictures_without_annotations": len(self.without),
             "annotated_pictures_not_labelled": len(self._pictures) - len(self.found),
-            "pictures_of_another_size_than_annotated": self.other_size,
+            "pictures_of_another_size_than_annotated": len(self.other_size),
         }
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from perceptio_hf.bulk.engines import readers
 from perceptio_hf.data.depth_maps import read_depth
 from perceptio_hf.data.encoded import open_encoded
+from perceptio_hf.data.published.labels import read_label_metadata
 from perceptio_hf.data.rows import sample_features, to_row
 from perceptio_hf.data.run_length import encode_mask
 from perceptio_hf.files import write_json
@@ -22,7 +23,7 @@ from perceptio_hf.world.questions import CLOSER_QUESTIONS, POINT_QUESTIONS
 
 from . import fair_points, objects
 from .fair_points import PointQuestion, draw_questions, read_cells
-from .labels import QUESTIONS_FOLDER, REPORT_FILE, read_about, read_rows
+from .labels import QUESTIONS_FOLDER, REPORT_FILE, read_rows
 from .objects import Annotations, PairQuestion, balanced, mask_of_thing, pairs_of
 from .shards import write_dataset
 
@@ -69,7 +70,7 @@ def write_questions(
     Raises:
         ValueError: for labels that are not complete or have no maps; annotations of none of these pictures.
     """
-    about = read_about(folder)
+    about = read_label_metadata(folder)
     if not about["maps"]:
         raise ValueError(f"{folder} has no maps, which questions are made from; label with --maps.")
     asker = _Asker(folder, kinds, None if annotations is None else Annotations(annotations), watch)

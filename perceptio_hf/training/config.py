@@ -9,11 +9,13 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
+from perceptio_hf.extras import how_to_install
 from perceptio_hf.training.losses.words import TOKEN_OVER, check_over
 
 from .losses import PARTS, LossPart, LossWeights
 
 ON_ERROR = ("raise", "skip")
+TRACKERS = ("tensorboard", "wandb", "trackio")  # what the extra `track` brings; pictures of cases go there too
 
 # Settings of SFTConfig that this trainer has no use for: the values that ask for nothing, and what is done instead.
 _WITHOUT_EFFECT: dict[str, tuple[tuple, str]] = {
@@ -75,6 +77,8 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
         seg_projector_learning_rate: of the [SEG] projector alone, None: `mask_learning_rate`.
         seg_projector_start: number of masks, a few hundred, that the [SEG] projector gets new weights from before the
             first step, from which its units do not die (`perceptio_hf.training.masks.projector`); 0: keep its weights.
+        seg_projector_start_step: the step before which it gets them instead. Words that are new to the language model
+            have to be learnt before a [SEG] can tell what it was written for.
         mask_patience: steps in which masks must get better, or a warning says what is wrong; 0: never.
         on_error: what the collator does with a sample that cannot be used: "raise" stops and names it, "skip" leaves
             it out; the number of skipped samples is reported at the end.
@@ -125,6 +129,9 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
     seg_projector_start: int = field(
         default=0, metadata={"help": "Masks that the [SEG] projector is fitted to before the first step; 0: none."}
     )
+    seg_projector_start_step: int = field(
+        default=0, metadata={"help": "The step before which the [SEG] projector is fitted; 0: before the first."}
+    )
     mask_patience: int = field(
         default=200, metadata={"help": "Steps in which masks must get better, or a warning says so; 0: never."}
     )
@@ -160,9 +167,8 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
         untold = {"flyte", "azure_ml"}  # transformers does not tell whether these are there
         lacking = [name for name in self.report_to if name in {*INTEGRATION_TO_CALLBACK} - {*available} - untold]
         if lacking:
-            raise ValueError(
-                f"report_to names {lacking[0]}, which is not installed: pip install {lacking[0]}, or leave it out."
-            )
+            way = how_to_install("track") if lacking[0] in TRACKERS else f"pip install {lacking[0]}"
+            raise ValueError(f"report_to names {lacking[0]}, which is not installed: {way}, or leave it out.")
         unknown = [name for name in self.report_to if name not in INTEGRATION_TO_CALLBACK]
         if unknown:
             raise ValueError(
@@ -212,7 +218,7 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}; it must be a finite number of 0 or more, or be left out.")
-        for name in ("seg_projector_start", "mask_patience"):
+        for name in ("seg_projector_start", "seg_projector_start_step", "mask_patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a whole number of 0 or more.")
         for name in ("merge_temperature", "count_beta"):

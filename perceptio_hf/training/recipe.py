@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
 from trl import TrlParser
 
 from perceptio_hf.data.keys import check_keys, check_value
@@ -57,6 +58,10 @@ class RecipeArguments:
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flash_attention_2."})
     tasks: list[dict] = field(default_factory=list, metadata={"help": "What to train on, see the recipes."})
     eval_tasks: list[dict] = field(default_factory=list, metadata={"help": "What to evaluate on; each by itself."})
+    figures: list[dict] = field(
+        default_factory=list,
+        metadata={"help": "Benchmarks of `perceptio eval` that every evaluation answers by generation."},
+    )
     data_folder: str | None = field(
         default=None, metadata={"help": "Folder in which the places of tasks lie, unless they are absolute."}
     )
@@ -77,7 +82,7 @@ class RecipeArguments:
     lora_merge: bool = field(
         default=False, metadata={"help": "Also save a plain model with the adapters merged in, as OUT/merged."}
     )
-    recipe: str = field(default="sft", metadata={"help": "Kind of training: sft (this one) or tiny."})
+    recipe: str = field(default="sft", metadata={"help": "Kind of training: sft, grpo, rloo or tiny."})
 
     def __post_init__(self):
         if not self.model_name_or_path:
@@ -102,7 +107,7 @@ class Recipe:
     """A recipe that was read; `values` are its keys as they stand in the file and on the command line."""
 
     arguments: RecipeArguments
-    settings: PerceptioSFTConfig
+    settings: TrainingArguments
     values: dict[str, Any]
 
 
@@ -113,18 +118,23 @@ class _Parser(TrlParser):
         raise ValueError(f"{message}.")
 
 
-def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    groups: tuple[type, type] = (RecipeArguments, PerceptioSFTConfig),
+) -> Recipe:
     """Read a recipe of kind sft.
 
     Args:
         path: of the YAML file.
         overrides: options as on a command line that take the place of the file's, e.g. ["--max_steps", "10"].
+        groups: what a recipe of another kind consists of.
 
     Raises:
         ValueError: for a key that does not exist (with the one that may have been meant), a value of another type, a
             file that is missing, and settings that make no sense, all in words.
     """
-    groups = (RecipeArguments, PerceptioSFTConfig)
     hints = {name: hint for group in groups for name, hint in typing.get_type_hints(group).items()}
     parser = _Parser(groups, allow_abbrev=False)
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}

@@ -3,25 +3,45 @@
     trainer = PerceptioGRPOTrainer(model, reward_funcs=reward, args=GRPOConfig(...), train_dataset=prompts,
                                    processing_class=processor, peft_config=lora_config(model))
 
-Everything is TRL's but two things. What a processor returns goes to a method of TRL's that knows the inputs of a few
+Everything is TRL's but three things. What a processor returns goes to a method of TRL's that knows the inputs of a few
 models by name, and what SAM2 needs is not among them; the probability of a response does not depend on it. And TRL asks
-the head for a `bias`, which PEFT does not pass on where rows of the head learn, as `lora_config` has it.
+the head for a `bias`, which PEFT does not pass on where rows of the head learn, as `lora_config` has it. And where it
+loads the reference model, it asks a checkpoint that brings no code for the names of its code.
 
 Responses are generated under the grammar of the spatial tokens, as ever, while TRL takes their probability from the
 whole vocabulary: where the model leaves much of it on tokens that the grammar forbids, train on samples first.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from trl import GRPOTrainer, RLOOTrainer
 
+from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
+
+
+@contextmanager
+def _own_reference(settings: Any) -> Iterator[None]:
+    """Let TRL load the reference model as what it is, instead of looking it up."""
+    if settings is None or not settings.beta:
+        yield
+        return
+    kept = settings.model_init_kwargs
+    settings.model_init_kwargs = {"architecture": PerceptioForConditionalGeneration} | (kept or {})
+    try:
+        yield
+    finally:
+        settings.model_init_kwargs = kept
+
 
 class _WithMaskPixels:
     """Leaves out what the processor returns for masks and answers; no logit depends on it."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any):
+        with _own_reference(args):
+            super().__init__(model, reward_funcs, args, *rest, **kwargs)
         head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
         if not hasattr(head, "bias"):
             head.bias = None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -125,6 +125,7 @@ class PerceptioSFTTrainer(LivingMasks, WholeCheckpoints, SFTTrainer):
             self._prepare_fsdp()
         self._meters = {"train": _part_meter(), "eval": _part_meter()}
         self.skipped_samples: dict[str, int] = {}  # by reason, known when `train` ends
+        self.figures: Callable[[PerceptioSFTTrainer, PreTrainedModel], dict[str, float]] | None = None
         self._has_learnt: bool | None = None  # from any sample, on any process; None before the first step
 
     def _send_telemetry(self) -> None:
@@ -387,6 +388,20 @@ class PerceptioSFTTrainer(LivingMasks, WholeCheckpoints, SFTTrainer):
         weights = vars(self._weights) | dict.fromkeys(LOOKS, self.args.look_weight)
         output.metrics[f"{metric_key_prefix}_loss"] = sum(weights[name] * means[name] for name in means)
         return output
+
+    def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"):
+        """As ever, and with what `figures` measures, if that is set: held-out sets answered by generation. Sets of a
+        dict are evaluated one by one, under prefixes of their own; figures belong to the whole.
+
+        Processes hold the same weights, so the first one measures for all.
+        """
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.figures is None or metric_key_prefix != "eval":
+            return metrics
+        found = [self.figures(self, self._perceptio) if self.is_world_process_zero() else {}]
+        figures = {f"eval_{name}": value for name, value in broadcast_object_list(found)[0].items()}
+        self.log(figures)
+        return metrics | figures
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
         """Train; see `Trainer.train`. `True` resumes from the last complete checkpoint of `output_dir`.

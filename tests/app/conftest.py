@@ -59,8 +59,18 @@ def address(tmp_path_factory) -> str:
             time.sleep(0.3)
     yield url
     process.terminate()
-    process.wait(20)
-    print(log.read_text()[-4000:])
+    process.wait(60)
+    said = log.read_text()
+    print(said[-4000:])
     assert not network.exists(), network.read_text()
-    refused = log.read_text().count("InvalidPathError: Cannot move")  # gradio's own line for what test_api.py asks for
-    assert log.read_text().count("Traceback") == refused
+    assert not ours(said), "no handler of ours failed"
+
+
+def ours(log: str) -> list[str]:
+    """Tracebacks that go through this package. gradio writes its own: of files it refuses to give away, which
+    test_api.py asks for, and, on a busy machine, of browsers that left."""
+    return [
+        failed
+        for failed in log.split("Traceback (most recent call last)")[1:]
+        if f"{os.sep}perceptio_hf{os.sep}app" in failed
+    ]

@@ -77,16 +77,18 @@ def test_an_answer_comes_bit_by_bit_at_the_size_of_the_picture(assistant):
     assert {type(event) for event in events} == {MaskEvent, DepthRowEvent, TextEvent}
     assert isinstance(last, AnswerEvent) and last.answer.depth.shape == last.answer.masks[0].shape == (512, 512)
     codes = [code for event in events if isinstance(event, DepthRowEvent) for code in event.codes]
-    growing = assistant.partial_depth(codes[:24])
+    growing = assistant.partial_depth(codes[: 3 * assistant.model.config.depth_config.grid_size])
     whole = assistant.partial_depth(codes)
-    assert growing.shape == whole.shape and np.abs(growing - whole)[:32].mean() < 0.1 < np.abs(growing - whole).max()
+    missing = np.abs(growing - whole)
+    assert growing.shape == whole.shape and missing[: len(whole) // 4].mean() < missing.mean()
 
 
 def test_the_model_sees_points_as_sharp_as_in_training(assistant):
     """Drawn at its own size, not scaled down with the picture, where it sees one tile."""
     example = EXAMPLES[1]
     seen = assistant._seen(Question(example.render(), example.question, points=example.points))
-    assert seen.size == (128, 128)
+    tile = assistant.processor.image_processor.size
+    assert seen.size == (tile["width"], tile["height"])
     assert (np.asarray(seen) == (255, 0, 0)).all(-1).sum() > 20
     assert assistant._seen(Question(PICTURE, "Where?", points=[(1, 1)])).size == PICTURE.size
 

@@ -1,7 +1,9 @@
 """Folders, patterns, lists and data sets as items; what cannot be used is an item that says why."""
 
+import io
 import json
 import os
+import tarfile
 
 import pytest
 from helpers import picture
@@ -135,6 +137,69 @@ def test_a_saved_data_set_is_its_rows(tmp_path):
     assert second.open().size == second.size() == (5, 9) and first.size() == (8, 6)
     with pytest.raises(ValueError, match="row 2: it has no picture"):
         third.open()
+
+
+def shard(path, names):
+    with tarfile.open(path, "w") as archive:
+        for name in names:
+            data = path.with_name("a.png").read_bytes() if name.endswith("png") else b"{}"
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+def test_tar_shards_are_their_pictures(tmp_path):
+    save(tmp_path / "a.png", 8, 6)
+    for number in range(3):
+        shard(tmp_path / f"s-{number:02d}.tar", ["x/1.json", "x/1.png", "2.txt", "2.png"])
+    items = list_items([str(tmp_path / "s-{00..01}.tar")])
+    assert [item.id for item in items] == ["s-00.tar/x/1.png", "s-00.tar/2.png", "s-01.tar/x/1.png", "s-01.tar/2.png"]
+    assert all(item.size() == item.open().size == (8, 6) for item in items)
+    assert items[1].encoded() == {"bytes": (tmp_path / "a.png").read_bytes(), "path": "2.png"}
+    assert len(list_items([str(tmp_path / "s-*.tar")])) == 6
+    os.truncate(tmp_path / "s-01.tar", 1700)
+    with pytest.raises(ValueError, match="the tar file ends"):
+        items[3].open()
+
+
+def test_parquet_is_its_rows_and_a_folder_its_shards(tmp_path):
+    datasets = import_datasets()
+    save(tmp_path / "a.png", 8, 6)
+    save(tmp_path / "b.png", 5, 9)
+    files = [(tmp_path / name).read_bytes() for name in ("a.png", "b.png")] * 3
+    rows = {"image": [{"bytes": data, "path": None} for data in files], "question": ["Q?"] * 6, "score": [0.5] * 6}
+    (tmp_path / "parts").mkdir()
+    datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "parts" / "p.parquet"), batch_size=4)
+    items = list_items([str(tmp_path / "parts")])
+    assert [item.id for item in items] == [f"p.parquet row {row}" for row in range(6)]
+    assert [item.open().size for item in items] == [(8, 6), (5, 9)] * 3
+    assert items[5].question == "Q?" and items[5].extra == {"score": 0.5} and items[5].encoded()["bytes"] == files[5]
+
+
+def test_a_list_of_paths(tmp_path):
+    save(tmp_path / "lists" / "a.png")
+    (tmp_path / "lists" / "l.txt").write_text("a.png\n\nhttps://host/b.png\n")
+    first, second = list_items([str(tmp_path / "lists" / "l.txt")])
+    assert first.source == str(tmp_path / "lists" / "a.png") and first.id == "a.png"
+    assert second.source == "https://host/b.png"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.tar", b"no tar file" * 100, "cannot be read as a tar file"),
+        ("a.parquet", b"no table", "cannot be read as parquet"),
+        ("a.txt", b"\n \n", "is empty; write the path"),
+        ("missing.tar", None, "There is no file"),
+        ("missing.parquet", None, "There is no file"),
+        ("missing.txt", None, "There is no file"),
+    ],
+)
+def test_files_of_many_that_hold_nothing(tmp_path, name, content, says):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        list_items([str(tmp_path / name)])
 
 
 def test_size_is_that_of_the_picture_as_seen(tmp_path):

@@ -1,8 +1,12 @@
-"""Workers of Ray: equal rows, errors as they are, a worker that dies loses nothing. `make test-ray` installs Ray."""
+"""Workers of Ray: equal rows, errors as they are; a worker that dies, or who drives them, loses nothing.
+
+`make test-ray` installs Ray.
+"""
 
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -101,26 +105,63 @@ def test_errors_are_those_of_the_job(cluster, tmp_path):
     assert len(list(cluster.run(partial(Sleeper, str(tmp_path)), [[1], [2]]))) == 2, "the workers of before are gone"
 
 
+def photographs(folder: Path, count: int) -> Path:
+    """Pictures of several sizes, and a file that is none."""
+    folder.mkdir()
+    for index in range(count):
+        picture(30 + index % 7, 40, seed=index).save(folder / f"{index:02d}.png")
+    (folder / "text.png").write_text("no picture")
+    return folder
+
+
 @needs_ray
-def test_predict_and_eval_give_the_rows_of_one_worker(cluster, tiny_folder, tmp_path, capfd):
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for index in range(6):
-        picture(30 + 7 * index, 40, seed=index).save(photos / f"{index}.png")
-    (photos / "text.png").write_text("no picture")
-    common = ["--model", str(tiny_folder), "--max-new-tokens", "24", "--batch-size", "2"]
-    ray_options = ["--engine", "ray", "--workers", "2"]
-    for command, words, file in (
-        ("predict", [str(photos), "Which is closer?", "--spatial", "seg+depth"], "results.jsonl"),
-        ("eval", ["world-closest", "--limit", "6", "--replace-depth", "identity,oracle"], "replaced.jsonl"),
-    ):
-        for name, options in (("one", []), ("two", ray_options)):
-            assert main.run([command, *words, *common, *options, "--out", str(tmp_path / command / name)]) == 0
-        one, two = tmp_path / command / "one", tmp_path / command / "two"
-        assert (one / file).read_bytes() == (two / file).read_bytes()
-        assert len((one / file).read_bytes().splitlines()) == 7 - (command == "eval")
-        for path in (one / "depth").glob("*.png"):
-            assert path.read_bytes() == (two / "depth" / path.name).read_bytes()
-    summaries = [json.loads((tmp_path / "eval" / name / "summary.json").read_text()) for name in ("one", "two")]
+def test_a_predict_that_is_killed_goes_on_and_ends_with_the_rows_of_one_worker(cluster, tiny_folder, tmp_path, capfd):
+    """SIGKILL of the process that drives Ray, in the middle."""
+    import psutil  # comes with Ray
+
+    count = 60
+    photos = photographs(tmp_path / "photos", count)
+    command = ["predict", str(photos), "Which is closer?", "--spatial", "seg+depth", "--model", str(tiny_folder)]
+    command += ["--max-new-tokens", "24", "--batch-size", "2"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    on_ray = [*command, "--engine", "ray", "--out", str(two)]
+    with open(tmp_path / "log.txt", "w") as log:
+        driver = subprocess.Popen([sys.executable, "-m", "perceptio_hf", *on_ray], stdout=log, stderr=log)
+    deadline = time.monotonic() + 240
+    while not lines(two):
+        assert driver.poll() is None and time.monotonic() < deadline, (tmp_path / "log.txt").read_text()
+        time.sleep(0.01)
+    started = [
+        each for each in psutil.Process(driver.pid).children(recursive=True) if not each.name().endswith("Agent")
+    ]
+    driver.kill()
+    driver.wait()
+    assert 0 < len(lines(two)) < count, "it was killed in the middle"
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert not alive, "its workers end with it; Ray's agents notice later"
+
+    assert main.run([*on_ray, "--workers", "2"]) == 0
+    assert main.run([*command, "--out", str(one)]) == 0
+    assert lines(one) == lines(two) and len(lines(one)) == count + 1
+    depths = sorted(path.name for path in (one / "depth").iterdir())
+    assert depths == sorted(path.name for path in (two / "depth").iterdir()) and len(depths) == count
+    assert all((one / "depth" / name).read_bytes() == (two / "depth" / name).read_bytes() for name in depths)
+    assert capfd.readouterr().err == "", "Ray keeps quiet"
+
+
+def lines(folder: Path) -> list[bytes]:
+    file = folder / "results.jsonl"
+    return file.read_bytes().splitlines() if file.exists() else []
+
+
+@needs_ray
+def test_eval_gives_the_rows_of_one_worker(cluster, tiny_folder, tmp_path, capfd):
+    command = ["eval", "world-closest", "--limit", "6", "--replace-depth", "identity,oracle", "--batch-size", "2"]
+    command += ["--model", str(tiny_folder), "--max-new-tokens", "24"]
+    summaries = []
+    for out, options in ((tmp_path / "one", []), (tmp_path / "two", ["--engine", "ray"])):
+        assert main.run([*command, *options, "--out", str(out)]) == 0
+        summaries.append(json.loads((out / "summary.json").read_text()))
+    assert (tmp_path / "one" / "replaced.jsonl").read_bytes() == (tmp_path / "two" / "replaced.jsonl").read_bytes()
     assert summaries[0].pop("time") and summaries[1].pop("time") and summaries[0] == summaries[1]
     assert capfd.readouterr().err == "", "Ray keeps quiet"

@@ -176,7 +176,7 @@ def test_results_of_other_questions_settings_or_weights_are_never_mixed(predict,
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["PHOTOS"], "no picture was answered"),
+        (["PHOTOS"], "Nothing is asked"),
         (["PHOTOS", " "], "question is empty"),
         (["PHOTOS", "PHOTOS/0.png"], "add the question"),
         (["PHOTOS/*.tiff", "What?"], "No file matches"),
@@ -201,6 +201,13 @@ with in_use(sys.argv[1], "x"):
     print("held", flush=True)
     time.sleep(60)
 """
+
+
+def test_a_run_that_answers_nothing_says_where_the_reasons_are(predict, tmp_path):
+    (tmp_path / "list.jsonl").write_text('{"picture": "gone.png", "question": "What?"}')
+    code, _, error = predict(tmp_path / "list.jsonl", "--out", tmp_path / "out")
+    assert code == 2 and "no picture was answered" in error
+    assert "There is no picture" in (tmp_path / "out" / "failures.jsonl").read_text()
 
 
 def test_two_runs_into_one_folder(predict, photos, tmp_path):

@@ -220,12 +220,15 @@ def test_an_engine_allows_what_the_span_grammar_allows(benchmark, model, process
 
 @pytest.mark.parametrize("engine", ["xgrammar", "llguidance"])
 def test_a_stock_internvl_keeps_its_spans_whole(benchmark, tmp_path, engine):
-    """A few dozen of the samples that benchmarks/engine_grammars.py draws."""
+    """A few dozen of the samples that benchmarks/engine_grammars.py draws, at a temperature at which any weights break
+    spans without a grammar."""
     need(engine)
-    runs = [("plain", "auto", 1), (engine, "auto", 1), (engine, "seg+depth", 1), (engine, "auto", 2)]
-    plain, free, forced, two = benchmark.measure(tmp_path / "served", runs, samples=32, batch=32, temperature=1.5)
-    assert plain["broken"] > plain["with_span"] / 2 > 0
-    for row in (free, forced, two):
+    runs = [("plain", "auto", 1)] if engine == "xgrammar" else []
+    runs += [(engine, "auto", 1), (engine, "seg+depth", 1), (engine, "auto", 2)]
+    rows = list(benchmark.measure(tmp_path / "served", runs, samples=32, batch=32, temperature=2.0))
+    if engine == "xgrammar":
+        assert rows.pop(0)["broken"] > 0
+    for row in rows:
         assert row["samples"] == 32 and row["broken"] == 0 and row["with_span"] > 0, row
 
 

@@ -101,7 +101,7 @@ def address(served, tmp_path):
 
 def _wait(address: str, process: subprocess.Popen, log: Path) -> None:
     begun = time.monotonic()
-    while time.monotonic() < begun + 180 and process.poll() is None:
+    while time.monotonic() < begun + 300 and process.poll() is None:
         try:
             with urllib.request.urlopen(address, timeout=5):
                 return

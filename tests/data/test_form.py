@@ -87,6 +87,13 @@ def test_an_unknown_key_is_an_error_that_names_the_likely_one(folder, key, hint)
         ({"role": "user", "content": [{"type": "text", "text": "Hi", "image": "a.png"}]}, "a text or an image"),
         ({"role": "user", "content": [{"type": "image", "image": "a.png", "url": "b.png"}]}, "a text or an image"),
         ({"role": "user", "content": ["Hi"]}, "a text or an image"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "a text or an image"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"detail": "low"}}]}, "a text or an image"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://a.b/c.png"}}]},
+            "download it",
+        ),
+        ({"role": "user", "content": [{"type": "image", "url": "HTTP://a.b/c.png"}]}, "download it"),
     ],
 )
 def test_messages_of_another_form(folder, message, words):
@@ -205,6 +212,8 @@ def test_pictures_named_in_parts_lie_beside_the_file(folder, monkeypatch):
     data = base64.b64encode((folder / "b.png").read_bytes()).decode()
     sources = [{"image": "a.png"}, {"path": "a.png"}, {"url": "a.png"}, {"image": {"path": "a.png"}}]
     sources += [{"url": f"data:image/png;base64,{data}"}, {"base64": data}, {"url": (folder / "b.png").as_uri()}]
+    openai = [{"url": "a.png"}, {"url": f"data:image/png;base64,{data}", "detail": "low"}, (folder / "b.png").as_uri()]
+    sources += [{"type": "image_url", "image_url": url} for url in openai]
     lines = [
         {
             "messages": [
@@ -220,13 +229,20 @@ def test_pictures_named_in_parts_lie_beside_the_file(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     again = write_samples(folder / "again", load_samples(file))
     for dataset in (load_samples(file), load_samples(file, streaming=True), load_samples(again)):
-        seeds = [0, 0, 0, 0, 1, 1, 1, 0, 0, 1]
+        seeds = [0, 0, 0, 0, 1, 1, 1, 0, 1, 1, 0, 0, 1]
         for seed, row in zip(seeds, dataset, strict=True):
             (read,) = load_sample(row, **SIZES).pictures
             assert np.array_equal(np.asarray(read), np.asarray(picture(seed=seed)))
     both = {"images": ["a.png"], **lines[0]}
     with pytest.raises(ValueError, match="both in `images` and in `messages`"):
         load_samples(written(folder, both))
+
+
+def test_pictures_that_lie_elsewhere_are_not_fetched_again_and_again():
+    for source in ("https://a.b/c.png", {"path": "http://a.b/c.png", "bytes": None}):
+        with pytest.raises(SampleError, match=r"a\.b/c\.png lies elsewhere; download it") as refused:
+            load_sample({"images": [source], "messages": CHAT}, **SIZES)
+        assert refused.value.reason == "picture"
 
 
 def test_masks_and_depth_as_data_urls(folder):

@@ -256,6 +256,7 @@ def test_command_encode(folder, capsys, tmp_path):
         (["encode", "CODEC", "FOLDER/00.png"], "--unit"),
         (["encode", "CODEC", "FOLDER/99.png", "--unit", "mm"], "99.png"),
         (["encode", "CODEC", "FOLDER/00.png", "other/00.png", "--unit", "mm"], "both become"),
+        (["encode", "CODEC", "FOLDER/00.png", "--unit", "mm", "--out", "FOLDER/."], "is the folder of"),
         (["train", "--out", "FOLDER/new", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "--out", "FOLDER/new", "--config", "FOLDER/00.png"], "not YAML"),
         (["train", "--out", "FOLDER/new", "--steps", "0"], "--steps"),

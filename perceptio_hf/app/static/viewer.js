@@ -5,7 +5,7 @@ const $$ = (selector) => [...element.querySelectorAll(selector)];
 const root = $(".pp"), left = $(".pp-left"), right = $(".pp-right"), base = $(".pp-base"), canvas = $("canvas");
 const palette = props.palette.match(/.{6}/g).map((hex) => [0, 2, 4].map((i) => parseInt(hex.slice(i, i + 2), 16)));
 const hidden = new Set(); // numbers of masks that are switched off
-let grey = null, drawn = {}, pointer = null, chosen = 0;
+let grey = null, drawn = {}, pointer = null, chosen = 0, edits = 0, latest = null;
 
 const view = () => props.value || {};
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
@@ -30,7 +30,7 @@ async function choose(file) {
   try {
     const sent = await upload(file);
     if (turn !== chosen) return;
-    props.value = { ...view(), chosen: sent.path, name: file.name };
+    props.value = latest = { ...view(), chosen: sent.path, name: file.name, edit: ++edits };
     trigger("picture_chosen");
   } catch (error) {
     $(".pp-busy").hidden = true;
@@ -40,7 +40,7 @@ async function choose(file) {
 
 function setPoints(points) {
   if (!view().picture || view().busy) return;
-  props.value = { ...view(), points };
+  props.value = latest = { ...view(), points, edit: ++edits };
   draw();
   trigger("points_set");
 }
@@ -91,6 +91,7 @@ function drawDepth(depth) {
     pen.putImageData(pixels, 0, 0);
     grey = { values, width, height };
     canvas.hidden = false;
+    root.dataset.depth = `${depth.rows} of ${depth.of}`; // what the figure shows by now
     if (pointer) point(...pointer);
   };
   picture.src = depth.url;
@@ -152,6 +153,7 @@ function draw() { // only what has changed: a view comes with every word
   if (depth?.url !== drawn.depth?.url || depth?.rows !== drawn.depth?.rows) {
     if (depth) drawDepth(depth);
     else [grey, canvas.hidden] = [null, true];
+    delete root.dataset.depth;
   }
   $(".pp-empty").hidden = !!depth;
   if (veil && drawn.veil !== veil) $(".pp-veil").src = veil;
@@ -171,6 +173,8 @@ function draw() { // only what has changed: a view comes with every word
 }
 
 watch("value", () => {
+  // On a slow line what was asked for before the last change may come after it.
+  if (view().edit < edits) return void (props.value = latest);
   $(".pp-busy").hidden = true;
   draw();
 });

@@ -65,9 +65,10 @@ def depth_source(
 
 
 def _labelled_maps(folder: Path) -> list[Path]:
-    from perceptio_hf.labelling.labels import read_about, read_rows
+    from perceptio_hf.data.published.labels import read_label_metadata
+    from perceptio_hf.labelling.labels import read_rows
 
-    if not read_about(folder)["maps"]:
+    if not read_label_metadata(folder)["maps"]:
         raise ValueError(f"{folder} has no maps; run `perceptio label` with --maps, or give pictures and --teacher.")
     return [folder / name for name in read_rows(folder)["depth"]]
 

@@ -54,6 +54,7 @@ def encode(
 
     unit = needed_unit(unit)
     names = _distinct_names(files)
+    _check_apart(files, out)
     model = load_codec(codec)
     rows, decoded = [], []
     for path in files:
@@ -81,3 +82,12 @@ def _distinct_names(files: list[Path]) -> list[str]:
                 f"{files[names.index(name)]} and {files[index]} would both become {name}; encode one by one."
             )
     return names
+
+
+def _check_apart(files: list[Path], out: Path | None) -> None:
+    """Raises ValueError where what is written could replace the depth maps, or the pictures beside them."""
+    beside = next((path for path in files if out is not None and path.resolve().parent == out.resolve()), None)
+    if beside is not None:
+        raise ValueError(
+            f"--out {out} is the folder of {beside}, where files of the same names would be replaced; name another one."
+        )

@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import GenerationMixin
 
+from perceptio_hf.evaluation.during.broken_spans import sample_spans
 from perceptio_hf.lab.closest_points import answer_closest, token_replacement
 from perceptio_hf.lab.held_out import Item, answer_items, conclusion, encode_items, held_out_items, score_items
-from perceptio_hf.tokens import read_sequence
 from perceptio_hf.world import HELD_OUT_SEED
 from perceptio_hf.world.fair import FairSet, fair_sets
 
@@ -146,24 +145,6 @@ def spans_without_grammar(
         between the number of codes in a response and that of a span.
     """
     asked = [item for item in items if item.question.kind == "depth"]
-    words = model.spatial_vocabulary()
-    codes, broken, off = torch.tensor(words.codes), 0, 0
-    torch.manual_seed(seed)
-    for start in range(0, count, batch_size):
-        chosen = [asked[index % len(asked)] for index in range(start, min(start + batch_size, count))]
-        inputs = encode_items(processor, chosen)
-        prompt_length = inputs["input_ids"].shape[1]
-        ids = GenerationMixin.generate(
-            model,
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            pixel_values=inputs["pixel_values"],
-            do_sample=True,
-            top_k=0,
-            max_new_tokens=2 * words.span_length,
-        )
-        read = [read_sequence(row, words, prompt_length) for row in ids.tolist()]
-        broken += sum(not row.well_formed or len(row.spans) != 1 for row in read)
-        written = torch.isin(ids[:, prompt_length:], codes).sum(1)
-        off += int((written - words.num_depth_tokens).abs().sum())
-    return {"malformed_rate": broken / count, "count_mae": off / count}
+    chosen = [asked[index % len(asked)] for index in range(count)]
+    batches = (encode_items(processor, chosen[start : start + batch_size]) for start in range(0, count, batch_size))
+    return sample_spans(model, batches, seed=seed)

@@ -121,7 +121,8 @@ def fit_seg_projector(projector: nn.Module, states: Tensor, prompts: Tensor, *, 
     """Write weights into `projector` so that it makes of `states` what can be told of `prompts`.
 
     First layer: random directions, each centred and scaled on the states. Second layer: ridge regression whose
-    strength is the one that predicts states best which are left out of the fit.
+    strength is the one that predicts states best which are left out of the fit, enlarged until prompts differ from one
+    another as much as those that are given.
 
     Args:
         projector: a `SegProjector`, or PEFT's wrapper around one.
@@ -140,7 +141,11 @@ def fit_seg_projector(projector: nn.Module, states: Tensor, prompts: Tensor, *, 
     weight = directions / spread.clamp(min=max(float(least), 1e-12))[:, None]
     bias = -weight @ mean
     hidden = (states @ weight.T + bias).relu()
-    slope, told = _ridge(hidden - hidden.mean(0), prompts - prompts.mean(0))
+    centred, spread_out = hidden - hidden.mean(0), prompts - prompts.mean(0)
+    slope, told = _ridge(centred, spread_out)
+    # What the states do not tell, the regression leaves out, and prompts that hardly differ teach nobody anything: made
+    # as different as clicks are, they give the decoder something to tell apart, and the states a gradient.
+    slope *= spread_out.norm() / (centred @ slope).norm().clamp(min=1e-12)
     first.weight.copy_(weight)
     first.bias.copy_(bias)
     second.weight.copy_(slope.T)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
@@ -26,18 +26,30 @@ class LivingMasks(Trainer):
     projector_start: ProjectorStart | None = None  # what the [SEG] projector was started from, if it was
     _watch: MaskWatch | None = None
     _warned_at = 0
+    _started_at = 0
     _is_own_optimizer = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
-        if self.args.seg_projector_start and not resume_from_checkpoint:
+        self._check_start()
+        if self.args.seg_projector_start and not self.args.seg_projector_start_step and not resume_from_checkpoint:
             self._start_seg_projector()
         self._watch = MaskWatch(self._perceptio.seg_projector, self._perceptio.mask_model.mask_decoder)
-        self._warned_at = 0
+        self._warned_at = self._started_at = 0
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self._watch.close()
             self._watch = None
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Tensor:
+        """As ever; before the first micro batch of step `seg_projector_start_step` the projector gets its start."""
+        step = self.args.seg_projector_start_step
+        if self.args.seg_projector_start and step == self.state.global_step > 0 and self._started_at != step:
+            self._started_at = step
+            self._start_seg_projector()
+            for parameter in self._perceptio.seg_projector.parameters():
+                self.optimizer.state.pop(parameter, None)  # what it has learnt of weights that are gone
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """As ever, with the learning rates of the mask part.
@@ -77,14 +89,22 @@ class LivingMasks(Trainer):
             if self.is_world_process_zero():
                 _logger.warning("Step %d: %s", self.state.global_step, words)
 
-    def _start_seg_projector(self) -> None:
-        """Every process does the same, and before the model is wrapped or sharded."""
-        projector = self._perceptio.seg_projector
-        if not projector.linear_in.weight.requires_grad:
+    def _check_start(self) -> None:
+        if not self.args.seg_projector_start:
+            return
+        if not self._perceptio.seg_projector.linear_in.weight.requires_grad:
             raise ValueError(
                 "seg_projector_start gives the [SEG] projector new weights, but it is not trained, so they would not "
                 "be saved: name it in lora_modules_to_save, or leave seg_projector_start out."
             )
+        if self.args.seg_projector_start_step and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "seg_projector_start_step comes when the model is in shards already, which cannot be given new "
+                "weights: leave it out, so that the start comes before the first step, or train without FSDP."
+            )
+
+    def _start_seg_projector(self) -> None:
+        """Every process does the same, and before the model is sharded."""
         homes = {parameter.device for parameter in self.model.parameters()}
         moves = len(homes) == 1 and homes != {self.args.device}  # FSDP leaves it to `train` to move the model
         if moves:

@@ -177,18 +177,19 @@ def plan_training(recipe: "Recipe", source: str, revision: Mapping[str, str], la
         tasks.append(_task_plan(name, task, dataset, weights[name] / total, left_out, [batch for _, batch in good]))
         seen += [(batch["input_ids"].shape[1], sample) for sample, batch in good]
     rows = settings.per_device_train_batch_size
+    every = rows * settings.gradient_accumulation_steps * layout.processes
+    epoch = _epoch(datasets, weights)
+    steps = _steps(settings, epoch, every)
     longest = [sample for _, sample in sorted(seen, key=lambda item: -item[0])]
     largest = collator((longest * rows)[:rows])
     memory = predict_memory(
         config, largest, settings, adapters=_adapters(arguments), dtype=_dtype(arguments, config), layout=layout
     )
-    every = rows * settings.gradient_accumulation_steps * layout.processes
-    epoch = _epoch(datasets, weights)
     return Plan(
         tasks=tuple(tasks),
         layout=layout,
         rows=every,
-        steps=_steps(settings, epoch, every),
+        steps=steps,
         epoch=epoch,
         memory=memory,
         device_memory=_device_memory(),

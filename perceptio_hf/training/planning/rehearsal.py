@@ -48,7 +48,7 @@ class ByteCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         out = self._with_value(func, args, kwargs)
         out = func(*args, **kwargs) if out is None else out
-        for item in tree_leaves(out):
+        for item in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(item, Tensor):
                 self._see(item)
         return out
@@ -68,7 +68,9 @@ class ByteCounter(TorchDispatchMode):
 
     def _with_value(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
         """What makes whole numbers out of nothing (arange, zeros) makes them with their values."""
-        if self._values is None or any(isinstance(item, Tensor) for item in tree_leaves((args, kwargs))):
+        if self._values is None or (args and isinstance(args[0], Tensor)):  # nearly all are known by their first
+            return None
+        if any(isinstance(item, Tensor) for item in tree_leaves((args, kwargs))):
             return None
         dtype = kwargs.get("dtype")
         if (dtype or torch.long).is_floating_point or torch.Tag.nondeterministic_seeded in func.tags:

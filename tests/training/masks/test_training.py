@@ -8,6 +8,7 @@ import pytest
 import sft_helpers as sft
 import torch
 from helpers import assert_trained_alike, random_model
+from safetensors.torch import load_file
 from torch import nn
 
 from perceptio_hf import PerceptioSFTTrainer
@@ -109,6 +110,24 @@ def test_the_start_leaves_order_and_skipped_samples_alone(processor, tmp_path):
     assert trainer.data_collator.skipped == {}
 
 
+def test_the_start_can_come_later(processor, tmp_path):
+    values = {"max_steps": 3, "seg_projector_start": 8, "seg_projector_start_step": 2, "processor": processor}
+    values |= {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3}
+    whole = sft.trainer(tmp_path, **values)
+    whole.train()
+    weights = [
+        load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors")["seg_projector.linear_in.weight"]
+        for step in (1, 2, 3)
+    ]
+    assert (weights[1] - weights[0]).abs().max() < 0.0015 < 0.1 < (weights[2] - weights[1]).abs().max()
+    projector = whole.model.seg_projector.linear_in.weight
+    assert whole.optimizer.state[projector]["step"] == 1  # what Adam knew of the old weights is forgotten
+    for first, starts in ((1, True), (2, True), (3, False)):
+        resumed = sft.trainer(tmp_path / f"from{first}", **values | {"max_steps": 4, "save_strategy": "no"})
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{first}"))
+        assert (resumed.projector_start is not None) == starts
+
+
 def adapted(processor, out: Path, modules: tuple[str, ...], **changes) -> PerceptioSFTTrainer:
     model = random_model(processor)
     return PerceptioSFTTrainer(
@@ -138,6 +157,10 @@ def test_with_adapters(processor, tmp_path):
 def test_what_is_not_trained_gets_neither_rate_nor_start(processor, tmp_path):
     with pytest.raises(ValueError, match=r"seg_projector_start gives the .* not trained"):
         adapted(processor, tmp_path, ("mask_decoder",), seg_projector_start=4).train()
+    trainer = sft.trainer(tmp_path, processor=processor, seg_projector_start=4, seg_projector_start_step=1)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="in shards already"):
+        trainer._check_start()
     with pytest.raises(ValueError, match="no parameter of it is trained"):
         adapted(processor, tmp_path, ("seg_projector",), mask_learning_rate=0.1).train()
     trainer = sft.trainer(tmp_path, processor=processor, mask_learning_rate=0.1)
@@ -152,6 +175,7 @@ def test_what_is_not_trained_gets_neither_rate_nor_start(processor, tmp_path):
         ({"mask_learning_rate": -1.0}, "mask_learning_rate is -1.0"),
         ({"seg_projector_learning_rate": float("inf")}, "seg_projector_learning_rate is inf"),
         ({"seg_projector_start": -1}, "seg_projector_start is -1"),
+        ({"seg_projector_start_step": -1}, "seg_projector_start_step is -1"),
         ({"mask_patience": -1}, "mask_patience is -1"),
     ],
 )

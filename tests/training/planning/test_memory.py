@@ -1,100 +1,92 @@
 """Memory that is predicted beside memory that a real training takes."""
 
 from functools import partial
-from itertools import islice
 
 import pytest
+import sft_helpers as sft
 import torch
+from helpers import random_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from perceptio_hf import (
-    PerceptioConfig,
-    PerceptioForConditionalGeneration,
-    PerceptioProcessor,
-    PerceptioSFTConfig,
-    tiny_checkpoint,
-)
-from perceptio_hf.data.rows import dataset_of
-from perceptio_hf.data.world_samples import iter_world_samples
+from perceptio_hf import PerceptioConfig, PerceptioForConditionalGeneration, PerceptioProcessor
 from perceptio_hf.training.collator import PerceptioDataCollator
 from perceptio_hf.training.lora import lora_config
-from perceptio_hf.training.planning.memory import predict_memory
+from perceptio_hf.training.planning.memory import MemoryPrediction, predict_memory
 from perceptio_hf.training.planning.rehearsal import ByteCounter
 from perceptio_hf.training.planning.sharding import Layout, shares_of
-from perceptio_hf.training.trainer import PerceptioSFTTrainer
 
 ROWS = 2
+PLAIN = {"optim": "adamw_torch_fused", "per_device_train_batch_size": ROWS}
 
 
 @pytest.fixture(scope="module")
-def samples() -> list[dict]:
-    """All alike in length, so that every batch is as large as any."""
-    return list(islice(iter_world_samples("spatial", seeds=range(100)), ROWS)) * 2
+def processor() -> PerceptioProcessor:
+    return sft.processor()
 
 
 @pytest.fixture(scope="module")
-def batch(samples) -> dict[str, torch.Tensor]:
-    processor = PerceptioProcessor.from_pretrained(tiny_checkpoint())
-    return PerceptioDataCollator(processor, depth_image_size=128)(samples[:ROWS])
+def samples():
+    """All alike, with mask and codes, so that every batch is as large as any."""
+    return sft.samples(3, first=2).select([0] * 2 * ROWS)
 
 
-def settings_for(folder, **changes) -> PerceptioSFTConfig:
-    options = {"max_steps": 2, "per_device_train_batch_size": ROWS, "report_to": "none", "save_strategy": "no"}
-    return PerceptioSFTConfig(str(folder), plot_losses=False, disable_tqdm=True, **(options | changes))
+@pytest.fixture(scope="module")
+def batch(samples, processor, config) -> dict:
+    side = config.depth_config.image_size
+    return PerceptioDataCollator(processor, depth_image_size=side)(list(samples)[:ROWS])
+
+
+@pytest.fixture(scope="module")
+def config(processor) -> PerceptioConfig:
+    return random_model(processor).config
+
+
+@pytest.fixture(scope="module")
+def plain(config, batch) -> MemoryPrediction:
+    return predict_memory(config, batch, sft.settings("unused", **PLAIN))
 
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"gradient_checkpointing": False},
-        {"gradient_checkpointing": True},
-        {"gradient_checkpointing": False, "gradient_accumulation_steps": 2},
-        {"gradient_checkpointing": False, "bf16": True, "freeze_language_model": True},
-    ],
-    ids=["plain", "checkpointing", "accumulation", "bf16"],
+    [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}, {"bf16": True}],
+    ids=["plain", "checkpointing", "bf16"],
 )
-def test_a_training_takes_what_was_predicted(changes, samples, batch, tmp_path):
-    settings = settings_for(tmp_path, **changes)
-    predicted = predict_memory(PerceptioConfig.from_pretrained(tiny_checkpoint()), batch, settings)
-    model = PerceptioForConditionalGeneration.from_pretrained(tiny_checkpoint())
-    trainer = PerceptioSFTTrainer(model, settings, train_dataset=dataset_of(samples))
+def test_a_training_takes_what_was_predicted(changes, samples, batch, plain, config, processor, tmp_path):
+    predicted = predict_memory(config, batch, sft.settings(tmp_path, **PLAIN, **changes)) if changes else plain
+    model = random_model(processor)
+    trainer = sft.trainer(tmp_path, processor=processor, model=model, train=samples, **PLAIN, **changes)
     with ByteCounter() as counter:
         weights = counter.watch([*model.parameters(), *model.buffers()])
         trainer.train()
     assert predicted.weights == weights
     assert predicted.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert predicted.peak == pytest.approx(counter.peak, rel=0.15)
-    assert predicted.activations > 0.05 * predicted.peak  # the comparison is not one of weights alone
+    assert predicted.activations > 0.2 * predicted.peak  # the comparison is not one of weights alone
 
 
-def test_adapters_and_a_given_model_are_predicted_alike(batch, tmp_path):
-    settings = settings_for(tmp_path, gradient_checkpointing=False)
-    model = PerceptioForConditionalGeneration.from_pretrained(tiny_checkpoint())
-    adapters = partial(lora_config, r=4)
-    of_config = predict_memory(model.config, batch, settings, adapters=adapters)
+def test_adapters_and_a_given_model_are_predicted_alike(batch, plain, config, processor):
     from peft import get_peft_model
 
+    settings, adapters = sft.settings("unused", **PLAIN), partial(lora_config, r=4)
+    of_config = predict_memory(config, batch, settings, adapters=adapters)
+    model = random_model(processor)
     adapted = get_peft_model(model, adapters(model))
-    of_model = predict_memory(adapted, batch, settings)
-    assert of_model == of_config
-    assert of_config.trained == adapted.get_nb_trainable_parameters()[0]
-    assert of_config.gradients < 0.5 * predict_memory(model.config, batch, settings).gradients
+    assert predict_memory(adapted, batch, settings) == of_config
+    assert of_config.trained == adapted.get_nb_trainable_parameters()[0] < plain.trained
     assert not any(isinstance(parameter, FakeTensor) for parameter in adapted.parameters())  # it stays as it was
 
 
-def test_lines_of_the_arithmetic_add_up(batch, tmp_path):
-    config = PerceptioConfig.from_pretrained(tiny_checkpoint())
-    predicted = predict_memory(config, batch, settings_for(tmp_path))
-    lines = predicted.arithmetic()
-    assert predicted.peak == sum((predicted.weights, predicted.gradients, predicted.optimizer, predicted.activations))
+def test_lines_of_the_arithmetic_add_up(plain):
+    lines = plain.arithmetic()
+    assert plain.peak == sum((plain.weights, plain.gradients, plain.optimizer, plain.activations))
     assert [line.split()[0] for line in lines] == ["weights", "gradients", "optimizer", "activations", "peak"]
-    assert "2 rows of" in lines[3] and predicted.optimizer == pytest.approx(2 * predicted.gradients, rel=0.01)
+    assert "2 rows of" in lines[3] and "x 4 bytes" in lines[0]
+    assert plain.optimizer == pytest.approx(2 * plain.gradients, rel=0.01)
 
 
-def test_half_precision_is_for_internvls_part(batch, tmp_path):
-    config = PerceptioConfig.from_pretrained(tiny_checkpoint())
-    half = predict_memory(config, batch, settings_for(tmp_path), dtype=torch.bfloat16)
+def test_half_precision_is_for_internvls_part(batch, config):
+    half = predict_memory(config, batch, sft.settings("unused", **PLAIN), dtype=torch.bfloat16)
     with torch.device("meta"):
         model = PerceptioForConditionalGeneration(config)
     parts = (model.mask_model, model.depth_model, model.seg_projector)
@@ -141,10 +133,10 @@ def test_bytes_are_counted_once_and_given_back():
     assert counter.peak == 800
 
 
-def test_an_optimizer_that_cannot_be_predicted_is_said(batch, tmp_path):
-    config = PerceptioConfig.from_pretrained(tiny_checkpoint())
+def test_an_optimizer_that_cannot_be_predicted_is_said(batch, config):
+    settings = sft.settings("unused", optim="galore_adamw", optim_target_modules=["q_proj"])
     with pytest.raises(ValueError, match=r"optim: .*galore.* cannot be predicted"):
-        predict_memory(config, batch, settings_for(tmp_path, optim="galore_adamw", optim_target_modules=["q_proj"]))
+        predict_memory(config, batch, settings)
 
 
 @pytest.mark.parametrize(("processes", "strategy"), [(0, "ddp"), (2, "zero1")])

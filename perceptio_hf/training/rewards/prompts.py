@@ -1,0 +1,58 @@
+"""Samples as prompts: what was said up to the answer, and what the answer is measured by."""
+
+from typing import TYPE_CHECKING, Any
+
+from perceptio_hf.data.rows import as_rows, import_datasets, sample_features
+from perceptio_hf.tokens import DEPTH_START_TOKEN, SEG_TOKEN
+
+from .texts import without_spatial
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+
+def as_prompts(samples: "Dataset | IterableDataset", limit: int | None = None) -> "Dataset":
+    """The data set that TRL's GRPO and RLOO read, one prompt for each sample (see `perceptio_hf.data.samples.Sample`).
+
+    Columns: `prompt` (the turns before the assistant's last), `images`, and for rewards `answer` (the words of its last
+    turn), `spans` and `segs` (how many depth spans and [SEG] that turn holds), `masks`, `depth`, `depth_unit`, `task`.
+
+    Args:
+        limit: how many samples are taken, of a stream the first ones; None: all.
+
+    Raises:
+        ValueError: where there is no sample, or the set has no samples' columns.
+    """
+    datasets = import_datasets()
+    features = sample_features()
+    number = datasets.Value("int32")
+    columns = datasets.Features(
+        {"prompt": features["messages"], "answer": features["task"], "spans": number, "segs": number}
+        | {name: features[name] for name in ("images", "masks", "depth", "depth_unit", "task")}
+    )
+    samples = as_rows(samples, "The set of prompts")
+    taken = samples if limit is None else samples.take(limit)
+    rows = [_prompt(row) for row in taken]
+    if not rows:
+        raise ValueError("There is no sample to make prompts of.")
+    prompts = datasets.Dataset.from_list(rows, features=columns)
+    return prompts.cast_column("images", datasets.List(datasets.Image()))
+
+
+def _prompt(row: dict[str, Any]) -> dict[str, Any]:
+    messages = row["messages"]
+    last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
+    answer = "".join(part.get("text") or "" for part in messages[last]["content"])
+    turns = [{"role": message["role"], "content": list(message["content"])} for message in messages[:last]]
+    images = row["images"] or []
+    if not any(part["type"] == "image" for turn in turns for part in turn["content"]):
+        user = next(turn for turn in turns if turn["role"] == "user")
+        user["content"][:0] = [{"type": "image", "text": None}] * len(images)
+    return {
+        "prompt": turns,
+        "images": images,
+        "answer": without_spatial(answer) or None,
+        "spans": answer.count(DEPTH_START_TOKEN),
+        "segs": answer.count(SEG_TOKEN),
+        **{name: row[name] for name in ("masks", "depth", "depth_unit", "task")},
+    }

@@ -1,0 +1,118 @@
+"""Recipes of kind grpo and rloo: what is asked, which rewards count how much, and TRL's settings.
+
+recipe: grpo
+model_name_or_path: tiny
+tasks:                 # as in other recipes; of each sample the turns before the assistant's last are the prompt
+  - world: closest
+    scenes: 1200
+prompts: 600           # so many of the mixed samples
+rewards:
+  right_answer: 1.0
+  depth_order: 0.2
+spatial: depth         # what generate is to write
+num_generations: 8     # and the other settings of TRL's GRPOConfig or RLOOConfig
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from trl import GRPOConfig, RLOOConfig
+
+from perceptio_hf.training.checkpoints import WholeCheckpoints
+from perceptio_hf.training.recipe import Recipe, RecipeArguments, read_recipe, training_set
+from perceptio_hf.training.reinforcement import PerceptioGRPOTrainer, PerceptioRLOOTrainer
+
+from .catalogue import REWARDS, make_rewards
+from .prompts import as_prompts
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
+    from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
+
+
+@dataclass
+class RewardArguments(RecipeArguments):
+    """What a recipe says beside the settings of TRL's trainer.
+
+    Raises:
+        ValueError: for a recipe without a model, tasks or rewards.
+    """
+
+    rewards: dict[str, float] = field(
+        default_factory=lambda: {"right_answer": 1.0},
+        metadata={"help": f"Weights of rewards: {', '.join(REWARDS)}."},
+    )
+    prompts: int | None = field(default=None, metadata={"help": "So many of the tasks' samples; default: all."})
+    spatial: str = field(
+        default="auto", metadata={"help": "What is written before words: auto, none, seg, depth or seg+depth."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.rewards or not set(self.rewards) <= set(REWARDS):
+            raise ValueError(f"rewards are {self.rewards}; give weights of {', '.join(REWARDS)}.")
+
+
+class _OnAnyMachine:
+    """Settings whose defaults hold without an accelerator too."""
+
+    def __post_init__(self):
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # as it would be anyway; only then does transformers allow bf16 on a CPU
+        super().__post_init__()
+
+
+@dataclass
+class _GRPOSettings(_OnAnyMachine, GRPOConfig):
+    pass
+
+
+@dataclass
+class _RLOOSettings(_OnAnyMachine, RLOOConfig):
+    pass
+
+
+class _WholeGRPOTrainer(WholeCheckpoints, PerceptioGRPOTrainer):
+    pass
+
+
+class _WholeRLOOTrainer(WholeCheckpoints, PerceptioRLOOTrainer):
+    pass
+
+
+# Kind of recipe -> its settings and its trainer.
+KINDS = {"grpo": (_GRPOSettings, _WholeGRPOTrainer), "rloo": (_RLOOSettings, _WholeRLOOTrainer)}
+
+
+def read_reward_recipe(kind: str, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe of one of `KINDS`; arguments and errors as `read_recipe`."""
+    return read_recipe(path, overrides, groups=(RewardArguments, KINDS[kind][0]))
+
+
+def reward_trainer(
+    recipe: Recipe,
+    model: "PerceptioForConditionalGeneration",
+    processor: "PerceptioProcessor",
+    peft_config: "LoraConfig | None" = None,
+) -> Any:
+    """TRL's trainer for a recipe of one of `KINDS`.
+
+    Raises:
+        ValueError: for tasks without samples.
+    """
+    arguments, settings = recipe.arguments, recipe.settings
+    rewards, settings.reward_weights = make_rewards(arguments.rewards, model, processor)
+    settings.generation_kwargs = {"spatial": arguments.spatial} | (settings.generation_kwargs or {})
+    return KINDS[arguments.recipe][1](
+        model,
+        reward_funcs=rewards,
+        args=settings,
+        train_dataset=as_prompts(training_set(arguments), arguments.prompts),
+        processing_class=processor,
+        peft_config=peft_config,
+    )

@@ -1,0 +1,72 @@
+"""The recipes at the paper's size: their sources are opened, in small, and the tiny model is planned by them."""
+
+import io
+import json
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+from data.published.test_labels import write_labels
+from data.published.test_sources import turn, write_ade, write_instances, write_llava
+from evaluation.published_formats import scenes_of, write_grefcoco, write_refcoco
+
+from perceptio_hf.commands.main import run
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+REAL = ("perceptio_1b", "perceptio_2b", "perceptio_8b", "warm_start_sa2va")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Every source of the recipes, as docs/train_a_real_one.md lays them out."""
+    folder, scenes = tmp_path_factory.mktemp("data"), scenes_of(range(4))
+    for name, by in (("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")):
+        write_refcoco(folder / name, scenes, by=by)
+    write_grefcoco(folder / "grefcoco", scenes, split="train")
+    write_instances(folder / "coco", scenes)
+    (folder / "coco" / "train2014").symlink_to(folder / "refcoco" / "train2014")
+    (folder / "refs").mkdir()
+    write_refcoco(folder / "refs", scenes[:1])
+    write_ade(folder / "ADEChallengeData2016", scenes)
+    write_labels(folder / "labels", scenes)
+    write_llava(folder / "llava", [{"id": "a", "image": "coco/1.jpg", "conversations": turn("<image>\nWhat is it?")}])
+    (folder / "llava" / "llava.json").rename(folder / "llava" / "llava_v1_5_mix665k.json")
+    (folder / "llava" / "images").mkdir()
+    (folder / "llava" / "coco").rename(folder / "llava" / "images" / "coco")
+    return folder
+
+
+def planned(name: str, data: Path, *options: str) -> dict:
+    out = io.StringIO()
+    given = ["--data_folder", str(data), "--model_name_or_path", "tiny", "--dry-run", "--json", *options]
+    with redirect_stdout(out):
+        assert run(["train", "--config", name, *given]) == 0
+    return json.loads(out.getvalue())
+
+
+@pytest.mark.parametrize("name", ["perceptio_1b", "warm_start_sa2va"])
+def test_the_recipe_opens_all_its_sources(name, data):
+    plan = planned(name, data, "--launch", "ddp_8gpu")
+    assert all(task["looked_at"] and not task["left_out"] for task in plan["tasks"])
+    found = {task["name"]: task for task in plan["tasks"]}
+    assert found["spatial"]["spans"] == 1 and found["depth"]["masks"] == 0 and found["refcocog"]["masks"] >= 2
+    assert found["words"]["samples"] == 1
+    assert plan["samples_per_step"] == 128
+    if name == "perceptio_1b":
+        assert plan["trained"] > 0.4 * plan["parameters"]
+        assert found["refcoco"]["samples"] == found["coco"]["samples"] == 3  # one picture of four is held out
+
+
+def test_the_sizes_differ_in_what_belongs_to_their_size():
+    lines = {name: (RECIPES / f"{name}.yaml").read_text().splitlines() for name in REAL[:3]}
+    whole = [[line for line in text if not line.startswith("#")] for text in lines.values()]
+    assert len({len(text) for text in whole}) == 1
+    differ = {row[0].split(":")[0] for row in zip(*whole, strict=True) if len(set(row)) > 1}
+    sizes = {"model_name_or_path", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"}
+    assert differ == sizes
+
+
+def test_adapters_instead_of_the_whole_model(data):
+    options = ("--lora_r", "8", "--lora_modules_to_save", "seg_projector", "--learning_rate", "2.0e-4")
+    plan = planned("perceptio_8b", data, *options)
+    assert plan["trained"] < 0.3 * plan["parameters"]

@@ -1,0 +1,189 @@
+"""Rewards: most for what is true, none where a sample does not know; and a training by them."""
+
+import numpy as np
+import pytest
+import sft_helpers as sft
+import torch
+from helpers import picture
+
+from perceptio_hf import PerceptioForConditionalGeneration
+from perceptio_hf.commands.main import run
+from perceptio_hf.data.encoded import load_mask
+from perceptio_hf.data.rows import dataset_of
+from perceptio_hf.data.run_length import encode_mask
+from perceptio_hf.data.world_samples import iter_world_samples
+from perceptio_hf.modeling.modeling_depth_vqvae import prepare_depth
+from perceptio_hf.tokens import depth_span
+from perceptio_hf.training.rewards import REWARDS, DepthError, DepthOrder, Form, MaskIoU, as_prompts, make_rewards
+from perceptio_hf.training.rewards.recipe import read_reward_recipe
+from perceptio_hf.training.rewards.texts import right_answer
+
+
+def turn(text: str) -> list[dict]:
+    return [{"role": "assistant", "content": text}]
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Of four samples: a mask, a depth map, a mask and codes, words."""
+    return as_prompts(sft.samples(4))
+
+
+def columns(prompts, *rows: int) -> dict[str, list]:
+    names = [name for name in prompts.column_names if name != "images"]
+    return {name: [prompts[row][name] for row in rows] for name in names}
+
+
+def test_prompts_end_before_the_answer(prompts):
+    assert prompts["spans"][:] == [0, 1, 1, 0] and prompts["segs"][:] == [1, 0, 1, 0]
+    assert prompts["answer"][:3] == ["Here is the red ball.", "the depth map", "Here"]
+    row = prompts[1]
+    assert [message["role"] for message in row["prompt"]] == ["user"] and row["images"][0].size == (48, 40)
+    assert [part["type"] for part in row["prompt"][0]["content"]] == ["image", "text"]
+    assert len(as_prompts(sft.samples(4).to_iterable_dataset(), limit=2)) == 2
+
+
+def test_right_answers_are_conclusions():
+    said = ["A p27 d21 B p03 d09: A", turn("<DEPTH_START><DEPTH_3><DEPTH_END>a."), "B", "either"]
+    assert right_answer(said, ["B p03 A p27: A", "A", "A", None]) == [1, 1, 0, None]
+
+
+def test_form_wants_whole_spans_and_what_was_asked_for():
+    good = depth_span(range(4))
+    texts = [
+        good + "A",
+        good,
+        "A",
+        depth_span(range(3)) + "A",
+        "<DEPTH_2>" + good + "A",
+        "[SEG]" + good + "A",
+        good[:-12],
+    ]
+    assert Form(4)(texts, [1] * 7, [0] * 7) == [1, 0, 0, 0, 0, 0, 0]
+    assert Form(4)([turn("[SEG][SEG] both"), "one [SEG]"], [0, 0], [2, 2]) == [1, 0]
+
+
+def test_depth_rewards_prefer_the_truth(model):
+    """A slope, its own codes, codes of the slope turned round, no span, a sample without depth."""
+    codec = model.depth_model
+    slope = np.tile(np.linspace(1, 4, 48), (40, 1))
+    samples = [sft.sample(1) | {"depth": slope.tolist()}, sft.sample(3)]
+    given = columns(as_prompts(dataset_of(samples)), 0, 0, 0, 1)
+    side = codec.config.image_size
+    inverse = (1 / slope - 1 / 4) / (1 - 1 / 4)
+    maps = [
+        prepare_depth(torch.from_numpy(np.ascontiguousarray(item)).float(), torch.ones(40, 48).bool(), side)[0]
+        for item in (inverse, inverse[:, ::-1])
+    ]
+    own, turned = (codec.encode(item[0])[0].tolist() for item in maps)
+    said = [depth_span(own) + "x", depth_span(turned) + "x", "x", "x"]
+    for kind in (DepthError, DepthOrder):
+        reward = kind(codec)
+        found = reward(completions=said, **given)
+        assert found[2:] == [0, None] and 0 <= found[0] <= 1
+        decoded = codec.decode(torch.tensor([own]))[0]
+        error = float(
+            (
+                torch.nn.functional.interpolate(decoded[None, None], (40, 48), mode="bilinear")[0, 0]
+                - torch.from_numpy(inverse)
+            )
+            .abs()
+            .mean()
+        )
+        if kind is DepthError:
+            assert found[0] == pytest.approx(1 - error, abs=1e-4)
+    order = DepthOrder(codec)
+    flat = order.compare(inverse.astype("f4"), _map(slope)), order.compare(inverse[:, ::-1].astype("f4"), _map(slope))
+    assert flat == (1, 0)
+
+
+def _map(depth: np.ndarray):
+    from perceptio_hf.data.depth_maps import DepthMap
+
+    return DepthMap.from_metric(depth)
+
+
+def test_mask_iou_is_that_of_the_masks_the_model_makes(model, processor):
+    """The masks that a completion becomes, as truth, earn 1; of two that are asked for, one earns half."""
+    ids = processor.tokenizer("[SEG] Here", add_special_tokens=False)["input_ids"]
+    row = as_prompts(dataset_of([sft.sample(0)]))[0]
+    prompt = [
+        {"role": "user", "content": [{"type": "image", "image": picture(seed=0)}, row["prompt"][0]["content"][1]]}
+    ]
+    reward = MaskIoU(model, processor)
+    own = reward._masks([prompt], [ids])[0]
+    assert own.shape == (1, 40, 48)
+    if not own.any():
+        own = ~own
+        expected = 0.0
+    else:
+        expected = 1.0
+    truth = [encode_mask(own[0])]
+    masks = [truth, truth * 2, [], truth]
+    said = ["[SEG] Here", "[SEG] Here", "[SEG] Here", "Here"]
+    found = reward(completions=said, prompts=[prompt] * 4, completion_ids=[ids] * 3 + [ids[1:]], masks=masks)
+    assert found == [expected, expected / 2, None, 0]
+    assert load_mask(truth[0]).shape == (40, 48) and not model.training
+
+
+def test_fair_questions_of_the_world_are_samples():
+    samples = list(iter_world_samples("closest", range(90)))
+    assert len(samples) == 45
+    for sample in samples:
+        letters = sample["messages"][0]["content"].removeprefix("Which is closest to the camera: ").rstrip("?")
+        assert sample["messages"][1]["content"][-1] in letters and sample["depth"].shape == (128, 128)
+
+
+def test_rewards_are_made_by_name(model, processor):
+    functions, weights = make_rewards(dict.fromkeys(REWARDS, 2), model, processor)
+    assert weights == [2.0] * len(REWARDS) and [item.__name__ for item in functions] == list(REWARDS)
+    with pytest.raises(ValueError, match="did you mean right_answer"):
+        make_rewards({"right_answers": 1}, model, processor)
+
+
+RECIPE = """recipe: {kind}
+model_name_or_path: {model}
+tasks:
+  - world: spatial
+    scenes: 2
+    size: 48
+prompts: 4
+rewards: {{right_answer: 1.0, form: 0.5, depth_order: 0.5, depth_error: 0.5, mask_iou: 0.5}}
+spatial: seg+depth
+max_steps: 2
+per_device_train_batch_size: 4
+num_generations: 2
+max_completion_length: 30
+{more}
+gradient_checkpointing: false
+bf16: false
+save_strategy: "no"
+report_to: none
+disable_tqdm: true
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"), [("grpo", "beta: 0.1\nnum_iterations: 2"), ("rloo", "beta: 0.1\nlora_r: 2\nlora_merge: true")]
+)
+def test_a_recipe_trains_by_rewards(tiny_folder, tmp_path, capsys, kind, more):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(kind=kind, model=tiny_folder, more=more))
+    assert run(["train", "--config", str(recipe), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "The finished checkpoint is" in said
+    assert all(f"rewards/{name}/mean" in said for name in REWARDS)
+    merged = tmp_path / "out" / ("merged" if "lora" in more else "checkpoint")
+    assert PerceptioForConditionalGeneration.from_pretrained(merged).config.has_spatial_tokens
+
+
+def test_mistakes_in_a_recipe_are_named(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    for wrong, message in (
+        ("rewards: {right: 1.0}", "give weights of right_answer, form"),
+        ("num_generation: 2", "did you mean num_generations"),
+        ("prompts: many", "prompts must be a whole number"),
+    ):
+        recipe.write_text(f"recipe: grpo\nmodel_name_or_path: tiny\ntasks: [{{world: refer, scenes: 2}}]\n{wrong}\n")
+        with pytest.raises(ValueError, match=message):
+            read_reward_recipe("grpo", recipe, ["--output_dir", str(tmp_path / "out")])
