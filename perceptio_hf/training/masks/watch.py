@@ -107,7 +107,7 @@ def trouble_with_masks(history: Sequence[Mapping[str, float]], patience: int, *,
     said = [words.format(100 * logged[-1][name]) for name, bad, words in _CAUSES if logged[-1].get(name, 0) >= bad]
     return (
         f"Masks have not got better in {patience} steps: mask_dice is {now:.3f}, and was {before:.3f}. "
-        f"{' '.join(said) or _NO_CAUSE} docs/training.md shows a run that died and one that lives."
+        f"{' '.join(said) or _NO_CAUSE} {_ALWAYS} docs/training.md shows a run that died and one that lives."
     )
 
 
@@ -125,9 +125,13 @@ _CAUSES: tuple[tuple[str, float, str], ...] = (
         "[SEG] states of different masks are nearly the same ({:.1f} % of a cosine of 1), so that all get one mask: "
         "lower the learning_rate, or teach [SEG] where to look (look_weight).",
     ),
-    (EMPTY, 0.5, "{:.0f} % of the masks are empty: raise mask_dice_weight, or lower mask_learning_rate."),
+    (EMPTY, 0.5, "{:.0f} % of the masks are empty: set mask_dice_weight: 4 and mask_bce_weight: 1."),
 )
 _NO_CAUSE = (
-    "Nothing is dead: try a higher or lower mask_learning_rate, more steps or more varied samples, and look at masks "
-    "that it draws (perceptio predict)."
+    "Nothing is dead: try another mask_learning_rate, more steps or more varied samples, and look at its masks "
+    "(perceptio predict)."
+)
+_ALWAYS = (
+    "A decoder whose prompts said nothing at first has learnt not to listen: seg_projector_start: 256, with a "
+    "seg_projector_start_step at which the text loss is small, gives it others."
 )
