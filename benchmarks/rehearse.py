@@ -25,6 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests")]
 
+import numpy as np  # noqa: E402
 import yaml  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -35,8 +36,10 @@ CODEC = {"image_size": 64, "downsample": 16, "num_codes": 32, "code_dim": 16, "b
 def stand_ins(folder: Path, scenes: int) -> None:
     """Weights and data as a user would have them, in `folder`."""
     from component_helpers import mask_model, save_internvl, save_teacher
-    from data.published.test_sources import turn, write_instances, write_llava
+    from data.published.test_sources import write_instances
     from evaluation.published_formats import scenes_of, write_hardblink, write_refcoco
+
+    from perceptio_hf.world import ask
 
     shown = scenes_of(range(scenes))
     train, held_out = shown[:-HELD_OUT], shown[-HELD_OUT:]
@@ -50,8 +53,17 @@ def stand_ins(folder: Path, scenes: int) -> None:
     (folder / "photos").mkdir()
     for scene in shown:
         Image.fromarray(scene.image).save(folder / "photos" / f"{scene.seed:06d}.png")
-    asked = [{"id": str(k), "image": f"coco/{k}.jpg", "conversations": turn("<image>\nWhat is it?")} for k in range(12)]
-    write_llava(folder / "llava", asked)
+    (folder / "llava" / "images").mkdir(parents=True)
+    talks = []
+    for scene in train:
+        name = f"{scene.seed:06d}.jpg"
+        Image.fromarray(scene.image).save(folder / "llava" / "images" / name)
+        questions = [question for question in ask(scene, np.random.default_rng(scene.seed)) if not question.points]
+        turns = [(who, text) for item in questions[:3] for who, text in (("human", item.text), ("gpt", item.answer))]
+        turns[0] = ("human", "<image>\n" + turns[0][1])
+        conversations = [{"from": who, "value": text} for who, text in turns]
+        talks.append({"id": name, "image": name, "conversations": conversations})
+    (folder / "llava" / "llava_v1_5_mix665k.json").write_text(json.dumps(talks))
     recipe = {
         "model_name_or_path": str(folder.parent / "start"),
         "data_folder": str(folder),
@@ -60,7 +72,7 @@ def stand_ins(folder: Path, scenes: int) -> None:
             {"coco_instances": "coco", "weight": 2},
             {"labels": "../labels", "name": "depth", "weight": 2},
             {"labels": "../labels", "part": "questions", "name": "spatial", "weight": 3},
-            {"llava": "llava/llava.json", "name": "words"},
+            {"llava": "llava/llava_v1_5_mix665k.json", "images": "llava/images", "name": "words"},
         ],
         "max_steps": 24,
         "per_device_train_batch_size": 2,
