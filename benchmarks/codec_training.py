@@ -150,7 +150,8 @@ def main() -> None:
     results: dict[str, Any] = {"minutes": options.minutes, "frames": len(train), "held_out": len(held_out), "sides": {}}
 
     def note(name: str, steps: int, reconstruct: Reconstruct) -> None:
-        found = {"steps": steps, "held_out": measure(held_out, reconstruct), "trained_on": measure(train[:: max(1, len(train) // 50)], reconstruct)}
+        some = train[:: max(1, len(train) // 50)]
+        found = {"steps": steps, "held_out": measure(held_out, reconstruct), "trained_on": measure(some, reconstruct)}
         results["sides"][name] = found
         print(name, json.dumps(found), flush=True)
         if options.out:

@@ -52,8 +52,8 @@ class RayEngine:
             return
         import ray
 
-        # Where a worker dies, Ray says so on standard output, some of it when it is shut down. That is for the command's
-        # own document.
+        # Where a worker dies, Ray says so on standard output, some of it when it is shut down; that is for the
+        # command's own document.
         with redirect_stdout(sys.stderr), self._cluster() as resources:
             gpus = int(resources.get("GPU", 0))
             workers = min(self.workers or gpus or 1, len(batches))

@@ -18,6 +18,7 @@ from component_helpers import save_teacher
 from helpers import picture
 from PIL import Image
 
+from perceptio_hf import DepthVQVAE, DepthVQVAEConfig
 from perceptio_hf.commands import main
 from perceptio_hf.conversion.saved_models import load_depth_codec
 from perceptio_hf.data.depth_maps import depth_from_values, read_depth
@@ -154,7 +155,14 @@ def test_a_finished_run_does_nothing_and_other_labels_are_not_mixed(label, parts
     assert label(parts / "photos", "--out", out)[1]["fresh"] == 0
     assert (out / "labels" / "state.json").read_bytes() == before
     save_teacher(tmp_path / "other", seed=1)
-    for words, says in ((["--maps"], "another maps"), (["--teacher", str(tmp_path / "other")], "another teacher")):
+    DepthVQVAE(
+        DepthVQVAEConfig(image_size=32, downsample=4, num_codes=16, code_dim=8, base_channels=4)
+    ).save_pretrained(tmp_path / "grid")
+    for words, says in (
+        (["--maps"], "another maps"),
+        (["--teacher", str(tmp_path / "other")], "another teacher"),
+        (["--depth-codec", str(tmp_path / "grid")], "another codec"),
+    ):
         given = ["label", str(parts / "photos"), "--depth-codec", str(parts / "codec"), "--out", str(out)]
         assert main.run([*given, "--teacher", str(parts / "teacher"), *words]) == 2
         assert says in capsys.readouterr().err
