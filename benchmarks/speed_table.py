@@ -48,8 +48,9 @@ def others(figures: dict) -> list[str]:
 
 
 def table(figures: dict) -> str:
-    """Both tables in Markdown."""
-    return "\n".join([HEAD, *answers(figures), "", "| | |", "|---|---|", *others(figures)])
+    """Both tables in Markdown; the first only where it has lines."""
+    sides = answers(figures)
+    return "\n".join([*([HEAD, *sides, ""] if sides else []), "| | |", "|---|---|", *others(figures)])
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""CamVid as samples of referring segmentation, and masks measured on it; used by photographs.py and mask_watch.py.
+"""CamVid as samples of referring segmentation, and masks measured on it; used by photographs.py.
 
 python benchmarks/streets.py FOLDER/train OUT
 

@@ -19,6 +19,7 @@ hardly change, medians over rounds, from the first step's begin to the last step
     trl          TRL's SFTTrainer on the InternVL inside: plain cross-entropy of the same rows, without masks and depth
 
 "steps" is the same with rows that all sides can learn, without [SEG]: what the composite loss costs beside TRL's.
+"prepare" is the collator alone on the mixed rows: what stands between the files and the model.
 """
 
 import argparse
@@ -34,8 +35,9 @@ from pathlib import Path
 import numpy as np
 
 WORDS, GRID, CODES = 151_674, 10, 128
-KINDS = ("mixed", "steps")
+KINDS = ("prepare", "mixed", "steps")
 SIDES = ("before", "after", "by length", "trl")
+_SIDES_OF = {"prepare": SIDES[:2], "mixed": SIDES[:3], "steps": SIDES}
 TEXTS = ("Segment the red ball on the left of the table.", "How far away is everything in this picture?", "A and B?")
 TASKS = ("refer", "refer", "depth", "spatial", "spatial", "plain", "plain", "text")
 
@@ -73,20 +75,28 @@ def rows(count: int, masks: bool, folder: Path) -> list[dict]:
     return samples
 
 
-def parts(tiles: int):
-    """A random model and its processor."""
-    import torch
-    from transformers import InternVLConfig
-
-    from perceptio_hf import DepthVQVAEConfig, PerceptioConfig, PerceptioForConditionalGeneration
+def make_processor(tiles: int):
+    """The processor of the random model."""
+    from perceptio_hf import DepthVQVAEConfig
     from perceptio_hf.lab.lessons.model import tiny_processor, tiny_tokenizer
 
-    torch.manual_seed(0)
     codec = DepthVQVAEConfig()
     processor = tiny_processor(tiny_tokenizer([*TEXTS, *(f"word{number}" for number in range(97))], 700), codec)
     processor.image_processor.size = {"height": 224, "width": 224}
     processor.image_processor.max_patches, processor.crop_to_patches = tiles, True
     processor.image_seq_length, processor.mask_image_size = 64, 1024
+    return processor
+
+
+def make_model(processor):
+    """A random model."""
+    import torch
+    from transformers import InternVLConfig
+
+    from perceptio_hf import DepthVQVAEConfig, PerceptioConfig, PerceptioForConditionalGeneration
+
+    torch.manual_seed(0)
+    codec = DepthVQVAEConfig()
     vision = {
         "hidden_size": 256,
         "intermediate_size": 1024,
@@ -122,7 +132,7 @@ def parts(tiles: int):
         )
     )
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = processor.tokenizer.eos_token_id
-    return model, processor
+    return model
 
 
 def small_sam2():
@@ -185,6 +195,20 @@ def trainer_of(side: str, model, processor, dataset, batch: int, steps: int, out
     return SFTTrainer(model, settings, data_collator=plain, train_dataset=dataset, processing_class=processor)
 
 
+def seconds_to_prepare(processor, samples: list[dict], batch: int) -> float:
+    """CPU seconds of the collator for all samples."""
+    from perceptio_hf.data.rows import dataset_of
+    from perceptio_hf.training.collator import PerceptioDataCollator
+
+    rows = list(dataset_of(samples))
+    collate = PerceptioDataCollator(processor, depth_image_size=320)
+    collate(rows[:1])
+    begin = time.process_time()
+    for start in range(0, len(rows), batch):
+        collate(rows[start : start + batch])
+    return time.process_time() - begin
+
+
 def serve(side: str, options: argparse.Namespace) -> None:
     """Train one epoch whenever a line with a number of rows' file comes, and print its seconds."""
     import torch
@@ -201,7 +225,8 @@ def serve(side: str, options: argparse.Namespace) -> None:
 
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    model, processor = parts(options.tiles)
+    processor = make_processor(options.tiles)
+    model = make_model(processor) if set(options.kinds) - {"prepare"} else None
     if side == "trl":
         whole, config = model, model.config
         fields = {"vision_config": config.vision_config, "text_config": config.text_config}
@@ -220,6 +245,10 @@ def serve(side: str, options: argparse.Namespace) -> None:
     for line in sys.stdin:
         kind = line.strip()
         with tempfile.TemporaryDirectory() as folder:
+            if kind == "prepare":
+                samples = rows(options.rows, True, Path(folder))
+                print(seconds_to_prepare(processor, samples, options.batch), file=talk, flush=True)
+                continue
             dataset = dataset_of(rows(options.rows, kind == "mixed", Path(folder)))
             steps = options.rows // options.batch
             trainer = trainer_of(side, model, processor, dataset, options.batch, steps, Path(folder, "out"))
@@ -240,6 +269,7 @@ def start(side: str, options: argparse.Namespace) -> subprocess.Popen:
     command = [sys.executable, __file__, "--side", side]
     for name in ("rows", "batch", "tiles"):
         command += [f"--{name}", str(getattr(options, name))]
+    command += ["--kinds", *options.kinds]
     process = subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -252,7 +282,7 @@ def measure(options: argparse.Namespace) -> dict:
     workers = {side: start(side, options) for side in sides}
     figures: dict = {}
     for kind in options.kinds:
-        seconds = {side: [] for side in sides if kind == "steps" or side != "trl"}
+        seconds = {side: [] for side in sides if side in _SIDES_OF[kind]}
         for round_number in range(options.warm + options.rounds):
             for side in seconds:
                 workers[side].stdin.write(kind + "\n")

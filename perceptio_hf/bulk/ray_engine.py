@@ -52,7 +52,7 @@ class RayEngine:
             return
         import ray
 
-        # Where a worker dies, Ray says so on standard output, some of it when it is shut down. That one is for the
+        # Where a worker dies, Ray says so on standard output, some of it when it is shut down; that is for the
         # command's own document.
         with redirect_stdout(sys.stderr), self._cluster() as resources:
             gpus = int(resources.get("GPU", 0))

@@ -1,6 +1,7 @@
 """The rendered world as training samples, one question each: for tests, for recipes, and to see what a sample is."""
 
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +26,7 @@ WORLD_TASKS = {
 }
 FAIR = "closest"  # the same question of marked points alone, fair: nothing but depth tells (`perceptio_hf.world.fair`)
 _FAIR_POINTS, _SCENES_PER_SET = (3, 4, 5), 6
-_FAIR_BLOCK = 600  # scenes that fair questions are drawn from together
+_FAIR_BLOCK = 150  # scenes that fair questions are drawn from together
 _SHARDS = 1024  # at most; a stream is split between processes, and skipped through, by shards
 
 
@@ -96,7 +97,7 @@ def world_dataset(
     """A stream of samples that are rendered as they are needed.
 
     Args:
-        task: one of `WORLD_TASKS`, or "closest": fair questions of 3, 4 and 5 marked points, one for two scenes.
+        task: one of `WORLD_TASKS`, or "closest": fair questions of 3, 4 and 5 marked points, one or more for two scenes.
         scenes: how many.
         first_seed: number of the first; see `perceptio_hf.world` for the numbers that are held out.
         size: width and height of the pictures in pixels.
@@ -132,7 +133,7 @@ def _fair_samples(seeds: Sequence[int], size: int, options: dict[str, Any]) -> I
     """Questions with 3, 4 and 5 points in turn."""
     each = max(1, len(seeds) // _SCENES_PER_SET)
     found = [fair_sets(n, each, scenes=len(seeds), first_seed=seeds[0], size=size) for n in _FAIR_POINTS]
-    for item in (item for row in zip(*found, strict=False) for item in row):
+    for item in (item for row in zip_longest(*found) for item in row if item is not None):
         listed = f"{', '.join(item.letters[:-1])} or {item.letters[-1]}"
         question = Question(
             "closest_point",

@@ -3,10 +3,11 @@
     trainer = PerceptioGRPOTrainer(model, reward_funcs=reward, args=GRPOConfig(...), train_dataset=prompts,
                                    processing_class=processor, peft_config=lora_config(model))
 
-Everything is TRL's but three things. What a processor returns goes to a method of TRL's that knows the inputs of a few
+Everything is TRL's but four things. What a processor returns goes to a method of TRL's that knows the inputs of a few
 models by name, and what SAM2 needs is not among them; the probability of a response does not depend on it. And TRL asks
 the head for a `bias`, which PEFT does not pass on where rows of the head learn, as `lora_config` has it. And where it
-loads the reference model, it asks a checkpoint that brings no code for the names of its code.
+loads the reference model, it asks a checkpoint that brings no code for the names of its code. And it takes the rows of
+a batch for prompts without padding, and would have the model attend to what our processor fills up short ones with.
 
 Responses are generated under the grammar of the spatial tokens, as ever, while TRL takes their probability from the
 whole vocabulary: where the model leaves much of it on tokens that the grammar forbids, train on samples first.
@@ -14,6 +15,7 @@ whole vocabulary: where the model leaves much of it on tokens that the grammar f
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import dropwhile
 from typing import Any
 
 from torch import Tensor
@@ -45,6 +47,11 @@ class _WithMaskPixels:
         head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
         if not hasattr(head, "bias"):
             head.bias = None
+
+    def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], Any, dict[str, Any]]:
+        rows, *rest = super()._tokenize_prompts(prompts)
+        pad = self.processing_class.tokenizer.pad_token_id
+        return [list(dropwhile(lambda token: token == pad, row)) for row in rows], *rest
 
     def _get_per_token_logps_and_entropies(
         self,

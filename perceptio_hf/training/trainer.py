@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils import AutocastKwargs, broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -123,6 +123,8 @@ class PerceptioSFTTrainer(LivingMasks, WholeCheckpoints, SFTTrainer):
         self._codec = self._perceptio.depth_model
         if self.is_fsdp_enabled:
             self._prepare_fsdp()
+        elif self.is_deepspeed_enabled:  # ZeRO-3 too leaves nothing but shards outside the model's forward
+            self._codec = copy.deepcopy(self._codec).to(self.accelerator.device)
         self._meters = {"train": _part_meter(), "eval": _part_meter()}
         self.skipped_samples: dict[str, int] = {}  # by reason, known when `train` ends
         self.figures: Callable[[PerceptioSFTTrainer, PreTrainedModel], dict[str, float]] | None = None
@@ -136,6 +138,9 @@ class PerceptioSFTTrainer(LivingMasks, WholeCheckpoints, SFTTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
+        # Autocast would keep a copy of every trained weight in half precision for the whole forward, 15 GB for 8
+        # billion even under FSDP, and use it once.
+        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.is_fsdp_enabled |= fsdp.enable_on_cpu(self.accelerator)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
@@ -511,5 +516,5 @@ def zero_of(modules: list[nn.Module]) -> Tensor:
     """A zero that depends on all their trainable parameters, so that each gets a gradient in every micro batch, with
     and without masks. FSDP exchanges the gradients there are, and waits for ever where processes differ in them; an
     optimizer steps where there is one, and must do so however a batch is divided."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad and not hasattr(p, "ds_id")]
     return sum((parameter.sum() * 0 for parameter in parameters), 0.0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from helpers import picture
+from helpers import chat, picture
 from sft_helpers import TEXTS
 from trl import GRPOConfig, RLOOConfig
 
@@ -30,6 +30,25 @@ def prompts() -> Dataset:
 def length_and_noise(completions: list, **kwargs) -> list[float]:
     """Rewards that differ within every group, whatever is answered."""
     return [len(turns[0]["content"]) / 100 + 0.5 * (index % 2) for index, turns in enumerate(completions)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_short_prompts_are_not_filled_up(tiny_folder, processor, tmp_path, kind):
+    """TRL attends to all of a prompt: in a batch it is what it is alone."""
+    trainer_class, config_class = KINDS[kind]
+    settings = config_class(
+        str(tmp_path), per_device_train_batch_size=2, num_generations=2, report_to="none", bf16=False, use_cpu=True
+    )
+    trainer = trainer_class(
+        PerceptioForConditionalGeneration.from_pretrained(tiny_folder),
+        reward_funcs=length_and_noise,
+        args=settings,
+        train_dataset=prompts(),
+        processing_class=processor,
+    )
+    asked = [chat(picture(seed=1), text=words) for words in (TEXTS[0], TEXTS[1])]
+    together, alone = trainer._tokenize_prompts(asked)[0], [trainer._tokenize_prompts([one])[0][0] for one in asked]
+    assert together == alone and len(together[0]) != len(together[1])
 
 
 @pytest.mark.parametrize("name", SETTINGS)

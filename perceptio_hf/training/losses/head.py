@@ -99,7 +99,8 @@ class _Readout(torch.autograd.Function):
         logits, targets, code_ids, normaliser = ctx.saved_tensors
         whole = torch.empty_like(logits)
         for rows in _parts(len(logits), logits.shape[-1], _WIDENED):
-            whole[rows] = _logit_gradient(logits[rows], targets, code_ids, normaliser, gradients, rows)
+            shifted = logits[rows].to(normaliser.dtype) - normaliser[rows, None]
+            whole[rows] = _logit_gradient(shifted, targets, code_ids, gradients, rows)
         return whole, None, None
 
 
@@ -131,9 +132,9 @@ class _PartsOfHead(torch.autograd.Function):
         of_bias = torch.zeros_like(bias) if wants_bias else None
         with torch.autocast(states.device.type, enabled=False):
             for rows in _parts(len(states), len(weight), WHOLE):
-                logits = F.linear(own[rows], head, offset)
-                part = _logit_gradient(logits, targets, code_ids, normaliser, gradients, rows).to(ctx.dtype)
-                del logits
+                shifted = F.linear(own[rows], head, offset).to(normaliser.dtype).sub_(normaliser[rows, None])
+                part = _logit_gradient(shifted, targets, code_ids, gradients, rows).to(ctx.dtype)
+                del shifted
                 if wants_states:
                     of_states[rows] = part @ head
                 if wants_weight:
@@ -158,12 +159,11 @@ def _readings(logits: Tensor, targets: Tensor, code_ids: Tensor) -> Readings:
     return normaliser, logits.gather(1, targets[:, None])[:, 0].to(dtype), logits[:, code_ids].to(dtype)
 
 
-def _logit_gradient(
-    logits: Tensor, targets: Tensor, code_ids: Tensor, normaliser: Tensor, gradients: Readings, rows: slice
-) -> Tensor:
-    """The gradient of some rows of logits, in float32 or finer."""
+def _logit_gradient(shifted: Tensor, targets: Tensor, code_ids: Tensor, gradients: Readings, rows: slice) -> Tensor:
+    """The gradient of some rows of logits, in float32 or finer, in the memory of `shifted`: the logits less the log of
+    their normaliser."""
     of_normaliser, of_target, of_codes = (gradient[rows] for gradient in gradients)
-    part = (logits.to(normaliser.dtype) - normaliser[rows, None]).exp_().mul_(of_normaliser[:, None])
+    part = shifted.exp_().mul_(of_normaliser[:, None])
     part.scatter_add_(1, targets[rows, None], of_target[:, None])
     return part.index_add_(1, code_ids, of_codes)
 

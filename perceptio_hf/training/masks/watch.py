@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 UNITS_OFF, ALIKE, EMPTY = "seg_units_off", "seg_alike", "masks_empty"
 WATCHED = {
-    UNITS_OFF: "units of the [SEG] projector that are off for every [SEG]",
-    ALIKE: "cosine between [SEG] states of different masks",
-    EMPTY: "masks without a single cell",
+    UNITS_OFF: "units that are off for every [SEG]",
+    ALIKE: "cosine between states of [SEG]",
+    EMPTY: "share of empty masks",
 }
 _GOOD_DICE = 0.5  # masks whose Dice loss is below this have been learnt, however slowly they get better
 _PROGRESS = 0.01  # of the Dice loss, from the first to the second half of the steps looked at

@@ -176,7 +176,7 @@ def _run(model: nn.Module, inputs: dict[str, Tensor], settings: PerceptioSFTConf
 
 def _precision(settings: PerceptioSFTConfig):
     dtype = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None
-    return nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
+    return nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype, cache_enabled=False)
 
 
 def _loss(model: nn.Module, inputs: dict[str, Tensor], settings: PerceptioSFTConfig) -> Tensor:

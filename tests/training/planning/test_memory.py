@@ -49,8 +49,8 @@ def plain(config, batch) -> MemoryPrediction:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}, {"bf16": True}],
-    ids=["plain", "checkpointing", "bf16"],
+    [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2, "bf16": True}],
+    ids=["plain", "checkpointing, bf16"],
 )
 def test_a_training_takes_what_was_predicted(changes, samples, batch, plain, config, processor, tmp_path):
     predicted = predict_memory(config, batch, sft.settings(tmp_path, **PLAIN, **changes)) if changes else plain

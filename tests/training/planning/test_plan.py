@@ -148,3 +148,16 @@ def test_layouts_that_cannot_be_reckoned_with(tmp_path, monkeypatch):
     assert layout_of_environment() == Layout(4)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert layout_of_environment() == Layout(4, "fsdp")
+
+
+@pytest.mark.parametrize("file", sorted(ACCELERATE.glob("*.yaml")), ids=lambda file: file.stem)
+def test_accelerate_reads_what_the_configurations_say(file):
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    known = {action.dest for action in launch_command_parser()._actions}
+    config, layout = load_config_from_file(str(file)), layout_of_file(file)  # refuses keys that it does not know
+    assert config.num_processes == layout.processes and config.mixed_precision == "bf16"
+    assert set(config.fsdp_config or ()) <= known and set(config.deepspeed_config or ()) <= known
+    if layout.strategy == "fsdp":
+        assert config.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False  # see perceptio_hf.training.fsdp

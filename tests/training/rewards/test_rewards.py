@@ -12,6 +12,7 @@ from perceptio_hf.data.encoded import load_mask
 from perceptio_hf.data.rows import dataset_of
 from perceptio_hf.data.run_length import encode_mask
 from perceptio_hf.data.world_samples import iter_world_samples
+from perceptio_hf.files import find_recipe
 from perceptio_hf.modeling.modeling_depth_vqvae import prepare_depth
 from perceptio_hf.tokens import depth_span
 from perceptio_hf.training.rewards import REWARDS, DepthError, DepthOrder, Form, MaskIoU, as_prompts, make_rewards
@@ -128,7 +129,7 @@ def test_mask_iou_is_that_of_the_masks_the_model_makes(model, processor):
 
 def test_fair_questions_of_the_world_are_samples():
     samples = list(iter_world_samples("closest", range(90)))
-    assert len(samples) == 45
+    assert 45 <= len(samples) <= 45 + 2 + 3 + 4
     for sample in samples:
         letters = sample["messages"][0]["content"].removeprefix("Which is closest to the camera: ").rstrip("?")
         assert sample["messages"][1]["content"][-1] in letters and sample["depth"].shape == (128, 128)
@@ -175,6 +176,13 @@ def test_a_recipe_trains_by_rewards(tiny_folder, tmp_path, capsys, kind, more):
     assert all(f"rewards/{name}/mean" in said for name in REWARDS)
     merged = tmp_path / "out" / ("merged" if "lora" in more else "checkpoint")
     assert PerceptioForConditionalGeneration.from_pretrained(merged).config.has_spatial_tokens
+
+
+def test_the_shipped_recipe_is_read(tmp_path):
+    recipe = read_reward_recipe("grpo", find_recipe("grpo_world"), ["--output_dir", str(tmp_path)])
+    assert recipe.arguments.rewards["right_answer"] == 1 and recipe.settings.beta > 0
+    answers = recipe.settings.per_device_train_batch_size * recipe.settings.gradient_accumulation_steps
+    assert answers // recipe.settings.num_generations == 8  # questions a step, as its words say
 
 
 def test_mistakes_in_a_recipe_are_named(tmp_path):
