@@ -49,6 +49,8 @@ def main() -> None:
     torch.set_num_threads(1)
     result = json.loads(options.out.read_text()) if options.out.exists() else {}
     result |= {"about": "Photographs, before and after training on others by the named recipes.", "machine": _machine()}
+    if overrides:
+        result["options"] = overrides
     with tempfile.TemporaryDirectory() as scratch:
         runs = options.runs or Path(scratch)
         data = prepare(options, runs / "data")
@@ -170,11 +172,11 @@ def _mean_iou(masks: dict[int, np.ndarray], true: dict[int, np.ndarray]) -> floa
 
 
 def _painted(picture: Image.Image, masks: dict[int, np.ndarray]) -> Image.Image:
-    """The picture in grey with the masks over it, each class in its colour; where several lie, the last one shows."""
+    """The picture in grey with the masks over it, each class in its colour; of several the smallest shows."""
     canvas = np.asarray(picture.convert("L").convert("RGB")).astype(float) * 0.6 + 60
-    for number, color in zip(streets.CLASSES, COLORS, strict=True):
-        if number in masks:
-            canvas[masks[number]] = 0.45 * canvas[masks[number]] + 0.55 * color
+    grey, colors = canvas.copy(), dict(zip(streets.CLASSES, COLORS, strict=True))
+    for number in sorted(masks, key=lambda number: -masks[number].sum()):
+        canvas[masks[number]] = 0.45 * grey[masks[number]] + 0.55 * colors[number]
     return Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
 
 

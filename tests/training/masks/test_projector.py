@@ -119,8 +119,8 @@ def test_states_come_in_the_order_of_masks(processor, batches):
     seen = []
     hook = model.seg_projector.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
-        inputs = {name: batches[0][name] for name in ("input_ids", "attention_mask", "pixel_values")}
-        model(**inputs, mask_pixel_values=batches[0]["mask_pixel_values"])
+        names = ("input_ids", "attention_mask", "pixel_values", "mask_pixel_values", "mask_pixel_pictures")
+        model(**{name: batches[0][name] for name in names})
         hook.remove()
         found = seg_states(model, batches[0])
     assert len(found) == len(batches[0]["mask_targets"]) == 2
