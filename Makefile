@@ -5,6 +5,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= dev
 DEMO_ARGS ?=
+REHEARSE_ARGS ?=
 TEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -13,7 +14,7 @@ STAMP := $(VENV)/.perceptio-installed
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-oldest test-newest test-between test-arithmetic test-arithmetic-quick test-sam2 test-lmms-eval test-engines test-ray test-track test-app plan lint clean
+.PHONY: help env demo test test-oldest test-newest test-between test-arithmetic test-arithmetic-quick test-sam2 test-lmms-eval test-engines test-ray test-track test-app rehearse plan lint clean
 
 help:
 	@echo "make demo   render a scene, ask the embedded model about it, write pictures to perceptio-demo/"
@@ -28,6 +29,7 @@ help:
 	@echo "make test-engines  exported folders in transformers serve and under the grammars of xgrammar, llguidance and outlines, which this installs"
 	@echo "make test-track    figures and pictures of a training where it reports to, which this installs"
 	@echo "make test-app      the page in a real browser, which this installs; SCREENSHOTS=docs/images takes README's pictures"
+	@echo "make rehearse   label, train, measure and push a small random one by the commands for a real one, into runs/rehearsal"
 	@echo "make plan   draw the figures of the documents: the imports, a span that converges"
 	@echo "make lint   ruff check and ruff format --check"
 	@echo "make env    only make the environment in $(VENV)"
@@ -68,6 +70,10 @@ test-newest:
 	@$(NEWEST)/bin/python -c 'import sys; from importlib.metadata import version; print(*(f"{name} {version(name)}" for name in sys.argv[1:]), sep=", ")' $(NEWEST_NAMES)
 	@OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q -n 2 -m "not slow" $(NEWEST_TESTS) $(TEST_ARGS)
 	@out="$$(mktemp -d)" && $(NEWEST)/bin/perceptio demo --out "$$out"; status=$$?; rm -rf "$$out"; exit $$status
+
+# The way of docs/train_a_real_one.md with small random stand-ins in the layouts of the real ones; goes on where it was stopped.
+rehearse: $(STAMP)
+	@$(BIN)/python benchmarks/rehearse.py $(REHEARSE_ARGS)
 
 # What MKL, PyTorch and oneDNN compute on other processors, on this one. A round is settings joined by commas.
 OTHER_KERNELS := MKL_CBWR=COMPATIBLE MKL_CBWR=AVX2 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41

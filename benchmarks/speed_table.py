@@ -1,12 +1,13 @@
 """The table of documents out of what benchmarks/speed.py has written.
 
-python benchmarks/speed_table.py benchmarks/results/speed.json
+python benchmarks/speed_table.py benchmarks/results/speed.json --into docs/generation.md
 """
 
 import argparse
 import json
 from pathlib import Path
 
+BEGIN, END = "<!-- benchmarks/speed_table.py -->", "<!-- end -->"
 SIDES = ("peers", "loop", "sequential", "parallel")
 HEAD = """| one answer, CPU seconds | peers' pipeline | transformers' loop | code by code | parallel | of the peers' |
 |---|---|---|---|---|---|"""
@@ -53,10 +54,23 @@ def table(figures: dict) -> str:
     return "\n".join([*([HEAD, *sides, ""] if sides else []), "| | |", "|---|---|", *others(figures)])
 
 
+def put(text: str, figures: dict) -> str:
+    """`text` with the tables in place of what stands between its two marks."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{table(figures)}\n\n{END}{after}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    print(table(json.loads(parser.parse_args().results.read_text())["figures"]))
+    parser.add_argument("--into", type=Path, help="a document with the marks; default: print the tables")
+    arguments = parser.parse_args()
+    figures = json.loads(arguments.results.read_text(encoding="utf-8"))["figures"]
+    if arguments.into is None:
+        print(table(figures))
+    else:
+        arguments.into.write_text(put(arguments.into.read_text(encoding="utf-8"), figures), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def compare(setup, model, inputs, options, *, guesses: bool = False) -> dict:
         run = lambda chosen=chosen: ids.update({chosen["spatial_decoding"]: model.generate(**inputs, **chosen)})  # noqa: E731
         guess = guessing(model, ids["sequential"][0], inputs) if guesses and ids else nullcontext()
         with guess, counted_passes() as passes:
-            found[f"{decoding}_seconds"] = seconds_of(setup, run, warm=int(decoding == "parallel"))
+            found[f"{decoding}_seconds"] = seconds_of(setup, run, warm=1)  # matrices of every new length load code
         new = ids[decoding].shape[1] - inputs["input_ids"].shape[1]
         found[f"{decoding}_passes"] = passes[-1]
         found[f"{decoding}_tokens_per_second"] = rows * new / found[f"{decoding}_seconds"]
@@ -161,7 +161,7 @@ def whole_answers(setup, record, model, config, words) -> None:
         for decoding in WAYS:
             chosen = options | {"spatial_decoding": decoding, "return_dict_in_generate": True}
             run = lambda chosen=chosen: model.generate(**inputs, **chosen)  # noqa: E731
-            figures[f"{decoding}_seconds"] = seconds_of(setup, run, warm=int(decoding == "parallel"))
+            figures[f"{decoding}_seconds"] = seconds_of(setup, run, warm=1)  # matrices of every new length load code
         pixels, state = inputs["mask_pixel_values"], torch.randn(1, config.text_config.hidden_size).to(setup.device)
         with torch.no_grad():
             figures["sam2_seconds"] = seconds_of(

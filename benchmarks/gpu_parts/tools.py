@@ -25,8 +25,8 @@ class Record:
     def __init__(self, path: Path):
         self.path, self.values = path, {}
 
-    def add(self, name: str, **figures) -> None:
-        self.values[name] = figures
+    def add(self, case: str, /, **figures) -> None:  # a figure may be called anything
+        self.values[case] = figures
         fresh = self.path.with_suffix(".fresh")
         fresh.write_text(json.dumps(self.values, default=str))
         os.replace(fresh, self.path)

@@ -97,7 +97,7 @@ def world_dataset(
     """A stream of samples that are rendered as they are needed.
 
     Args:
-        task: one of `WORLD_TASKS`, or "closest": fair questions of 3, 4 and 5 marked points, one or more for two scenes.
+        task: one of `WORLD_TASKS`, or "closest": fair questions of 3 to 5 marked points, one or more for two scenes.
         scenes: how many.
         first_seed: number of the first; see `perceptio_hf.world` for the numbers that are held out.
         size: width and height of the pictures in pixels.
