@@ -35,7 +35,8 @@ def test_wheel_holds_every_file_of_the_package(wheel):
     package = ROOT / "perceptio_hf"
     files = {path.relative_to(ROOT).as_posix() for path in package.rglob("*") if path.is_file()}
     files = {name for name in files if "__pycache__" not in name}
-    files |= {f"perceptio_hf/recipes/{path.name}" for path in (ROOT / "recipes").iterdir()}
+    recipes = [path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*") if path.is_file()]
+    files |= {f"perceptio_hf/{path.as_posix()}" for path in recipes}
     assert files == {name for name in wheel.namelist() if name.startswith("perceptio_hf/")}
 
 

@@ -23,6 +23,8 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
 
+from .silence import TellsNobody
+
 
 @contextmanager
 def _own_reference(settings: Any) -> Iterator[None]:
@@ -38,7 +40,7 @@ def _own_reference(settings: Any) -> Iterator[None]:
         settings.model_init_kwargs = kept
 
 
-class _WithMaskPixels:
+class _WithMaskPixels(TellsNobody):
     """Leaves out what the processor returns for masks and answers; no logit depends on it."""
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any):

@@ -3,7 +3,6 @@
 import copy
 import logging
 import math
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -35,6 +34,7 @@ from .config import PerceptioSFTConfig
 from .lengths import BY_LENGTH, LengthSampler, check_has_lengths, sample_lengths
 from .logging import draw_losses
 from .losses import PARTS, composite_loss
+from .silence import TellsNobody
 
 _logger = logging.getLogger(__name__)
 _TARGETS = ("labels", "layout", "mask_targets", "depth_targets", "depth_valid", "depth_given_as_codes")
@@ -44,7 +44,7 @@ class DivergedError(ValueError):
     """The loss is not finite; nothing was updated with it."""
 
 
-class PerceptioSFTTrainer(LivingMasks, WholeCheckpoints, SFTTrainer):
+class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer):
     """Trains a Perceptio model on samples with pictures, conversations, masks and depth.
 
     Language model, both projectors and SAM2's mask decoder learn, unless `args` freezes them; SAM2's image encoder and
@@ -129,12 +129,6 @@ class PerceptioSFTTrainer(LivingMasks, WholeCheckpoints, SFTTrainer):
         self.skipped_samples: dict[str, int] = {}  # by reason, known when `train` ends
         self.figures: Callable[[PerceptioSFTTrainer, PreTrainedModel], dict[str, float]] | None = None
         self._has_learnt: bool | None = None  # from any sample, on any process; None before the first step
-
-    def _send_telemetry(self) -> None:
-        """TRL tells its makers of every training. Here it does so only where the user has set the variable to 0 (or
-        false, or no): a training asks nothing of the network by itself."""
-        if os.environ.get("HF_HUB_DISABLE_TELEMETRY", "").strip().lower() in ("0", "false", "no", "off"):
-            super()._send_telemetry()
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()

@@ -200,7 +200,10 @@ def test_tiny_recipes_still_train_from_scratch(tmp_path, monkeypatch, fails):
     path = tmp_path / "scratch.yaml"
     path.write_text("recipe: tiny\nseed: 3\n")
     assert run(["train", "--config", str(path), "--out", str(tmp_path / "out"), "--workers", "0"]) == 0
-    assert called == [(path, tmp_path / "out", {"processes": 2, "workers": 0})]
+    assert called == [(path, tmp_path / "out", {"processes": 2, "workers": 0, "device": "cpu"})]
+    called.clear()
+    assert run(["train", "--config", str(path), "--out", str(tmp_path / "out"), "--device", "cuda"]) == 0
+    assert called == [(path, tmp_path / "out", {"processes": 1, "workers": 1, "device": "cuda"})]
     assert "Unknown options --max_steps 3" in fails("--config", path, "--max_steps", "3")
 
 
@@ -225,7 +228,7 @@ def test_recipes_of_the_package_are_found_by_name(tmp_path, monkeypatch):
         assert find_recipe(name).samefile(shipped)
     (tmp_path / "sft_world").write_text("seed: 1")
     assert find_recipe("sft_world") == Path("sft_world"), "a file of one's own goes first"
-    with pytest.raises(ValueError, match=r"no recipe mine/tiny.yaml; .*: ablation, codebook_tiny, .*, tiny\."):
+    with pytest.raises(ValueError, match=r"no recipe mine/tiny.yaml; .*: ablation, codebook_tiny, .*, tiny, "):
         find_recipe("mine/tiny.yaml")
 
 

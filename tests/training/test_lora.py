@@ -270,7 +270,7 @@ def test_a_recipe_trains_adapters_and_merges_them(processor, rooms, tmp_path):
     random_model(processor).save_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "base")
     file = recipe_of(tmp_path, "lora_r: 2\nlora_layers: [q_proj, v_proj]\nlora_merge: true\n")
-    _fine_tune(file, tmp_path / "out", ["--data_folder", str(rooms), "--lora_alpha", "8"])
+    _fine_tune(file, tmp_path / "out", ["--data_folder", str(rooms), "--lora_alpha", "8"], "sft")
     adapter = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "out" / "checkpoint")
     config = adapter.peft_config["default"]
     assert (config.r, config.lora_alpha) == (2, 8)

@@ -51,6 +51,24 @@ def test_short_prompts_are_not_filled_up(tiny_folder, processor, tmp_path, kind)
     assert together == alone and len(together[0]) != len(together[1])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_nobody_is_told_of_a_training(tiny_folder, processor, tmp_path, monkeypatch, kind):
+    told = []
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda **what: told.append(what))
+    monkeypatch.delenv("CI", raising=False)
+    trainer_class, config_class = KINDS[kind]
+    for variable in ("1", "0"):
+        monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", variable)
+        trainer_class(
+            PerceptioForConditionalGeneration.from_pretrained(tiny_folder),
+            reward_funcs=length_and_noise,
+            args=config_class(str(tmp_path), report_to="none", bf16=False, use_cpu=True),
+            train_dataset=prompts(),
+            processing_class=processor,
+        )
+    assert len(told) == 1  # where the user asked for it
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_steps(tiny_folder, processor, tmp_path, kind, name):
