@@ -56,6 +56,34 @@ def internvl_config():
     return InternVLConfig(vision_config=vision, text_config=text, image_token_id=WORDS - 7, tie_word_embeddings=False)
 
 
+def cut_internvl_config(side: int, **changes):
+    """InternVL's shapes cut in depth and width, for pictures of `side` pixels. The vocabulary is whole: it has most of
+    the 0.11 billion parameters."""
+    from transformers import InternVLConfig
+
+    vision = {
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": [side, side],
+        "patch_size": [14, 14],
+        "attention_bias": True,
+    }
+    text = {
+        "model_type": "qwen2",
+        "vocab_size": WORDS,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    }
+    given = {"image_token_id": WORDS - 7, "tie_word_embeddings": True} | changes
+    return InternVLConfig(vision_config=vision, text_config=text, **given)
+
+
 def sam2_config():
     """SAM2.1-large."""
     from transformers import Sam2Config

@@ -27,11 +27,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from large import cut_internvl_config
 from PIL import Image
 from transformers import (
     AutoModel,
     AutoProcessor,
-    InternVLConfig,
     InternVLForConditionalGeneration,
     LogitsProcessor,
     LogitsProcessorList,
@@ -48,7 +48,6 @@ from perceptio_hf.modeling.spans.grammar_state import GrammarState, LoopGrammar
 from perceptio_hf.world import HELD_OUT_SEED, render_scene
 
 PARTS = ("spans", "answers", "masks", "second", "grammar", "large")
-WORDS = 151_674
 QUESTIONS = ("Which is closer, A or B?", "How many objects are there?", "Give me the depth map.")
 
 
@@ -278,26 +277,7 @@ def grammar_figures(rounds: int, device: torch.device) -> dict:
 def large_model(device: torch.device) -> PerceptioForConditionalGeneration:
     """152 M parameters in InternVL's shapes cut in depth and width, the vocabulary whole; random weights."""
     torch.manual_seed(0)
-    vision = {
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "image_size": [448, 448],
-        "patch_size": [14, 14],
-        "attention_bias": True,
-    }
-    text = {
-        "model_type": "qwen2",
-        "vocab_size": WORDS,
-        "hidden_size": 512,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    }
-    config = InternVLConfig(vision_config=vision, text_config=text, image_token_id=WORDS - 7, tie_word_embeddings=True)
+    config = cut_internvl_config(448)
     masks = Sam2Config()
     masks.vision_config.backbone_config.image_size = [512, 512]
     masks.vision_config.backbone_feature_sizes = [[128, 128], [64, 64], [32, 32]]

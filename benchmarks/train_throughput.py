@@ -3,7 +3,7 @@
 git worktree add ../before b5b64f5
 python benchmarks/train_throughput.py --before ../before --out benchmarks/results/train_throughput.json
 
-A random model of 0.2 B parameters (InternVL's shapes cut in depth and width, tiles of 64 tokens, its vocabulary of
+A random model of 0.125 B parameters (InternVL's shapes cut in depth and width, tiles of 64 tokens, its vocabulary of
 151,674 words whole; SAM2 at 1024 pixels with a small Hiera, the same on all sides; a codec of the published size)
 learns from rows as published sets have them: pictures of 640 x 480, which InternVL cuts into up to `--tiles` tiles,
 referring segmentation, a depth span alone, spans before answers, questions in words of many lengths, and texts without
@@ -33,8 +33,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+from large import cut_internvl_config
 
-WORDS, GRID, CODES = 151_674, 10, 128
+GRID, CODES = 10, 128
 KINDS = ("prepare", "mixed", "steps")
 SIDES = ("before", "after", "by length", "trl")
 _SIDES_OF = {"prepare": SIDES[:2], "mixed": SIDES[:3], "steps": SIDES}
@@ -91,34 +92,12 @@ def make_processor(tiles: int):
 def make_model(processor):
     """A random model."""
     import torch
-    from transformers import InternVLConfig
 
     from perceptio_hf import DepthVQVAEConfig, PerceptioConfig, PerceptioForConditionalGeneration
 
     torch.manual_seed(0)
     codec = DepthVQVAEConfig()
-    vision = {
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "image_size": [224, 224],
-        "patch_size": [14, 14],
-        "attention_bias": True,
-    }
-    text = {
-        "model_type": "qwen2",
-        "vocab_size": WORDS,
-        "hidden_size": 512,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    }
-    internvl = InternVLConfig(
-        vision_config=vision, text_config=text, image_token_id=processor.image_token_id, image_seq_length=64
-    )
+    internvl = cut_internvl_config(224, image_token_id=processor.image_token_id, image_seq_length=64)
     config = {key: value for key, value in internvl.to_dict().items() if key not in ("model_type", "architectures")}
     model = PerceptioForConditionalGeneration(
         PerceptioConfig(

@@ -90,6 +90,7 @@ def label(
     from . import checkpoints
 
     checkpoints.quieten()
+    items = list_items(pictures)  # before what takes longer
     opened = open_engine(engine, address, workers)
     if device is not None:
         checkpoints.check_device(device)
@@ -100,7 +101,7 @@ def label(
     about = _about(info, codec, dtype, maps or bool(kinds))
     load = partial(load_labeller, info, codec, device, dtype)
     begin = time.monotonic()
-    tally = _label(list_items(pictures), out, opened, load, about, batch_size, overwrite)
+    tally = _label(items, out, opened, load, about, batch_size, overwrite)
     seconds = time.monotonic() - begin
     summary: dict[str, Any] = {**vars(tally), "seconds": round(seconds, 1)}
     if tally.fresh:

@@ -112,7 +112,7 @@ def train(
             _fine_tune(config, out, context.args, kind)
     elif kind == TINY:
         if dry_run:
-            raise ValueError("--dry-run is for fine-tuning; a tiny recipe takes about two hours on two cores.")
+            raise ValueError("--dry-run is for fine-tuning; a tiny recipe says in its own file what it trains.")
         if context.args:
             raise ValueError(f"Unknown options {' '.join(context.args)}; change the keys of a tiny recipe in {config}.")
         _from_scratch(config, out or Path("runs/tiny"), processes, workers, device or "cpu")

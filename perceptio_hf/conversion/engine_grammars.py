@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 
 FOLDER = "grammars"  # beside the weights
-ENDINGS = ("ebnf", "lark", "regex")
 TOKENS_BEFORE_SPAN = 64
 # What a response is made of, for K pictures and at most B tokens in front of each span. `word` is a token of text,
 # `free` one of text or [SEG]. EBNF and Lark write this alike.

@@ -50,8 +50,9 @@ def teacher_info(name: str, unit: str | None = None) -> TeacherInfo:
     try:
         config = AutoConfig.from_pretrained(name)
     except Exception as error:  # whatever transformers or the Hub raise
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"--teacher {name} cannot be loaded: {reason}") from None
+        reason = " ".join(str(error).split()).split(". ")[0]
+        where = "" if os.path.isdir(name) else "it is no folder here, and the Hub does not give it. "
+        raise ValueError(f"--teacher {name} cannot be loaded: {where}{reason}") from None
     if config.model_type not in KNOWN:
         raise ValueError(
             f"--teacher {name} is a {config.model_type!r} model, which says no depth; expected a depth-estimation "

@@ -24,7 +24,6 @@ from .phrases import phrases_of, without_tags
 from .pictures import load_picture, row_strips
 from .plain_text import control_ids, drop_marks, mark_tokens, structure_ids
 
-_IGNORED_LABEL = -100
 # What InternVLProcessor asks of a tokenizer (transformers 5.17 to 5.24).
 _PICTURE_TOKENS = ("start_image_token", "end_image_token", "context_image_token", "video_token")
 # Options of `__call__` that `apply_chat_template` hands on.

@@ -236,6 +236,7 @@ def test_metric_teachers_say_so_and_others_are_asked(label, parts, tmp_path):
             "is a 'perceptio_depth_vqvae' model, which says no depth",
         ),
         (["--teacher", "PHOTOS"], "has no config.json"),
+        (["--teacher", "no-such-teacher"], "no-such-teacher cannot be loaded: it is no folder here"),
         (["--depth-codec", "TEACHER"], "is not a depth codec"),
         (["--depth-codec", "nowhere"], "nowhere"),
         (["--workers", "2"], "--engine ray"),

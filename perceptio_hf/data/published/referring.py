@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 TURNS = 20  # of a conversation; about 25 tokens each
 
 
-def refcoco(
+def referring(
+    name: str,
     folder: str | os.PathLike,
     *,
     split: str = "train",
@@ -43,10 +44,14 @@ def refcoco(
     held_out: str | os.PathLike | None = None,
     missing: str = "raise",
 ) -> "Dataset":
-    """RefCOCO: one conversation for each picture, one turn for each expression.
+    """RefCOCO's family: one conversation for each picture, one turn for each expression.
+
+    An expression of gRefCOCO gives one [SEG] for each object that it means, and none where it means none.
 
     Args:
-        folder: with `refs(unc).p` and `instances.json`; or the file of the records.
+        name: "refcoco", "refcoco+", "refcocog" or "grefcoco".
+        folder: with `refs(unc).p` (RefCOCOg: `refs(umd).p`, gRefCOCO: `grefs(unc).json`) and `instances.json`; or the
+            file of the records.
         split: "train", or another of its splits.
         pictures: the folder of COCO's train2014 pictures, where they lie elsewhere.
         turns: expressions in a conversation at most; a picture with more has several.
@@ -58,47 +63,20 @@ def refcoco(
         ValueError: for files that are missing or damaged, records that contradict the annotations (named), or pictures
             that are missing.
     """
-    return _referring("refcoco", folder, split, pictures, turns, held_out, missing)
+    if turns < 1:
+        raise ValueError(f"turns is {turns}; a conversation has at least one.")
+    place = Path(folder).expanduser()
+    refs = first_existing(record_places(place, name), FILES[name][0])
+    seen_at = None if pictures is None else Path(pictures).expanduser()
+    annotations_file = first_existing([refs.parent / "instances.json", place / "instances.json"], "instances.json")
+    samples = functools.partial(_samples, name, refs, place, split, seen_at, turns, held_out)
+    options = (name, split, pictures, turns, held_out)
+    return listed(place, [refs, annotations_file], samples, missing=missing, options=options)
 
 
-def refcocop(
-    folder: str | os.PathLike,
-    *,
-    split: str = "train",
-    pictures: str | os.PathLike | None = None,
-    turns: int = TURNS,
-    held_out: str | os.PathLike | None = None,
-    missing: str = "raise",
-) -> "Dataset":
-    """RefCOCO+, without words for places; as `refcoco`."""
-    return _referring("refcoco+", folder, split, pictures, turns, held_out, missing)
-
-
-def refcocog(
-    folder: str | os.PathLike,
-    *,
-    split: str = "train",
-    pictures: str | os.PathLike | None = None,
-    turns: int = TURNS,
-    held_out: str | os.PathLike | None = None,
-    missing: str = "raise",
-) -> "Dataset":
-    """RefCOCOg with `refs(umd).p`, longer expressions; as `refcoco`."""
-    return _referring("refcocog", folder, split, pictures, turns, held_out, missing)
-
-
-def grefcoco(
-    folder: str | os.PathLike,
-    *,
-    split: str = "train",
-    pictures: str | os.PathLike | None = None,
-    turns: int = TURNS,
-    held_out: str | os.PathLike | None = None,
-    missing: str = "raise",
-) -> "Dataset":
-    """gRefCOCO with `grefs(unc).json`: one [SEG] for each object that an expression means, none where it means none; as
-    `refcoco`."""
-    return _referring("grefcoco", folder, split, pictures, turns, held_out, missing)
+refcoco, refcocop, refcocog, grefcoco = (
+    functools.partial(referring, name) for name in ("refcoco", "refcoco+", "refcocog", "grefcoco")
+)
 
 
 def held_out_pictures(folder: str | os.PathLike) -> set[int]:
@@ -114,26 +92,6 @@ def held_out_pictures(folder: str | os.PathLike) -> set[int]:
         raise ValueError(f"{folder} holds no records of RefCOCO's family, such as refs(unc).p, to hold out.")
     records = [record for file in found for record in read_records(file)]
     return {record["image_id"] for record in records if record["split"] != "train"}
-
-
-def _referring(
-    name: str,
-    folder: str | os.PathLike,
-    split: str,
-    pictures: str | os.PathLike | None,
-    turns: int,
-    held_out: str | os.PathLike | None,
-    missing: str,
-) -> "Dataset":
-    if turns < 1:
-        raise ValueError(f"turns is {turns}; a conversation has at least one.")
-    place = Path(folder).expanduser()
-    refs = first_existing(record_places(place, name), FILES[name][0])
-    seen_at = None if pictures is None else Path(pictures).expanduser()
-    annotations_file = first_existing([refs.parent / "instances.json", place / "instances.json"], "instances.json")
-    samples = functools.partial(_samples, name, refs, place, split, seen_at, turns, held_out)
-    options = (name, split, pictures, turns, held_out)
-    return listed(place, [refs, annotations_file], samples, missing=missing, options=options)
 
 
 def _samples(
