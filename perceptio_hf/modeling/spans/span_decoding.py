@@ -89,7 +89,8 @@ class SpanDecoder:
         self.active = torch.ones(rows, dtype=torch.bool, device=device)
         self.end_ids, self.end_sequences = end_ids, end_sequences
         self.row = torch.arange(rows, device=device)
-        self.draft = model.draft_codes(device)  # (N,) ids
+        draft = model.draft_codes(device)
+        self.guess = torch.cat([draft, draft.new_tensor([self.words.depth_end])])  # (N + 1,) ids of a whole span
         self.places = torch.arange(self.words.num_depth_tokens + 1, device=device)
         self._begin(grammar.in_span)  # guesses of what an open prompt still lacks
         self.odds = torch.full(self.ids.shape, float("nan"), device=device) if keeps_states else None
@@ -115,6 +116,10 @@ class SpanDecoder:
     def _first_positions(self, model_kwargs: dict) -> None:
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
         self.prompt_mask = None if mask is None else mask.to(self.ids.device).bool()
+        # transformers waits for the device in every pass to ask whether a mask hides anything; here it is asked once.
+        # A static cache needs its mask, which hides the columns that are still empty.
+        if mask is not None and not self.fixed and bool(self.prompt_mask.all()):
+            self.prompt_mask = None
         if positions is None and mask is not None:
             positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         last = self.columns - 1 if positions is None else positions[:, -1].to(self.ids.device)
@@ -271,8 +276,7 @@ class SpanDecoder:
         """Guess the codes that are missing in the spans of `rows` (rows,) bool; their end markers are certain."""
         position = self.span_end[:, None] - self.words.num_depth_tokens + self.places
         free = rows[:, None] & (position >= self.length[:, None])
-        guess = torch.cat([self.draft, self.draft.new_tensor([self.words.depth_end])]).expand(len(rows), -1)
-        self.ids.scatter_(1, torch.where(free, position, self.limit), guess)
+        self.ids.scatter_(1, torch.where(free, position, self.limit), self.guess.expand(len(rows), -1))
 
     def _keep_segs(self, hidden: torch.Tensor, start: torch.Tensor) -> None:
         """States of [SEG], of which a pass reads at most one in a row: the row's last token outside a span."""
