@@ -320,10 +320,13 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
         hidden = outputs.last_hidden_state
         logits = None
         if criterion is None:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            kept = hidden[:, keep]
             if word_places is not None:
-                kept = hidden[torch.arange(len(hidden), device=hidden.device), word_places][:, None]
+                rows = torch.arange(len(hidden), device=hidden.device)
+                kept = hidden[rows, word_places.to(hidden.device)][:, None]
+            elif isinstance(logits_to_keep, int):
+                kept = hidden[:, slice(-logits_to_keep, None)]
+            else:  # the last layers may lie on another device than the one that indices come on
+                kept = hidden[:, logits_to_keep.to(hidden.device)]
             logits = self.lm_head(kept)
         loss = None
         if labels is not None:

@@ -130,3 +130,21 @@ def test_parts_on_several_devices(whole, masks_on, pixels_on):
         probabilities = torch.empty(2, config.num_depth_tokens, config.num_depth_codes, device=masks_on)
         depth = model.depth_model.decode_soft(probabilities)
         assert depth.device == torch.device(masks_on)
+
+
+def test_the_last_layers_on_another_device(whole):
+    """As `device_map="auto"` cuts a model: indices come where it begins, and states are where it ends."""
+    with torch.device("meta"):
+        model = PerceptioForConditionalGeneration(whole.config).eval()
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True), _IndexDevices(), torch.no_grad():
+        _place(model.model, "cpu:0")
+        model.model.language_model.norm._forward_pre_hooks.clear()
+        for part in (model.model.language_model.norm, model.lm_head):
+            _place(part, "cpu:1")
+        ids = torch.zeros(2, 5, dtype=torch.long, device="cpu:0")
+        none, places = ids.new_empty(0), ids.new_zeros(2)
+        given = {"input_ids": ids, "position_ids": torch.zeros_like(ids), "use_cache": False}
+        codes = model(**given, logits_to_keep=none, with_code_logits=True)
+        word = model(**given, logits_to_keep=none, word_places=places)
+    assert codes.logits.shape[1] == 0 and codes.code_logits.shape[:2] == (2, 5)
+    assert word.logits.shape[:2] == (2, 1) and word.logits.device == torch.device("cpu:1")
