@@ -77,22 +77,28 @@ class SpatialGenerationMixin(SpatialReadingMixin):
             ValueError: unknown `spatial` or `spatial_decoding`, a forced span without a picture, too few new tokens for
                 it, forced masks without `mask_pixel_values`, a prompt that ends in a broken span.
         """
-        config = self.generation_config if generation_config is None else generation_config
+
+        def setting(name: str):
+            given = kwargs.get(name)
+            return (
+                given if name in kwargs else generation_setting(name, given, generation_config, self.generation_config)
+            )
+
         spatial = generation_setting("spatial", spatial, generation_config, self.generation_config) or "auto"
         check_mode("spatial", spatial, SPATIAL_MODES)
         asked = generation_setting("spatial_decoding", spatial_decoding, generation_config, self.generation_config)
         check_mode("spatial_decoding", asked or "parallel", SPATIAL_DECODINGS)
         # As the assistant of another model it only drafts; that model's grammar is among the processors.
-        drafts = getattr(config, "is_assistant", False)
-        if drafts or (not self.config.has_spatial_tokens and spatial in ("auto", "none")):
+        if setting("is_assistant") or (not self.config.has_spatial_tokens and spatial in ("auto", "none")):
             return super().generate(inputs, generation_config, logits_processor, **kwargs)
         prompt = kwargs.get("input_ids") if inputs is None else inputs
         embeds = kwargs.get("inputs_embeds")
         if prompt is None and embeds is None:
-            kwargs["input_ids"] = prompt = self._empty_prompt(config, kwargs)
+            kwargs["input_ids"] = prompt = self._empty_prompt(setting("bos_token_id"))
         embedded = 0 if embeds is None else embeds.shape[1]
-        request = SpatialRequest.of(self.spatial_vocabulary(), spatial, prompt, embedded, config, kwargs)
-        returns_dict = kwargs.get("return_dict_in_generate", config.return_dict_in_generate)
+        configs = [config for config in (generation_config, self.generation_config) if config is not None]
+        request = SpatialRequest.of(self.spatial_vocabulary(), spatial, prompt, embedded, configs, kwargs)
+        returns_dict = setting("return_dict_in_generate")
         request.check(needs_masks=returns_dict and mask_pixel_values is None)
         _check_assistant(kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key not in ("max_length", "max_new_tokens")}
@@ -101,12 +107,6 @@ class SpatialGenerationMixin(SpatialReadingMixin):
         else:
             generation_config = copy.deepcopy(generation_config)
             generation_config.max_new_tokens, generation_config.max_length = request.new_tokens, None
-
-        def setting(name: str):
-            given = kwargs.get(name)
-            return (
-                given if name in kwargs else generation_setting(name, given, generation_config, self.generation_config)
-            )
 
         grammar = request.grammar()
         processors = LogitsProcessorList([*(logits_processor or []), grammar])
@@ -147,10 +147,8 @@ class SpatialGenerationMixin(SpatialReadingMixin):
         keep_own_settings(self.generation_config)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
-    def _empty_prompt(self, config: GenerationConfig, kwargs: dict) -> torch.Tensor | None:
-        """The prompt transformers begins with where none is given: (batch, 1) beginning-of-sequence ids."""
-        start = config.bos_token_id if config.bos_token_id is not None else self.generation_config.bos_token_id
-        start = kwargs.get("bos_token_id", start)
+    def _empty_prompt(self, start: int | None) -> torch.Tensor:
+        """The prompt transformers begins with where none is given: (1, 1) beginning-of-sequence ids."""
         if start is None:
             raise ValueError(
                 "generate got neither input_ids nor inputs_embeds, and the generation configuration has no "

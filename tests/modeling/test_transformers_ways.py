@@ -105,6 +105,19 @@ def test_the_generation_configuration_carries_spatial(model, processor, inputs, 
         model.generate(**inputs, generation_config=GenerationConfig(spatial="both"))
 
 
+def test_what_the_given_configuration_leaves_open_the_models_says(model, inputs, monkeypatch):
+    """As transformers has it; what came with the call wins."""
+    own, given = model.generation_config, GenerationConfig(eos_token_id=10**6)
+    for name, value in {"max_new_tokens": 7, "return_dict_in_generate": True}.items():
+        monkeypatch.setattr(own, name, value)
+    start = inputs.input_ids.shape[1]
+    out = model.generate(**inputs, generation_config=given, spatial="seg")
+    assert out.sequences.shape[1] == start + 7 and len(out.mask_logits[0])
+    longer = GenerationConfig(eos_token_id=10**6, max_length=start + 9, return_dict_in_generate=False)
+    assert model.generate(**inputs, generation_config=longer).shape[1] == start + 9
+    assert model.generate(**inputs, generation_config=longer, max_new_tokens=3).shape[1] == start + 3
+
+
 def test_a_pipeline_honours_it(model, processor, monkeypatch):
     from transformers import pipeline
 
