@@ -405,6 +405,7 @@ def test_the_host_waits_about_once_a_token(model, one, decoding, returns_dict, m
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: waits.add("tolist") or tolist(self))
     monkeypatch.setattr(torch.Tensor, "new_tensor", lambda self, data: waits.add("tensor") or made_like(self, data))
     monkeypatch.setattr(torch, "tensor", tensor)
+    monkeypatch.setattr(model.generation_config, "end_sequences", [[10**6, 10**6]], raising=False)
     counts = []
     for tokens in (60, 120):
         options = {"spatial_decoding": decoding, "return_dict_in_generate": returns_dict, "eos_token_id": -1}

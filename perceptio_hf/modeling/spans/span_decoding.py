@@ -88,6 +88,10 @@ class SpanDecoder:
         self.span_end = span_ends.to(device)
         self.active = torch.ones(rows, dtype=torch.bool, device=device)
         self.end_ids, self.end_sequences = end_ids, end_sequences
+        marker = torch.full((), self.words.depth_end, device=device)
+        self.marker_ends = None if end_ids is None else torch.isin(marker, end_ids)  # () bool
+        sequences = [] if end_sequences is None else end_sequences.sequences
+        self.sequences_end_in_marker = any(ids[-1] == self.words.depth_end for ids in sequences)
         self.row = torch.arange(rows, device=device)
         draft = model.draft_codes(device)
         self.guess = torch.cat([draft, draft.new_tensor([self.words.depth_end])])  # (N + 1,) ids of a whole span
@@ -202,7 +206,8 @@ class SpanDecoder:
         ended, writes_word = torch.zeros_like(self.active), self.active & ~self.grammar.in_span
         if code_logits is not None:
             ended, reached = self._read_codes(code_logits, logits, start)
-            writes_word = writes_word | reached
+            self._stop_behind(ended)
+            writes_word = (writes_word | reached) & self.active
         self.grammar.close(ended)
         writes_word = writes_word & (self.length < self.limit)
         if logits.shape[1] and not self.expired:
@@ -271,6 +276,13 @@ class SpanDecoder:
             self.active = self.active & ~(rows & torch.isin(tokens, self.end_ids))
         if self.end_sequences is not None:
             self.active = self.active & ~(rows & self.end_sequences.ends(self.ids, self.length))
+
+    def _stop_behind(self, ended: torch.Tensor) -> None:
+        """Of the rows `ended` (rows,) bool, whose spans have ended, stop those whose response ends in the marker."""
+        if self.marker_ends is not None:
+            self.active = self.active & ~(ended & self.marker_ends)
+        if self.sequences_end_in_marker:
+            self.active = self.active & ~(ended & self.end_sequences.ends(self.ids, self.length))
 
     def _begin(self, rows: torch.Tensor) -> None:
         """Guess the codes that are missing in the spans of `rows` (rows,) bool; their end markers are certain."""
