@@ -32,9 +32,6 @@ from perceptio_hf.modeling.spans.spatial_request import (
 
 from .span_grammar import SPATIAL_MODES, SpanGrammar
 
-# Settings of transformers that let something else draft tokens, which the model then checks several at a time.
-_DRAFTERS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
-
 
 class SpatialGenerationMixin(SpatialReadingMixin):
     """`generate` and `decode_spatial` of `PerceptioForConditionalGeneration`."""
@@ -70,8 +67,8 @@ class SpatialGenerationMixin(SpatialReadingMixin):
 
         Returns:
             Token ids; with `return_dict_in_generate=True` a `PerceptioGenerateOutput` (beams:
-            `PerceptioGenerateBeamOutput`) whose masks and depth come from the states of this very generation (where
-            another model drafts the tokens, from one more pass over the result).
+            `PerceptioGenerateBeamOutput`) whose masks and depth come from the states of this very generation (with
+            drafted tokens or a loop of the caller's, from one more pass over the result).
 
         Raises:
             ValueError: unknown `spatial` or `spatial_decoding`, a forced span without a picture, too few new tokens for
@@ -118,15 +115,15 @@ class SpatialGenerationMixin(SpatialReadingMixin):
             keeps_states=bool(returns_dict),
             streamer=kwargs.get("streamer"),
         )
-        drafted = kwargs.get("assistant_model") is not None or any(setting(name) for name in _DRAFTERS)
-        obstacle = "drafted tokens" if drafted else loop.obstacle(setting)
+        foreign = loop.foreign_loop(setting)
+        obstacle = foreign or loop.obstacle(setting)
         if obstacle is None and (is_fsdp_managed_module(self) or is_deepspeed_zero3_enabled()):
             obstacle = "processes that share one model"
         if obstacle is None:
             kwargs["custom_generate"] = loop
         else:
             loop.fall_back(obstacle)
-            if not drafted:  # there a step may read several tokens, and take some back
+            if foreign is None:  # there a step may read several tokens, and take some back
                 kwargs["spatial_recorder"] = loop.recorder()
         out = super().generate(inputs, generation_config, processors, **kwargs)
         if not returns_dict:

@@ -13,6 +13,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from perceptio_hf import PerceptioForConditionalGeneration
 from perceptio_hf.tokens import read_sequence
@@ -76,6 +77,23 @@ def test_whoever_drafts_the_result_is_the_same(model, processor, inputs, name, r
     if returns_dict:
         torch.testing.assert_close(out.mask_logits[0], expected.mask_logits[0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(out.depth_confidence[0], expected.depth_confidence[0], atol=1e-4, rtol=1e-3)
+
+
+def test_a_loop_of_the_callers_own(model, inputs):
+    """It need not call what transformers' own loops call after every step."""
+
+    def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, pixel_values, **kwargs):
+        while input_ids.shape[1] < generation_config.max_length:
+            logits = model(input_ids=input_ids, pixel_values=pixel_values, use_cache=False).logits[:, -1].float()
+            input_ids = torch.cat([input_ids, logits_processor(input_ids, logits).argmax(-1)[:, None]], 1)
+        return GenerateDecoderOnlyOutput(sequences=input_ids)
+
+    options = {"spatial": "seg+depth", "eos_token_id": 10**6}
+    expected = generate(model, inputs, **options)
+    out = generate(model, inputs, custom_generate=loop, **options)
+    assert torch.equal(out.sequences, expected.sequences)
+    torch.testing.assert_close(out.mask_logits[0], expected.mask_logits[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out.depth_confidence[0], expected.depth_confidence[0], atol=1e-4, rtol=1e-3)
 
 
 def test_it_drafts_for_a_stock_model(model, processor, inputs):

@@ -32,15 +32,21 @@ _PLACES_ELSEWHERE = 4096
 
 # Settings of transformers that choose another strategy than greedy or sampling, and what that is called.
 _OTHER_STRATEGIES = {
+    "output_attentions": "output_attentions",
+    "output_hidden_states": "output_hidden_states",
+    "synced_gpus": "processes that share one model",
+}
+
+# Settings that bring a loop which is not transformers' own, and may read tokens as it likes.
+_OTHER_LOOPS = {
     "penalty_alpha": "contrastive search",
     "dola_layers": "DoLa",
     "constraints": "constraints",
     "force_words_ids": "forced words",
     "custom_generate": "custom_generate",
-    "output_attentions": "output_attentions",
-    "output_hidden_states": "output_hidden_states",
-    "synced_gpus": "processes that share one model",
 }
+# Settings that let something else draft tokens, which the model then checks several at a time.
+_DRAFTERS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
 class WholeSpans(StoppingCriteria):
@@ -89,6 +95,12 @@ class SpatialLoop:
             return f"cache_implementation={setting('cache_implementation')!r}"
         return next((called for name, called in _OTHER_STRATEGIES.items() if setting(name)), None)
 
+    def foreign_loop(self, setting: Callable[[str], Any]) -> str | None:
+        """Which loop will run that need not read one token of each row in a step, by the settings; None if none."""
+        if any(setting(name) for name in _DRAFTERS):
+            return "drafted tokens"
+        return next((called for name, called in _OTHER_LOOPS.items() if setting(name)), None)
+
     def fall_back(self, obstacle: str) -> None:
         """Say, once, that codes are written one by one."""
         if self.decoding == "parallel":
@@ -115,8 +127,12 @@ class SpatialLoop:
         before, warpers = logits_processor[: grammars[-1]], logits_processor[grammars[-1] + 1 :]
         foreign = [*before, *(item for item in warpers if not is_blind(item))]
         foreign = foreign or [item for item in stopping_criteria if not _is_known(item)]
-        if foreign:
-            self.fall_back(type(getattr(foreign[0], "criterion", foreign[0])).__name__)
+        streams_rows = self.streamer is not None and len(input_ids) > 1  # which takes a token of each row at a time
+        if foreign or streams_rows:
+            named = (
+                type(getattr(foreign[0], "criterion", foreign[0])).__name__ if foreign else "a stream of several rows"
+            )
+            self.fall_back(named)
             model_kwargs["spatial_recorder"] = self.recorder()
             return model._sample(
                 input_ids,
