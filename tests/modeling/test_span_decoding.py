@@ -183,7 +183,7 @@ def test_samples_follow_the_distribution():
     torch.manual_seed(0)
     choice = TokenChoice(None, sample=True, rows=draws, steps=2, spans=1, code_shape=(3, 5), device=torch.device("cpu"))
     scores = logits.expand(draws, -1)
-    words = choice.words(scores, torch.ones(draws, dtype=torch.long))
+    words = choice.words(scores, torch.ones(draws, dtype=torch.long), torch.ones(draws, dtype=torch.bool))
     codes = choice.codes(scores[:, None], torch.zeros(draws, dtype=torch.long), torch.full((draws, 1), 2))[:, 0]
     for tokens in (words, codes):
         share = torch.bincount(tokens, minlength=5) / draws
@@ -198,6 +198,14 @@ def test_seeds(model, one):
     torch.manual_seed(1)
     assert torch.equal(model.generate(**one, **options), first)
     assert not torch.equal(model.generate(**one, **options), first)
+
+
+@pytest.mark.parametrize("decoding", ["parallel", "sequential"])
+def test_scores_that_are_no_numbers(model, mixed, decoding):
+    """A temperature so small that scores are infinite; greedy decoding has no need of numbers."""
+    options = {"do_sample": True, "temperature": 1e-38, "spatial_decoding": decoding}
+    with pytest.raises(ValueError, match="No token can be drawn"):
+        generate(model, mixed, **options)
 
 
 def test_a_span_that_the_prompt_left_open(model, one):
@@ -353,7 +361,7 @@ def test_the_generation_configuration_says_how(model, one, passes):
     assert passes[1] < passes[0]
 
 
-def test_a_streamer_gets_every_token(model, one):
+def test_a_streamer_gets_every_token(model, one, mixed):
     class Streamer:
         def __init__(self):
             self.tokens, self.ended = [], 0
@@ -368,6 +376,11 @@ def test_a_streamer_gets_every_token(model, one):
         streamer = Streamer()
         out = generate(model, one, spatial="seg+depth", streamer=streamer, **options)
         assert streamer.tokens == out.sequences[0].tolist() and streamer.ended == 1
+    streamer = Streamer()  # of several rows: a token of each at a time
+    out = generate(model, mixed, spatial="seg+depth", streamer=streamer)
+    start = out.prompt_length
+    told = [*out.sequences[:, :start].flatten().tolist(), *out.sequences[:, start:].T.flatten().tolist()]
+    assert streamer.tokens == told and streamer.ended == 1
 
 
 class Waits(TorchDispatchMode):

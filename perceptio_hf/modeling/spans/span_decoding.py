@@ -18,7 +18,7 @@ import torch
 from .end_sequences import EndSequences
 from .grammar_state import GrammarState
 from .score_trace import ScoreTrace
-from .span_cache import CACHE, drop_last, move_last
+from .span_cache import CACHE, can_shrink, drop_last, move_last
 from .token_choice import TokenChoice
 
 
@@ -34,6 +34,7 @@ class Status:
     longest: int
     shortest: int  # of the rows that go on
     segs: int  # the most [SEG] of any row
+    failed: int  # whether a token could not be drawn
 
 
 class SpanDecoder:
@@ -114,6 +115,7 @@ class SpanDecoder:
         status = self._advance(outputs.last_hidden_state[:, -1:], logits, codes, self.length - 1, None)
         while status.active:
             status = self._pass(status)
+        self._read_last_segs()
         self.ids = self.ids[:, : status.longest]
         return model_kwargs | {CACHE: self.cache}
 
@@ -139,30 +141,19 @@ class SpanDecoder:
             self.columns -= back
         # Where all rows are equally long the block stands where it belongs; a row that has ended reads anything.
         start = torch.where(self.active, self.length - 1, behind) - back
-        places = start[:, None] + torch.arange(width, device=start.device)  # (rows, width) positions that are read
-        tokens = self.ids.gather(1, places.clamp(max=self.limit))
         in_spans, whole = bool(status.remaining), self.trace is not None
         reaches_words = bool(status.in_words) or status.nearest + back < width
         word_places = torch.where(self.grammar.in_span, self.span_end - start, self.length - 1 - start)
-        inputs = self.model.prepare_inputs_for_generation(
-            tokens,
-            attention_mask=self._mask(start, width, status),
-            position_ids=(places + self.offset[:, None]).clamp(min=0),
-            use_cache=True,
-            is_first_iteration=False,
-            **{CACHE: self.cache},
-        )
-        outputs = self.forward(
-            **inputs,
-            return_dict=True,
+        outputs = self._read(
+            start,
+            width,
+            status.shortest == status.longest,
             word_places=None if whole or not reaches_words else word_places.clamp(0, width - 1),
             with_code_logits=in_spans and not whole,
             logits_to_keep=0 if whole else self._nothing(),
         )
-        self.cache = outputs[CACHE]
         logits = outputs.logits
         codes = logits[..., self.grammar.codes] if whole else outputs.code_logits
-        self.passes += 1
         ragged = status.shortest < status.longest or (width > 1 and len(self.row) > 1)
         if ragged:
             columns = (start + self.shift)[:, None] + torch.arange(width, device=start.device)
@@ -173,6 +164,37 @@ class SpanDecoder:
         self.columns = kept
         return status
 
+    def _read(self, start: torch.Tensor, width: int, even: bool, **wanted):
+        """The model's outputs for the tokens at `start` (rows,) and `width` - 1 behind; `even`: rows are of one length.
+
+        The cache then ends in them, at whichever columns.
+        """
+        places = start[:, None] + torch.arange(width, device=start.device)  # (rows, width) positions that are read
+        inputs = self.model.prepare_inputs_for_generation(
+            self.ids.gather(1, places.clamp(max=self.limit)),
+            attention_mask=self._mask(start, width, even),
+            position_ids=(places + self.offset[:, None]).clamp(min=0),
+            use_cache=True,
+            is_first_iteration=False,
+            **{CACHE: self.cache},
+        )
+        outputs = self.forward(**inputs, return_dict=True, **wanted)
+        self.cache = outputs[CACHE]
+        self.passes += 1
+        return outputs
+
+    def _read_last_segs(self) -> None:
+        """The states of [SEG] that rows end in, which no pass has read. A cache that cannot be cut stays as it is."""
+        if self.odds is None or self.fixed or not can_shrink(self.cache):
+            return
+        last = self.ids.gather(1, self.length[:, None] - 1)[:, 0]
+        self.active = (last == self.words.seg) & (self.length > self.prompt_length)
+        if not bool(self.active.any()):
+            return
+        start = torch.where(self.active, self.length - 1, self.columns - self.shift)
+        self._keep_segs(self._read(start, 1, False, logits_to_keep=self._nothing()).last_hidden_state, start)
+        drop_last(self.cache, 1)
+
     def _nothing(self) -> torch.Tensor:
         return torch.empty(0, dtype=torch.long, device=self.ids.device)
 
@@ -181,9 +203,8 @@ class SpanDecoder:
             return 1
         return self.width if self.fixed else min(self.width, status.remaining + 1)
 
-    def _mask(self, start: torch.Tensor, width: int, status: Status) -> torch.Tensor | None:
+    def _mask(self, start: torch.Tensor, width: int, even: bool) -> torch.Tensor | None:
         """(rows, columns + width) of what may be seen: the row's own tokens, and the block as far as causality lets."""
-        even = status.shortest == status.longest
         if even and self.prompt_mask is None:
             return None
         seen = torch.arange(self.columns + width, device=start.device) < (start + self.shift)[:, None]
@@ -266,7 +287,7 @@ class SpanDecoder:
         step = self.length - self.prompt_length
         if self.trace is not None:
             self.trace.write_scores(scores, torch.where(rows, step, -1))
-        tokens = self.choice.words(scores, step)
+        tokens = self.choice.words(scores, step, rows)
         self.ids.scatter_(1, torch.where(rows, self.length, self.limit)[:, None], tokens[:, None])
         self.length = self.length + rows
         begun = self.grammar.write(tokens, rows)
@@ -325,8 +346,14 @@ class SpanDecoder:
                 self.length.amax(),
                 torch.where(self.active, self.length, self.limit + 1).amin(),
                 self.counts.amax(),
+                self.choice.failed.long(),
             ]
         )
         status = Status(*values.tolist())
+        if status.failed:  # its id is beyond the embedding, where a GPU ends the whole process
+            raise ValueError(
+                "No token can be drawn: the model's scores are infinite or no numbers. Is the temperature next to 0 "
+                "(use do_sample=False), or does the model overflow in float16 (use bfloat16 or float32)?"
+            )
         self._grow(status.segs)
         return status

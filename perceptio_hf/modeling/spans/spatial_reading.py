@@ -53,7 +53,7 @@ class SpatialReadingMixin:
                 prompts.
 
         Raises:
-            ValueError: if `sequences` do not begin with `input_ids`, or hold a [SEG] without `mask_pixel_values`.
+            ValueError: if `sequences` do not begin with `input_ids`, or show pictures without `pixel_values`.
         """
         sequences = sequences.to(input_ids.device)
         batch, length = input_ids.shape
@@ -141,6 +141,12 @@ class SpatialReadingMixin:
         copies = sequences.shape[0] // prompts.ids.shape[0]
         of_rows = torch.tensor([row // copies for row in rows], device=prompts.ids.device)
         ids = sequences[rows]
+        if prompts.pixel_values is None and bool((ids == words.image).any()):
+            raise ValueError(
+                "Masks and depth are to be read by one more pass over the sequences, which show pictures, but no "
+                "pixel_values came. Pass them; a further question that is asked with a cache alone needs no such pass, "
+                "unless tokens are drafted, there are beams, or a static cache is full."
+            )
         mask = torch.ones_like(ids)
         if prompts.attention_mask is not None:
             mask[:, :length] = prompts.attention_mask[of_rows].to(mask)
