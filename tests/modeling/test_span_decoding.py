@@ -25,6 +25,7 @@ from perceptio_hf.modeling.span_grammar import SPATIAL_MODES, SpanGrammar
 from perceptio_hf.modeling.spans import span_decoding, spatial_loop
 from perceptio_hf.modeling.spans.grammar_state import GrammarState, LoopGrammar
 from perceptio_hf.modeling.spans.span_cache import CACHE
+from perceptio_hf.modeling.spans.spatial_request import SpatialRequest
 from perceptio_hf.modeling.spans.token_choice import TokenChoice
 from perceptio_hf.tokens import read_sequence
 from perceptio_hf.world import DEMO_SEED, render_scene
@@ -102,6 +103,14 @@ def test_parallel_equals_sequential(model, mixed, strategy, spatial, monkeypatch
     again = model.decode_spatial(parallel.sequences, **mixed)
     for ours, theirs in zip(parallel.mask_logits, again.mask_logits, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
+def test_rows_share_the_places_of_a_pass(model):
+    """What docs/generation.md says of rows on a CPU: with 13 and more of them there is one place for each."""
+    request = SpatialRequest(model.spatial_vocabulary(), "depth", [], prompt_length=0, new_tokens=60)
+    loop = spatial_loop.SpatialLoop(request, "parallel", insists=False, keeps_states=False)
+    widths = [loop._width(rows, torch.device("cpu"), DynamicCache(), False) for rows in (1, 12, 13, 40)]
+    assert widths == [request.words.span_length, 2, 1, 1]
 
 
 @pytest.mark.parametrize("places", [2, 5, 1000])
@@ -406,8 +415,9 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("decoding", ["parallel", "sequential"])
-@pytest.mark.parametrize("returns_dict", [True, False])
-def test_the_host_waits_about_once_a_token(model, one, decoding, returns_dict, monkeypatch):
+@pytest.mark.parametrize(("which", "returns_dict"), [("one", True), ("one", False), ("mixed", False)])
+def test_the_host_waits_about_once_a_token(model, request, which, decoding, returns_dict, monkeypatch):
+    inputs = request.getfixturevalue(which)
     waits, tolist, made, made_like = Waits(), torch.Tensor.tolist, torch.tensor, torch.Tensor.new_tensor
 
     def tensor(*args, **options):
@@ -424,7 +434,7 @@ def test_the_host_waits_about_once_a_token(model, one, decoding, returns_dict, m
         options = {"spatial_decoding": decoding, "return_dict_in_generate": returns_dict, "eos_token_id": -1}
         waits.count.clear()
         with waits:
-            model.generate(**one, spatial="depth", max_new_tokens=tokens, **options)
+            model.generate(**inputs, spatial="depth", max_new_tokens=tokens, **options)
         counts.append(sum(waits.count.values()))
     assert 0 < counts[1] - counts[0] <= 1.5 * 60, (counts, waits.count)
 

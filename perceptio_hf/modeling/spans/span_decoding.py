@@ -110,6 +110,9 @@ class SpanDecoder:
         self.columns = int(self.cache.get_seq_length())  # tokens in the cache; all rows have as many columns
         self.shift = self.columns - self.prompt_length  # column of a token less its position
         self._first_positions(model_kwargs)
+        # Of a 2D mask transformers makes such a mask itself, and waits for the device to ask whether it hides anything.
+        attention = self.model.config.text_config._attn_implementation
+        self.whole_masks = attention == "sdpa" and not self.fixed and can_shrink(self.cache)
         logits = outputs.logits[:, -1:]
         codes = logits[..., self.grammar.codes]
         status = self._advance(outputs.last_hidden_state[:, -1:], logits, codes, self.length - 1, None)
@@ -204,14 +207,19 @@ class SpanDecoder:
         return self.width if self.fixed else min(self.width, status.remaining + 1)
 
     def _mask(self, start: torch.Tensor, width: int, even: bool) -> torch.Tensor | None:
-        """(rows, columns + width) of what may be seen: the row's own tokens, and the block as far as causality lets."""
+        """What may be seen, the row's own tokens and the block as far as causality lets: (rows, columns + width), or
+        (rows, 1, width, columns + width) with causality, as scaled dot product attention takes it; None: all of it."""
         if even and self.prompt_mask is None:
             return None
-        seen = torch.arange(self.columns + width, device=start.device) < (start + self.shift)[:, None]
+        columns = self.columns + width
+        seen = torch.arange(columns, device=start.device) < (start + self.shift)[:, None]
         seen[:, self.columns :] = True
         if self.prompt_mask is not None:
             seen[:, : self.prompt_mask.shape[1]] &= self.prompt_mask
-        return seen.long()
+        if not self.whole_masks:
+            return seen.long()
+        causal = torch.ones(width, columns, dtype=torch.bool, device=start.device).tril(self.columns)
+        return seen[:, None, None] & causal
 
     def _advance(self, hidden, logits, code_logits, start: torch.Tensor, status: Status | None) -> Status:
         """Take what a pass predicted.
