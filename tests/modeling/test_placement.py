@@ -144,7 +144,7 @@ def test_the_last_layers_on_another_device(whole):
         ids = torch.zeros(2, 5, dtype=torch.long, device="cpu:0")
         none, places = ids.new_empty(0), ids.new_zeros(2)
         given = {"input_ids": ids, "position_ids": torch.zeros_like(ids), "use_cache": False}
-        codes = model(**given, logits_to_keep=none, with_code_logits=True)
+        codes = model(**given, logits_to_keep=none, code_ids=ids.new_tensor(model.config.depth_token_ids))
         word = model(**given, logits_to_keep=none, word_places=places)
     assert codes.logits.shape[1] == 0 and codes.code_logits.shape[:2] == (2, 5)
     assert word.logits.shape[:2] == (2, 1) and word.logits.device == torch.device("cpu:1")

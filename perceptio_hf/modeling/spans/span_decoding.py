@@ -152,7 +152,7 @@ class SpanDecoder:
             width,
             status.shortest == status.longest,
             word_places=None if whole or not reaches_words else word_places.clamp(0, width - 1),
-            with_code_logits=in_spans and not whole,
+            code_ids=self.grammar.codes if in_spans and not whole else None,
             logits_to_keep=0 if whole else self._nothing(),
         )
         logits = outputs.logits
