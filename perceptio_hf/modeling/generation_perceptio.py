@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    EosTokenCriteria,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
@@ -107,7 +108,7 @@ class SpatialGenerationMixin(SpatialReadingMixin):
 
         grammar = request.grammar()
         processors = LogitsProcessorList([*(logits_processor or []), grammar])
-        _spare_spans(kwargs, setting, grammar)
+        _spare_spans(kwargs, generation_config, self.generation_config, setting, grammar)
         loop = SpatialLoop(
             request,
             asked or "parallel",
@@ -187,19 +188,31 @@ class SpatialGenerationMixin(SpatialReadingMixin):
         )
 
 
-def _spare_spans(kwargs: dict, setting: Callable[[str], Any], grammar: SpanGrammar) -> None:
+def _spare_spans(
+    kwargs: dict,
+    asked: GenerationConfig | None,
+    own: GenerationConfig,
+    setting: Callable[[str], Any],
+    grammar: SpanGrammar,
+) -> None:
     """Let no stopping criterion cut a span: those of the call and of the settings are asked again behind it."""
     given, mine = list(kwargs.get("stopping_criteria") or []), {}
     if setting("max_time") is not None:
         mine["max_time"] = MaxTimeCriteria(setting("max_time"))
     if setting("stop_strings") is not None and kwargs.get("tokenizer") is not None:
         mine["stop_strings"] = StopStringCriteria(kwargs["tokenizer"], setting("stop_strings"))
-    kwargs |= dict.fromkeys(mine)
+    for name in mine:  # transformers warns of arguments beside a configuration, and fills its gaps with the model's own
+        if asked is not None and name not in kwargs and getattr(own, name, None) is None:
+            setattr(asked, name, None)
+        else:
+            kwargs[name] = None
     given += mine.values()
     if setting("end_sequences"):
         given.append(EndSequences(setting("end_sequences"), grammar.prompt_length))
-    if given:
-        kwargs["stopping_criteria"] = StoppingCriteriaList([WholeSpans(item, grammar) for item in given])
+    if given:  # an end token is none within a span, and what is given takes the place of transformers' own
+        kwargs["stopping_criteria"] = StoppingCriteriaList(
+            [item if type(item) is EosTokenCriteria else WholeSpans(item, grammar) for item in given]
+        )
 
 
 def _check_assistant(kwargs: dict) -> None:

@@ -15,6 +15,7 @@ from transformers import (
     AutoProcessor,
     CompileConfig,
     DynamicCache,
+    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessor,
     StoppingCriteria,
@@ -357,6 +358,30 @@ def test_stopping_leaves_a_whole_span_or_none(model, processor, one, decoding, o
     text = {"stop_strings": ["_1"], "tokenizer": processor.tokenizer}
     out = generate(model, one, spatial="depth", spatial_decoding=decoding, **text, **options)
     assert out.well_formed == [True] and len(out.depth_maps[0]) == 1
+
+
+def test_end_tokens_as_a_criterion_take_the_place_of_the_settings(model, one):
+    """As in transformers, of which one of each kind counts; it is known, and needs no other loop."""
+    options = {"spatial": "none", "max_new_tokens": 20}
+    ids = generate(model, one, eos_token_id=10**6, **options).sequences[0].tolist()
+    start = one.input_ids.shape[1]
+    early, late = ids[start + 2], next(token for token in ids[start + 4 :] if token not in ids[start : start + 4])
+    for more in ({}, {"spatial_decoding": "sequential"}, {"logits_processor": [Anything()]}):
+        out = generate(model, one, eos_token_id=early, stopping_criteria=[EosTokenCriteria(late)], **options, **more)
+        assert out.sequences[0].tolist() == ids[: ids.index(late, start) + 1]
+
+
+def test_a_configuration_of_the_call_is_not_warned_of(model, one, monkeypatch):
+    said = []
+    monkeypatch.setattr("transformers.generation.utils.logger.warning_once", said.append)
+    for own in (None, 1e9):
+        monkeypatch.setattr(model.generation_config, "max_time", own)
+        config = GenerationConfig(spatial="depth", max_time=1e-9, max_new_tokens=60, eos_token_id=10**6)
+        ids = model.generate(**one, generation_config=config)
+        assert ids.shape[1] == one.input_ids.shape[1] + 1 + model.config.num_depth_tokens + 1, "the given time is over"
+        assert config.max_time == 1e-9
+        if own is None:
+            assert not any("max_time" in text for text in said)
 
 
 def test_time_that_is_over_within_a_span(model, one, monkeypatch):

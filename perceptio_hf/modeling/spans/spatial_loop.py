@@ -162,7 +162,10 @@ class SpatialLoop:
             code_shape=(request.words.num_depth_tokens, len(request.words.codes)),
             device=device,
         )
-        pad, ends = config._pad_token_tensor, config._eos_token_tensor
+        pad = config._pad_token_tensor
+        ends = [
+            item.eos_token_id for item in stopping_criteria if type(item) is criteria_of_transformers.EosTokenCriteria
+        ]
         trace = None
         if config.return_dict_in_generate and (config.output_scores or config.output_logits):
             wanted = {"scores": bool(config.output_scores), "logits": bool(config.output_logits)}
@@ -175,7 +178,7 @@ class SpatialLoop:
             choice=choice,
             ids=input_ids,
             new_tokens=request.new_tokens,
-            end_ids=None if ends is None else ends.to(device),
+            end_ids=torch.cat(ends).to(device) if ends else None,
             end_sequences=_asked(stopping_criteria, EndSequences),
             pad=0 if pad is None else int(pad),
             span_ends=request.span_ends(len(input_ids)),
