@@ -326,7 +326,10 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
                 kept = hidden[:, slice(-logits_to_keep, None)]
             else:  # the last layers may lie on another device than the one that indices come on
                 kept = hidden[:, logits_to_keep.to(hidden.device)]
-            logits = self.lm_head(kept)
+            if kept.shape[1]:
+                logits = self.lm_head(kept)
+            else:  # not every kind of head takes nothing
+                logits = kept.new_zeros(*kept.shape[:2], self.config.text_config.vocab_size)
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
@@ -358,7 +361,9 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
         """(batch, sequence, hidden) -> (batch, sequence, K): by the head's rows of the codes, if they are here."""
         head = self.lm_head
         columns = code_ids if isinstance(code_ids, slice) else code_ids.to(hidden.device)
-        plain = type(head) is nn.Linear and is_here(head.weight) and head.weight.device == hidden.device
+        # Rows of quantised weights and of shards cannot be taken out; the head itself knows how to use them.
+        plain = type(head) is nn.Linear and type(head.weight.data) is torch.Tensor and is_here(head.weight)
+        plain = plain and head.weight.device == hidden.device
         if not plain:
             return head(hidden)[..., columns]
         return nn.functional.linear(hidden, head.weight[columns], None if head.bias is None else head.bias[columns])

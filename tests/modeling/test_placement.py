@@ -4,8 +4,12 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import chat, encode, picture, random_model
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -148,3 +152,16 @@ def test_the_last_layers_on_another_device(whole):
         word = model(**given, logits_to_keep=none, word_places=places)
     assert codes.logits.shape[1] == 0 and codes.code_logits.shape[:2] == (2, 5)
     assert word.logits.shape[:2] == (2, 1) and word.logits.device == torch.device("cpu:1")
+
+
+def test_a_head_in_shards_of_tensor_parallelism(whole, inputs, tmp_path):
+    """Its weight is a tensor of another kind, of which rows cannot be taken for a product with plain states."""
+    model = copy.deepcopy(whole)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        plan = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
+        parallelize_module(model, init_device_mesh("cpu", (1,)), plan)
+        assert type(model.lm_head) is torch.nn.Linear and isinstance(model.lm_head.weight.data, DTensor)
+        same_result(model, whole, inputs)
+    finally:
+        dist.destroy_process_group()
