@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     EosTokenCriteria,
     GenerationConfig,
@@ -106,6 +107,11 @@ class SpatialGenerationMixin(SpatialReadingMixin):
             generation_config = copy.deepcopy(generation_config)
             generation_config.max_new_tokens, generation_config.max_length = request.new_tokens, None
 
+        if _keeps_no_cache(self.model.language_model) and setting("use_cache") is not False:
+            if generation_config is None or "use_cache" in kwargs:
+                kwargs["use_cache"] = False
+            else:
+                generation_config.use_cache = False
         grammar = request.grammar()
         processors = LogitsProcessorList([*(logits_processor or []), grammar])
         _spare_spans(kwargs, generation_config, self.generation_config, setting, grammar)
@@ -186,6 +192,11 @@ class SpatialGenerationMixin(SpatialReadingMixin):
         return super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
+
+
+def _keeps_no_cache(language_model: nn.Module) -> bool:
+    """Whether its layers drop the cache, whatever is asked, as checkpointed ones do in training mode."""
+    return any(part.training and getattr(part, "gradient_checkpointing", False) for part in language_model.modules())
 
 
 def _spare_spans(

@@ -1,8 +1,11 @@
 """The span grammar under every decoding strategy, and masks and depth made during generation."""
 
+import copy
+
 import pytest
 import torch
 from helpers import assert_alike, chat, encode, picture
+from transformers import GenerationConfig
 
 from perceptio_hf.modeling.span_grammar import required_new_tokens
 from perceptio_hf.tokens import depth_span, read_sequence
@@ -62,6 +65,22 @@ def test_masks_and_depth_need_no_second_pass(model, processor, strategy, monkeyp
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
     for ours, theirs in zip(out.depth_maps, again.depth_maps, strict=True):
         assert_alike(ours, theirs)
+
+
+@pytest.mark.parametrize("config", [None, GenerationConfig(max_new_tokens=40, return_dict_in_generate=True)], ids=bool)
+def test_amid_training_with_gradient_checkpointing(model, processor, config):
+    """As a callback has it that forgets `model.eval()`: layers then keep no cache, so that each pass reads all."""
+    inputs = encode(processor, chat(picture()), chat(picture(30, 60), text="What is red here?"))
+    expected = generate(model, inputs, spatial="seg+depth")
+    busy = copy.deepcopy(model).train()
+    busy.gradient_checkpointing_enable()
+    options = (
+        {"max_new_tokens": 40, "return_dict_in_generate": True} if config is None else {"generation_config": config}
+    )
+    out = busy.generate(**inputs, spatial="seg+depth", **options)
+    assert torch.equal(out.sequences, expected.sequences) and busy.training
+    for ours, theirs in zip(out.mask_logits, expected.mask_logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_ten_thousand_samples_at_high_temperature_are_well_formed(model, processor):
