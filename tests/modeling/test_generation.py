@@ -197,6 +197,17 @@ def test_seg_may_end_a_response_that_goes_on_from_a_cache(model, processor, opti
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
+def test_padding_is_known_without_an_attention_mask(model, processor):
+    """As `generate` knows it, of which sequences are read the same."""
+    inputs = encode(processor, chat(picture()), chat(picture(30, 60), text="What is red here, and what is blue?"))
+    bare = {key: value for key, value in inputs.items() if key != "attention_mask"}
+    out = generate(model, bare, spatial="seg+depth")
+    assert torch.equal(out.sequences, generate(model, inputs, spatial="seg+depth").sequences)
+    again = model.decode_spatial(out.sequences, **bare)
+    for ours, theirs in zip(out.mask_logits, again.mask_logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
 def test_sequences_that_show_pictures_are_not_read_without_them(model, processor):
     inputs = encode(processor, chat(picture()))
     blind = {key: value for key, value in inputs.items() if key != "pixel_values"}

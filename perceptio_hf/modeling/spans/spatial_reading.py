@@ -148,8 +148,7 @@ class SpatialReadingMixin:
                 "unless tokens are drafted, there are beams, or a static cache is full."
             )
         mask = torch.ones_like(ids)
-        if prompts.attention_mask is not None:
-            mask[:, :length] = prompts.attention_mask[of_rows].to(mask)
+        mask[:, :length] = self._attention_of(prompts)[of_rows].to(mask)
         # Parts that are kept on disk have no device; their hooks move what comes.
         device = ids.device if self.device.type == "meta" else self.device
         pixels = self._pixels_of(of_rows, prompts)
@@ -161,6 +160,15 @@ class SpatialReadingMixin:
             use_cache=False,
         ).last_hidden_state
         return ReplayedStates(words, length, rows, hidden, self.lm_head)
+
+    def _attention_of(self, prompts: Prompts) -> torch.Tensor:
+        """(batch, length), which `generate` reads off the padding where nobody says it."""
+        if prompts.attention_mask is not None:
+            return prompts.attention_mask
+        pad, ends = self.generation_config.pad_token_id, self.generation_config.eos_token_id
+        if pad is None or pad in (ends if isinstance(ends, list) else [ends]):
+            return torch.ones_like(prompts.ids)
+        return prompts.ids != pad
 
     def _pixels_of(self, of_rows: torch.Tensor, prompts: Prompts) -> torch.Tensor | None:
         """The picture tiles of the prompts listed (with repeats), in their order."""
