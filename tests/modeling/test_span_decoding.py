@@ -187,6 +187,15 @@ def test_the_state_on_the_device_is_that_of_the_reference(model, spatial):
     assert all(read_sequence([words.image, *row], words).well_formed for row in ids[pictures > 0].tolist())
 
 
+def test_the_grammar_of_transformers_loops_moves_once(model):
+    """What it knows of the prompts stays where the scores are."""
+    words = model.spatial_vocabulary()
+    limits = {"prompt_length": 0, "max_length": 9, "num_pictures": torch.tensor([1]), "open_codes": torch.tensor([-1])}
+    grammar, ids = LoopGrammar(words, spatial="auto", **limits), torch.zeros(2, 3, dtype=torch.long, device="meta")
+    grammar(ids, torch.zeros(2, model.config.text_config.vocab_size, device="meta"))
+    assert grammar.num_pictures.is_meta and grammar.open_codes.is_meta
+
+
 def test_samples_follow_the_distribution():
     logits = torch.tensor([0.0, 1.0, 2.0, float("-inf"), 0.5])
     expected, draws = logits.softmax(-1), 20000

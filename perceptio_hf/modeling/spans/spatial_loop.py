@@ -58,7 +58,7 @@ class WholeSpans(StoppingCriteria):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
         """input_ids: (rows, length) -> (rows,) bool."""
         words, response = self.grammar.vocabulary, input_ids[:, self.grammar.prompt_length :]
-        opened = (self.grammar.open_codes >= 0).to(input_ids.device)
+        opened = self.grammar.open_codes.to(input_ids.device) >= 0  # where the grammar has it already
         opened = opened.repeat_interleave(len(input_ids) // len(opened))
         open_now = (response == words.depth_start).sum(1) + opened > (response == words.depth_end).sum(1)
         done = self.criterion(input_ids, scores, **kwargs)
