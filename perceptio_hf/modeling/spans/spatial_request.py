@@ -86,7 +86,10 @@ class SpatialRequest:
     def check(self, *, needs_masks: bool) -> None:
         """Raise a ValueError for what cannot be had; `needs_masks`: masks are to be made, and their pixels lack."""
         if self.spatial in _FORCED and not any(row.num_pictures for row in self.rows):
-            raise ValueError(f"spatial={self.spatial!r} needs a picture, but no prompt has one.")
+            raise ValueError(
+                f"spatial={self.spatial!r} needs a picture, but no prompt has one. (A further question with the cache "
+                "of an earlier one needs the ids of all turns: pictures are counted in input_ids.)"
+            )
         for number, row in enumerate(self.rows):
             self._check_row(number, row)
         if self.spatial in ("seg", "seg+depth") and needs_masks:
