@@ -16,6 +16,7 @@ from PIL import Image
 
 from perceptio_hf.data.encoded import open_encoded
 from perceptio_hf.data.lines import SCHEMES
+from perceptio_hf.files import files_below
 from perceptio_hf.processing.pictures import load_picture
 
 from .archives import PARQUET_SUFFIX, TAR_SUFFIX, Place, parquet_rows, saved_rows, tar_members
@@ -159,10 +160,7 @@ def _of_folder(folder: str) -> Iterable[dict[str, Any]]:
     if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
         parts = ", ".join(sorted(name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name))))
         raise ValueError(f"{folder} holds several data sets; name one of them: {parts}.")
-    found = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(place, name) for name in files if _is_picture_name(name)]
+    found = [str(path) for path in files_below(folder) if _is_picture_name(path.name)]
     if not found:
         shards = sorted(glob.glob(os.path.join(glob.escape(folder), "*")))
         shards = [path for path in shards if path.lower().endswith((TAR_SUFFIX, PARQUET_SUFFIX))]

@@ -24,6 +24,7 @@ from perceptio_hf.data.formats.referring_records import (
     sentences_of,
     wanted_objects,
 )
+from perceptio_hf.files import files_below
 
 from .listing import listed, published_mask
 from .wording import conversation, expression_turn, rng_of
@@ -87,7 +88,7 @@ def held_out_pictures(folder: str | os.PathLike) -> set[int]:
     """
     folder = Path(folder).expanduser()
     names = {name for files in FILES.values() for name in files}
-    found = sorted(file for file in folder.rglob("*refs(*") if file.name in names)
+    found = sorted(file for file in files_below(folder) if file.name in names)
     if not found:
         raise ValueError(f"{folder} holds no records of RefCOCO's family, such as refs(unc).p, to hold out.")
     records = [record for file in found for record in read_records(file)]

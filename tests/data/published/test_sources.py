@@ -101,6 +101,9 @@ def test_pictures_that_others_test_on_are_held_out(scenes, tmp_path):
     held = load({"refcoco": "mine", "held_out": "others"}, tmp_path)
     assert file_name(2) in whole["id"][1]
     assert len(held) == len(whole) - 1 and not any(file_name(2) in name for name in held["id"])
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "refcocog").symlink_to(tmp_path / "others" / "refcocog")
+    assert load({"refcoco": "mine", "held_out": "links"}, tmp_path)["id"][:] == held["id"][:]
     with pytest.raises(ValueError, match="holds no records of RefCOCO's family"):
         load({"refcoco": "mine", "held_out": "mine/train2014"}, tmp_path)
 
