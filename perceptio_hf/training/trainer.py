@@ -69,6 +69,7 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
     """
 
     loss_is_scaled_for_ga = True
+    _by_length: LengthSampler | None = None  # the order of training, where batches are of one length
 
     def __init__(
         self,
@@ -165,7 +166,16 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
             return super()._get_train_sampler(dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         lengths = sample_lengths(dataset, self.data_collator.processor, self.data_collator.image_options)
-        return LengthSampler(lengths, self._train_batch_size, processes=self.accelerator.num_processes, seed=seed)
+        processes = self.accelerator.num_processes
+        self._by_length = LengthSampler(lengths, self._train_batch_size, processes=processes, seed=seed)
+        return self._by_length
+
+    def _run_epoch(self, model: nn.Module, epoch: int, *args, **kwargs) -> None:
+        """As ever. Where several processes go on in the middle of an epoch, accelerate has wrapped the sampler so often
+        that it does not hear which epoch that is."""
+        if self._by_length is not None:
+            self._by_length.set_epoch(epoch)
+        super()._run_epoch(model, epoch, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device) -> tuple[list, LossCounts]:
         """The micro batches of the next step, and what they and those of all other processes hold together."""
