@@ -57,6 +57,11 @@ def samples(count: int, first: int = 0) -> Dataset:
     return Dataset.from_list([sample(number) for number in range(first, first + count)])
 
 
+def some_without_picture(count: int) -> Dataset:
+    """`samples`, of which every eighth shows no picture."""
+    return Dataset.from_list([sample(number) | ({"images": []} if number % 8 == 7 else {}) for number in range(count)])
+
+
 def settings(out: Path | str, **changes) -> PerceptioSFTConfig:
     """SGD, whose step is the gradient: Adam would turn the noise of gradients that are nearly zero into steps."""
     values = {
@@ -99,8 +104,9 @@ def main(out: str, *kinds: str) -> None:
 
 
 def distributed(out: Path) -> None:
-    """Batches of 2 in 2 micro batches; writes what was logged and computed."""
-    changes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    """Steps of 4 micro batches of 1; writes what was logged and computed."""
+    changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "freeze_vision_tower": False}
+    changes |= {"gradient_checkpointing": True, "train": some_without_picture(16)}
     saves = {"save_strategy": "steps", "save_steps": 1}
     training = trainer(out, evaluation=samples(4, first=100), **changes, **saves)
     training.train()

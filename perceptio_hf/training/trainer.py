@@ -226,11 +226,6 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         Raises:
             DivergedError: if the loss or one of its parts is not finite; the step and the parts are named.
         """
-        if self.is_fsdp_enabled and "pixel_values" not in inputs:
-            raise ValueError(
-                "A micro batch holds no picture. FSDP would wait for ever for the processes whose batches hold some: "
-                "leave out samples without a picture, or train without FSDP."
-            )
         inputs = self.fill_spans(inputs)
         if self.args.span_noise and model.training:
             inputs["input_ids"] = self.disturb_spans(inputs["input_ids"], inputs["labels"])
@@ -240,7 +235,7 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
             layout = targets["layout"]
             counts = loss_counts(targets["labels"], self._vocabulary, targets["depth_valid"], layout=layout)
         extras = {"output_attentions": True} if self.args.look_weight else {}
-        criterion = self._criterion(inputs["input_ids"], targets, counts)
+        criterion = self._criterion(inputs["input_ids"], targets, counts, has_pictures="pixel_values" in inputs)
         outputs = model(**inputs, use_cache=False, criterion=criterion, **extras)
         loss = outputs.loss
         self._record(loss, outputs.loss_parts, counts, is_share=num_items_in_batch is not None)
@@ -297,9 +292,14 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         disturbed = torch.where(torch.rand(codes.shape, device=codes.device) < share, others, codes)
         return input_ids.masked_scatter(is_code, disturbed)
 
-    def _criterion(self, input_ids: Tensor, targets: dict[str, Tensor], counts: LossCounts) -> Callable:
+    def _criterion(
+        self, input_ids: Tensor, targets: dict[str, Tensor], counts: LossCounts, *, has_pictures: bool
+    ) -> Callable:
         """What the model calls inside its forward, where every use of a parameter is seen by DDP and FSDP."""
-        modules = [self._perceptio.seg_projector, self._perceptio.mask_model.mask_decoder]
+        core = self._perceptio
+        modules = [core.seg_projector, core.mask_model.mask_decoder]
+        if not has_pictures and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # else the model sees to it
+            modules += [core.model.vision_tower, core.model.multi_modal_projector]
 
         def criterion(hidden_states: Tensor, lm_head: Callable, outputs) -> tuple[Tensor, dict[str, Tensor]]:
             loss, parts = composite_loss(

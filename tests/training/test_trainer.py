@@ -186,8 +186,12 @@ def test_mixed_precision_is_close(train):
 def test_a_batch_without_pictures_masks_or_depth_trains(train):
     rows = [sft.sample(3) | {"images": [], "depth": None, "masks": []} for _ in range(2)]
     columns = sft.samples(4).features
-    trainer = train(train=Dataset.from_list(rows, features=columns), per_device_train_batch_size=2, max_steps=1)
+    few = Dataset.from_list(rows, features=columns)
+    trainer = train(train=few, per_device_train_batch_size=2, max_steps=1, freeze_vision_tower=False)
     assert set(logged_parts(trainer)) == {"loss", "text", "count"}
+    trainer.compute_loss(trainer.model.train(), trainer.data_collator(rows)).backward()
+    learning = {name: parameter.grad for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert not [name for name, gradient in learning.items() if gradient is None]  # DDP waits for each of them
 
 
 @pytest.mark.parametrize(
