@@ -11,6 +11,7 @@ from perceptio_hf.data.run_length import RunLengths
 from .coco_masks import segmentation_mask
 
 PICTURE_FOLDERS = ("train2014", "images/mscoco/images/train2014", "images/train2014", "coco/train2014", "images")
+PICTURES = "folder of COCO's pictures"  # what is missing where there is none
 _PICTURE_KEYS = ("file_name", "height", "width")
 
 
@@ -92,7 +93,7 @@ def read_annotations(file: Path, folders: Sequence[Path]) -> Annotations:
     for kind, found in (("images", pictures), ("annotations", objects)):
         if len(found) != len(document[kind]):
             raise ValueError(f"{file}: {len(document[kind]) - len(found)} of the {kind} share an id with another.")
-    return Annotations(pictures, objects, names, first_existing(folders, "folder of COCO's pictures"))
+    return Annotations(pictures, objects, names, first_existing(folders, PICTURES))
 
 
 def read_json(file: Path) -> Any:

@@ -50,6 +50,13 @@ def records_of_split(records: list[dict], split: str | None, file: Path) -> list
     return chosen
 
 
+def picture_places(refs: Path, path: Path, pictures: Path | None = None) -> list[Path]:
+    """Where the pictures of records may lie; arguments as `annotations_of`."""
+    base, beside = path if path.is_dir() else path.parent, refs.parent
+    usual = [place / name for place in dict.fromkeys((base, beside, beside.parent)) for name in PICTURE_FOLDERS]
+    return usual if pictures is None else [pictures]
+
+
 def annotations_of(refs: Path, path: Path, pictures: Path | None = None) -> Annotations:
     """The annotations that records speak of, beside them or in the data set's folder.
 
@@ -63,8 +70,7 @@ def annotations_of(refs: Path, path: Path, pictures: Path | None = None) -> Anno
     """
     base, beside = path if path.is_dir() else path.parent, refs.parent
     file = first_existing([beside / "instances.json", base / "instances.json"], "instances.json")
-    usual = [place / name for place in dict.fromkeys((base, beside, beside.parent)) for name in PICTURE_FOLDERS]
-    return read_annotations(file, usual if pictures is None else [pictures])
+    return read_annotations(file, picture_places(refs, path, pictures))
 
 
 def wanted_objects(record: dict) -> list[int]:

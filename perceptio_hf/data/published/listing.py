@@ -36,7 +36,7 @@ def listed(
             one of the files changes.
         samples: makes them.
         missing: "raise", or "skip" to leave out samples whose pictures are missing.
-        options: what the samples depend on beside the files.
+        options: what the samples depend on beside the files, such as the folder that stands in them.
 
     Raises:
         ValueError: where there are none, or pictures are missing (counted, some named).

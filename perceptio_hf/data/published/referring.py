@@ -9,15 +9,16 @@ A sample is a picture with all expressions about it: it is opened once for all o
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perceptio_hf.data.formats.coco_annotations import Annotations, first_existing
+from perceptio_hf.data.formats.coco_annotations import PICTURES, Annotations, first_existing
 from perceptio_hf.data.formats.referring_records import (
     FILES,
     annotations_of,
+    picture_places,
     read_records,
     record_places,
     records_of_split,
@@ -70,9 +71,11 @@ def referring(
     refs = first_existing(record_places(place, name), FILES[name][0])
     seen_at = None if pictures is None else Path(pictures).expanduser()
     annotations_file = first_existing([refs.parent / "instances.json", place / "instances.json"], "instances.json")
-    samples = functools.partial(_samples, name, refs, place, split, seen_at, turns, held_out)
-    options = (name, split, pictures, turns, held_out)
-    return listed(place, [refs, annotations_file], samples, missing=missing, options=options)
+    kept_back = [] if held_out is None else held_out_files(held_out)
+    samples = functools.partial(_samples, name, refs, place, split, seen_at, turns, kept_back)
+    folder = first_existing(picture_places(refs, place, seen_at), PICTURES)
+    options = (name, split, turns, os.path.abspath(folder))
+    return listed(place, [refs, annotations_file, *kept_back], samples, missing=missing, options=options)
 
 
 refcoco, refcocop, refcocog, grefcoco = (
@@ -80,8 +83,8 @@ refcoco, refcocop, refcocog, grefcoco = (
 )
 
 
-def held_out_pictures(folder: str | os.PathLike) -> set[int]:
-    """The numbers of all pictures that any set of RefCOCO's family in this folder (or its sub-folders) tests on.
+def held_out_files(folder: str | os.PathLike) -> list[Path]:
+    """The records of all sets of RefCOCO's family in this folder or below it.
 
     Raises:
         ValueError: where there is none.
@@ -91,7 +94,12 @@ def held_out_pictures(folder: str | os.PathLike) -> set[int]:
     found = sorted(file for file in files_below(folder) if file.name in names)
     if not found:
         raise ValueError(f"{folder} holds no records of RefCOCO's family, such as refs(unc).p, to hold out.")
-    records = [record for file in found for record in read_records(file)]
+    return found
+
+
+def held_out_pictures(files: Sequence[Path]) -> set[int]:
+    """The numbers of all pictures that records in these files test on."""
+    records = [record for file in files for record in read_records(file)]
     return {record["image_id"] for record in records if record["split"] != "train"}
 
 
@@ -102,11 +110,11 @@ def _samples(
     split: str,
     pictures: Path | None,
     turns: int,
-    held_out: str | os.PathLike | None,
+    held_out: Sequence[Path],
 ) -> Iterator[dict[str, Any]]:
     records = records_of_split(read_records(refs), split, refs)
     annotations = annotations_of(refs, place, pictures)
-    kept_back = set() if held_out is None else held_out_pictures(held_out)
+    kept_back = held_out_pictures(held_out)
     by_picture: dict[int, list[dict]] = {}
     for record in records:
         if record["image_id"] not in kept_back:

@@ -1,6 +1,7 @@
 """Sources of published data, on small files in the published form, through the collator's reader."""
 
 import json
+import os
 import pickle
 import shutil
 
@@ -150,6 +151,24 @@ def test_large_files_are_read_once(scenes, tmp_path, monkeypatch):
     assert len(written) == 2
     (tmp_path / "refs(unc).p").write_bytes(pickle.dumps([r | {"split": "train"} for r in records], 2))
     assert list(load({"refcoco": str(tmp_path)})) != plain and len(written) == 3
+
+
+def test_what_was_read_once_is_read_again_where_pictures_moved_or_more_are_held_out(scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr("perceptio_hf.data.published.listing.MOST_IN_MEMORY", 10)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write_refcoco(tmp_path / "refcoco", scenes)
+    write_instances(tmp_path / "coco", scenes)
+    write_refcoco(tmp_path / "refs", scenes[:1])
+    tasks = [{"refcoco": "refcoco", "held_out": "refs"}, {"coco_instances": "coco", "held_out": "refs"}]
+    before = [len(load(task, tmp_path)) for task in tasks]
+    tested = {"ref_id": 0, "ann_id": 1, "image_id": 2, "split": "test", "sentences": []}
+    (tmp_path / "refs" / "refs(google).p").write_bytes(pickle.dumps([tested]))
+    assert [len(load(task, tmp_path)) for task in tasks] == [count - 1 for count in before]
+    (tmp_path / "refcoco" / "train2014").rename(tmp_path / "refcoco" / "images")
+    (tmp_path / "coco" / "train2017").rename(tmp_path / "coco" / "moved")
+    tasks[1]["pictures"] = "coco/moved"
+    folders = [os.path.dirname(load(task, tmp_path)[0]["images"][0]["path"]) for task in tasks]
+    assert folders == [str(tmp_path / "refcoco" / "images"), str(tmp_path / "coco" / "moved")]
 
 
 # --- COCO ---
