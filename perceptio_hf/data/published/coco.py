@@ -77,6 +77,11 @@ def _samples(
     unknown = [number for number in by_picture if number not in annotations.pictures]
     if unknown:
         raise ValueError(f"{file}: annotations speak of {len(unknown)} pictures that it does not list: {unknown[:5]}.")
+    kinds = {item.get("category_id") for item in annotations.objects.values()} - annotations.names.keys()
+    if kinds:
+        raise ValueError(
+            f"{file}: annotations are of {len(kinds)} categories that it does not name: {list(kinds)[:5]}."
+        )
     for number, items in by_picture.items():
         if number not in kept_back:
             yield from _of_picture(file, number, items, annotations, most_masks, absent)

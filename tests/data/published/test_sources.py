@@ -219,11 +219,18 @@ def test_crowds_and_too_many_things_are_not_asked_for(scenes, tmp_path):
     assert all(answer.count("[SEG]") == 1 for row in few for answer in answers(row))
 
 
-def test_annotations_of_a_picture_that_is_not_listed(scenes, tmp_path):
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("images", r"annotations speak of 1 pictures that it does not list: \[1\]"),
+        ("categories", r"annotations are of 1 categories that it does not name: \[1\]"),
+    ],
+)
+def test_annotations_of_what_is_not_listed(key, message, scenes, tmp_path):
     document = write_instances(tmp_path, scenes)
-    document["images"] = document["images"][1:]
+    document[key] = [item for item in document[key] if item["id"] != 1]
     (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(document))
-    with pytest.raises(ValueError, match=r"annotations speak of 1 pictures that it does not list: \[1\]"):
+    with pytest.raises(ValueError, match=message):
         load({"coco_instances": str(tmp_path)})
 
 
