@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import shutil
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,8 @@ from evaluation.published_formats import (
 from PIL import Image
 
 from perceptio_hf.data import lines
+from perceptio_hf.data.published.listing import with_pictures
+from perceptio_hf.data.rows import dataset_of, import_datasets
 from perceptio_hf.data.samples import check_sample, load_sample
 from perceptio_hf.data.tasks import load_tasks
 
@@ -349,6 +353,32 @@ def test_a_data_set_of_the_hub_s_library(scenes, tmp_path):
         load({"hub": str(tmp_path / "set")})
     with pytest.raises(ValueError, match=r"set \(split 'test'\) cannot be had: "):
         load({"hub": str(tmp_path / "set"), "split": "test"})
+
+
+def test_pictures_of_the_hub_s_library_are_looked_for_too(tmp_path):
+    chat = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A ball."}]
+    Image.new("RGB", (20, 10)).save(tmp_path / "1.png")
+    rows = [{"id": name, "images": [str(tmp_path / name)] * 2, "messages": chat} for name in ("1.png", "2.png")]
+    rows.append(rows[0] | {"images": rows[0]["images"][:1]})
+    import_datasets().Dataset.from_list(rows).save_to_disk(tmp_path / "a")
+    task = {"hub": str(tmp_path / "a")}
+    with pytest.raises(ValueError, match=r"1 pictures are missing, of 1 of 3 samples: .*2\.png"):
+        load(task)
+    (tmp_path / "2.png").symlink_to("1.png")
+    with pytest.raises(ValueError, match=r"2 of 3 samples show another number .*: 1\.png shows 1 and has 2"):
+        load(task)
+    assert len(load(task | {"missing": "skip"})) == 1
+
+
+def test_looking_for_pictures_reads_none_of_them():
+    """Not those either that a data set holds itself: a set of tar shards would be read whole at every start."""
+    chat = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A ball."}]
+    rows = dataset_of([{"images": [bytes(10_000_000)], "messages": chat}])
+    tracemalloc.start()
+    with_pictures(rows, Path("here"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5_000_000
 
 
 @pytest.mark.parametrize(
