@@ -75,20 +75,20 @@ class Item:
 
     def encoded(self) -> dict[str, Any]:
         """The picture as `datasets.Image` keeps it: a file by its path, one out of a larger file by its bytes."""
-        if not isinstance(self.source, str):
-            content = self.source.encoded()
-            return content if isinstance(content, dict) else {"bytes": None, "path": content}
-        return {"bytes": None, "path": self.source}
+        content = self.source if isinstance(self.source, str) else self.source.encoded()
+        if isinstance(content, dict) and content.get("bytes") is not None:
+            return content
+        if isinstance(content, bytes):  # of a column of plain bytes
+            return {"bytes": content, "path": None}
+        return {"bytes": None, "path": _absolute(content["path"] if isinstance(content, dict) else content)}
 
     def size(self) -> tuple[int, int] | None:
         """(width, height) as seen, read from the header; None where that cannot be read, or not without the network."""
         if self.error is not None or (isinstance(self.source, str) and SCHEMES.match(self.source)):
             return None
         try:
-            content = self.source if isinstance(self.source, str) else self.source.encoded()
-            if isinstance(content, dict):
-                content = io.BytesIO(content["bytes"]) if content.get("bytes") is not None else content["path"]
-            with Image.open(content) as picture:
+            content = self.encoded()
+            with Image.open(content["path"] if content["bytes"] is None else io.BytesIO(content["bytes"])) as picture:
                 turned = picture.getexif().get(_ORIENTATION, 1) > 4
                 return (picture.height, picture.width) if turned else picture.size
         except Exception:  # Pillow's readers raise many kinds; reading the whole picture will say which

@@ -176,6 +176,20 @@ def test_parquet_is_its_rows_and_a_folder_its_shards(tmp_path):
     assert items[5].question == "Q?" and items[5].extra == {"score": 0.5} and items[5].encoded()["bytes"] == files[5]
 
 
+def test_columns_of_plain_bytes_and_of_paths(tmp_path, monkeypatch):
+    """As other programs write parquet, without the types of `datasets`; what is kept of a path holds anywhere."""
+    monkeypatch.chdir(tmp_path)
+    data = save(tmp_path / "a.png", 8, 6).read_bytes()
+    datasets = import_datasets()
+    for name, column, kept in (
+        ("b", data, {"bytes": data, "path": None}),
+        ("p", "a.png", {"bytes": None, "path": str(tmp_path / "a.png")}),
+    ):
+        datasets.Dataset.from_dict({"image": [column]}).to_parquet(f"{name}.parquet")
+        (item,) = list_items([f"{name}.parquet"])
+        assert item.encoded() == kept and item.size() == item.open().size == (8, 6)
+
+
 def test_a_list_of_paths(tmp_path):
     save(tmp_path / "lists" / "a.png")
     (tmp_path / "lists" / "l.txt").write_text("a.png\n\nhttps://host/b.png\n")
