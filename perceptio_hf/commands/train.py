@@ -184,8 +184,9 @@ def _with_times(plan: "Plan", config: Path, overrides: Sequence[str], steps: int
 
     # The trainer prints its logs, and standard output is for the plan.
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-        options = [*overrides, *WITHOUT_TRACE, "--max_steps", str(steps), "--output_dir", folder]
-        seconds, peak = measure_steps(lambda: _trainer(read_recipe(config, options)))
+        recipe = read_recipe(config, [*overrides, *WITHOUT_TRACE, "--max_steps", str(steps), "--output_dir", folder])
+        recipe.arguments.figures = []  # which belong to evaluations
+        seconds, peak = measure_steps(lambda: _trainer(recipe))
     return replace(plan, seconds=seconds, measured_peak=peak)
 
 

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from perceptio_hf.data.form import name_of, split_at_pictures
 from perceptio_hf.data.rows import as_rows, import_datasets, sample_features
 from perceptio_hf.tokens import DEPTH_START_TOKEN, SEG_TOKEN
 
@@ -21,7 +22,7 @@ def as_prompts(samples: "Dataset | IterableDataset", limit: int | None = None) -
         limit: how many samples are taken, of a stream the first ones; None: all.
 
     Raises:
-        ValueError: where there is no sample, or the set has no samples' columns.
+        ValueError: where there is no sample, one asks nothing, or the set has no samples' columns.
     """
     datasets = import_datasets()
     features = sample_features()
@@ -43,10 +44,12 @@ def _prompt(row: dict[str, Any]) -> dict[str, Any]:
     messages = row["messages"]
     last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
     answer = "".join(part.get("text") or "" for part in messages[last]["content"])
-    turns = [{"role": message["role"], "content": list(message["content"])} for message in messages[:last]]
+    turns = [{"role": message["role"], "content": _parts(message)} for message in messages[:last]]
+    user = next((turn for turn in turns if turn["role"] == "user"), None)
+    if user is None:
+        raise ValueError(f"Sample {name_of(row)} has no turn of the user before the answer, so it asks nothing.")
     images = row["images"] or []
     if not any(part["type"] == "image" for turn in turns for part in turn["content"]):
-        user = next(turn for turn in turns if turn["role"] == "user")
         user["content"][:0] = [{"type": "image", "text": None}] * len(images)
     return {
         "prompt": turns,
@@ -56,3 +59,11 @@ def _prompt(row: dict[str, Any]) -> dict[str, Any]:
         "segs": answer.count(SEG_TOKEN),
         **{name: row[name] for name in ("masks", "depth", "depth_unit", "task")},
     }
+
+
+def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a message; those that the assistant has not said are cut where a picture stands in a text."""
+    if message["role"] == "assistant":
+        return list(message["content"])
+    pieces = (split_at_pictures(part["text"]) if part["type"] == "text" else [part] for part in message["content"])
+    return [{"text": None, **piece} for pieces_of_part in pieces for piece in pieces_of_part]

@@ -44,6 +44,19 @@ def test_prompts_end_before_the_answer(prompts):
     assert len(as_prompts(sft.samples(4).to_iterable_dataset(), limit=2)) == 2
 
 
+def test_a_picture_that_stands_in_a_text_is_one_of_the_prompt():
+    """As in LLaVA's files; it is neither shown twice nor read as a word."""
+    chat = [{"from": "human", "value": "What is <image>\nhere?"}, {"from": "gpt", "value": "A ball."}]
+    (row,) = as_prompts(dataset_of([{"image": picture(), "conversations": chat}]))
+    assert row["prompt"][0]["content"] == [
+        {"type": "text", "text": "What is "},
+        {"type": "image", "text": None},
+        {"type": "text", "text": "here?"},
+    ]
+    with pytest.raises(ValueError, match="Sample 'x' has no turn of the user before the answer"):
+        as_prompts(dataset_of([{"id": "x", "messages": [{"role": "assistant", "content": "A ball."}]}]))
+
+
 def test_right_answers_are_conclusions():
     said = ["A p27 d21 B p03 d09: A", turn("<DEPTH_START><DEPTH_3><DEPTH_END>a."), "B", "either"]
     assert right_answer(said, ["B p03 A p27: A", "A", "A", None]) == [1, 1, 0, None]
