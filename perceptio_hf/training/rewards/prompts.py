@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from perceptio_hf.data.form import name_of, split_at_pictures
 from perceptio_hf.data.rows import as_rows, import_datasets, sample_features
-from perceptio_hf.tokens import DEPTH_START_TOKEN, SEG_TOKEN
+from perceptio_hf.tokens import DEPTH_END_TOKEN, DEPTH_START_TOKEN, SEG_TOKEN
 
 from .texts import without_spatial
 
@@ -16,7 +16,8 @@ def as_prompts(samples: "Dataset | IterableDataset", limit: int | None = None) -
     """The data set that TRL's GRPO and RLOO read, one prompt for each sample (see `perceptio_hf.data.samples.Sample`).
 
     Columns: `prompt` (the turns before the assistant's last), `images`, and for rewards `answer` (the words of its last
-    turn), `spans` and `segs` (how many depth spans and [SEG] that turn holds), `masks`, `depth`, `depth_unit`, `task`.
+    turn), `spans` and `segs` (how many depth spans and [SEG] that turn holds), `masks` and `depth` (of that turn),
+    `depth_unit`, `task`.
 
     Args:
         limit: how many samples are taken, of a stream the first ones; None: all.
@@ -57,8 +58,16 @@ def _prompt(row: dict[str, Any]) -> dict[str, Any]:
         "answer": without_spatial(answer) or None,
         "spans": answer.count(DEPTH_START_TOKEN),
         "segs": answer.count(SEG_TOKEN),
-        **{name: row[name] for name in ("masks", "depth", "depth_unit", "task")},
+        "masks": _last(row["masks"], answer.count(SEG_TOKEN)),
+        "depth": _last(row["depth"], answer.count(DEPTH_START_TOKEN + DEPTH_END_TOKEN)),
+        **{name: row[name] for name in ("depth_unit", "task")},
     }
+
+
+def _last(items: list[Any] | None, count: int) -> list[Any]:
+    """What belongs to the last turn; those before it have theirs in front."""
+    items = items or []
+    return items[len(items) - count :] if 0 < count <= len(items) else []
 
 
 def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
