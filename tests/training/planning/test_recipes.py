@@ -29,7 +29,7 @@ def data(tmp_path_factory) -> Path:
     write_refcoco(folder / "tested", scenes[:1])
     (folder / "refs" / "refcoco").symlink_to(folder / "tested")
     write_ade(folder / "ADEChallengeData2016", scenes)
-    write_labels(folder / "labels", scenes)
+    write_labels(folder / "labels", scenes, ids="{:012d}.jpg")
     write_llava(folder / "llava", [{"id": "a", "image": "coco/1.jpg", "conversations": turn("<image>\nWhat is it?")}])
     (folder / "llava" / "llava.json").rename(folder / "llava" / "llava_v1_5_mix665k.json")
     (folder / "llava" / "images").mkdir()
