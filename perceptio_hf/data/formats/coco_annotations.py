@@ -65,10 +65,16 @@ class Annotations:
         Raises:
             ValueError: where there are some, and all are crowds.
         """
-        single = [number for number in numbers if not self.objects.get(number, {}).get("iscrowd")]
-        if numbers and not single:
+        if self.are_crowds(numbers):
             raise ValueError(f"its annotations {list(numbers)} are all crowds, which have no mask of one object.")
-        return single
+        return [number for number in numbers if not self._is_crowd(number)]
+
+    def are_crowds(self, numbers: Sequence[int]) -> bool:
+        """Whether there are some, and all are crowds."""
+        return bool(numbers) and all(map(self._is_crowd, numbers))
+
+    def _is_crowd(self, number: int) -> bool:
+        return bool(self.objects.get(number, {}).get("iscrowd"))
 
 
 def read_annotations(file: Path, folders: Sequence[Path]) -> Annotations:

@@ -8,6 +8,7 @@ A sample is a picture with all expressions about it: it is opened once for all o
 """
 
 import functools
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from .wording import conversation, expression_turn, rng_of
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_logger = logging.getLogger(__name__)
 TURNS = 20  # of a conversation; about 25 tokens each
 
 
@@ -116,9 +118,15 @@ def _samples(
     annotations = annotations_of(refs, place, pictures)
     kept_back = held_out_pictures(held_out)
     by_picture: dict[int, list[dict]] = {}
+    crowds = 0
     for record in records:
-        if record["image_id"] not in kept_back:
+        with _naming(record):
+            is_about_crowds = annotations.are_crowds(wanted_objects(record))
+        crowds += is_about_crowds
+        if not is_about_crowds and record["image_id"] not in kept_back:
             by_picture.setdefault(record["image_id"], []).append(record)
+    if crowds:
+        _logger.warning("%s: %d records are about crowds, which have no mask of one object. Left out.", refs, crowds)
     for number, about in by_picture.items():
         yield from _of_picture(name, number, about, annotations, turns)
 

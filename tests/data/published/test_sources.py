@@ -96,6 +96,17 @@ def test_expressions_that_mean_several_or_nothing(scenes, tmp_path):
             assert answer.count("[SEG]") == (0 if record["no_target"] else len(record["ann_id"]))
 
 
+def test_expressions_about_crowds_are_left_out(scenes, tmp_path, caplog):
+    records = write_grefcoco(tmp_path, scenes, split="train")
+    document = json.loads((tmp_path / "instances.json").read_text())
+    crowd = records[0]["ann_id"][0]
+    next(item for item in document["annotations"] if item["id"] == crowd)["iscrowd"] = 1
+    (tmp_path / "instances.json").write_text(json.dumps(document))
+    first = load({"grefcoco": str(tmp_path)})[0]
+    assert sorted(text.count("[SEG]") for text in answers(first)) == [0, 1]
+    assert "grefs(unc).json: 1 records are about crowds" in caplog.text
+
+
 def test_pictures_that_others_test_on_are_held_out(scenes, tmp_path):
     write_refcoco(tmp_path / "mine", scenes)
     write_refcoco(tmp_path / "others" / "refcocog", scenes, by="umd")
