@@ -170,6 +170,11 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         self._by_length = LengthSampler(lengths, self._train_batch_size, processes=processes, seed=seed)
         return self._by_length
 
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        """As ever, but an evaluation of batches by length goes through its samples in their order (None): transformers
+        would look for a column of lengths."""
+        return None if self.args.train_sampling_strategy == BY_LENGTH else super()._get_eval_sampler(eval_dataset)
+
     def _run_epoch(self, model: nn.Module, epoch: int, *args, **kwargs) -> None:
         """As ever. Where several processes go on in the middle of an epoch, accelerate has wrapped the sampler so often
         that it does not hear which epoch that is."""

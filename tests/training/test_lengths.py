@@ -82,6 +82,12 @@ def test_a_training_goes_on_in_the_middle_of_an_epoch(processor, tmp_path):
     assert_trained_alike(resumed.model.state_dict(), whole.model.state_dict())
 
 
+def test_an_evaluation_needs_no_lengths(processor, tmp_path):
+    few = sft.samples(4, first=100)
+    trainers = [sft.trainer(tmp_path, processor=processor, evaluation=few, **more) for more in (BY_LENGTH, {})]
+    assert trainers[0].evaluate()["eval_loss"] == pytest.approx(trainers[1].evaluate()["eval_loss"])
+
+
 def test_several_processes_go_on_in_the_middle_of_a_later_epoch(processor, tmp_path, monkeypatch):
     """What accelerate and transformers do to the loader of one of two processes, without the training."""
     seen = []
