@@ -5,6 +5,7 @@ import sft_helpers as sft
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from helpers import assert_trained_alike, picture
+from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
@@ -80,6 +81,18 @@ def test_a_training_goes_on_in_the_middle_of_an_epoch(processor, tmp_path):
     resumed = sft.trainer(tmp_path / "resumed", processor=processor, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
     assert_trained_alike(resumed.model.state_dict(), whole.model.state_dict())
+
+
+def test_a_picture_of_several_samples_is_opened_once(processor, tmp_path, monkeypatch):
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path, size in zip(paths, ((40, 40), (300, 100)), strict=True):
+        picture(*size).save(path)
+    chat = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here"}]
+    rows = dataset_of([{"images": [path], "messages": chat} for path in (*paths, *paths)])
+    opened = []
+    monkeypatch.setattr(Image, "open", lambda source, real=Image.open: opened.append(source) or real(source))
+    narrow, wide, *again = sample_lengths(rows, processor, {"crop_to_patches": True, "max_patches": 4})
+    assert again == [narrow, wide] and wide > narrow and opened == [str(path) for path in paths]
 
 
 def test_an_evaluation_needs_no_lengths(processor, tmp_path):
