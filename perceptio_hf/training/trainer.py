@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import AutocastKwargs, broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import SFTTrainer
@@ -35,6 +35,7 @@ from .lengths import BY_LENGTH, LengthSampler, check_has_lengths, sample_lengths
 from .logging import draw_losses
 from .losses import PARTS, composite_loss
 from .silence import TellsNobody
+from .streams import SharedStream
 
 _logger = logging.getLogger(__name__)
 _TARGETS = ("labels", "layout", "mask_targets", "depth_targets", "depth_valid", "depth_given_as_codes")
@@ -175,6 +176,13 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         would look for a column of lengths."""
         return None if self.args.train_sampling_strategy == BY_LENGTH else super()._get_eval_sampler(eval_dataset)
 
+    def _get_dataloader(self, dataset: Dataset | IterableDataset, description: str, *args, **kwargs) -> DataLoader:
+        """As ever, but all processes evaluate as many batches of a stream."""
+        several = self.accelerator.num_processes > 1
+        if several and description == "Evaluation" and isinstance(dataset, IterableDataset):
+            dataset = SharedStream(dataset)
+        return super()._get_dataloader(dataset, description, *args, **kwargs)
+
     def _run_epoch(self, model: nn.Module, epoch: int, *args, **kwargs) -> None:
         """As ever. Where several processes go on in the middle of an epoch, accelerate has wrapped the sampler so often
         that it does not hear which epoch that is."""
@@ -183,9 +191,19 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         super()._run_epoch(model, epoch, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device) -> tuple[list, LossCounts]:
-        """The micro batches of the next step, and what they and those of all other processes hold together."""
+        """The micro batches of the next step, and what they and those of all other processes hold together.
+
+        Where a stream ends before a step is complete, for some process earlier than for others, all leave that step out
+        and begin the next epoch: half a step would stay in the gradients, and a process without its share would not
+        come to where the others wait.
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = self._sum_over_processes(sum(map(self._counts, batches), LossCounts()))
+        counts = sum(map(self._counts, batches), LossCounts())
+        *counts, found = self._reduced([*vars(counts).values(), len(batches)])
+        if found < num_batches * self.accelerator.num_processes:
+            self.control.should_epoch_stop = True
+            return [], LossCounts()
+        counts = LossCounts(*counts)
         self._has_learnt = bool(self._has_learnt) or counts.responses > 0
         return batches, counts
 
@@ -206,9 +224,6 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         if "layout" not in batch:
             batch["layout"] = read_labels(batch["labels"], self._vocabulary)
         return batch["layout"]
-
-    def _sum_over_processes(self, counts: LossCounts) -> LossCounts:
-        return LossCounts(*self._reduced(list(vars(counts).values())))
 
     def _reduced(self, values: list[float]) -> list[float]:
         if self.accelerator.num_processes == 1:
@@ -435,6 +450,8 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
                 resume_from_checkpoint = str(resume_from_checkpoint)
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             self._report_skipped()
+            if not self.state.global_step:
+                raise ValueError("The data set holds fewer samples than one step takes, so nothing was trained.")
             if self.skipped_samples and self._has_learnt is False:
                 parts = ", ".join(f"{count} because of their {name}" for name, count in self.skipped_samples.items())
                 raise ValueError(f"Every sample was left out ({parts}), so nothing was learnt. Mend the data set.")

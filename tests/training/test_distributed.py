@@ -78,6 +78,15 @@ def test_two_processes_take_the_steps_of_one(launched, single, kind):
     assert (launched / kind / "checkpoint-2" / "trainer_state.json").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_whose_shards_hold_different_numbers_of_samples(launched, kind):
+    steps, expected, found = json.loads((launched / kind / "result.json").read_text())["streamed"]
+    assert steps == 3
+    names = [f"eval_{name}" for name in (*PARTS, "loss")]
+    assert {name: found[name] for name in names} == pytest.approx({name: expected[name] for name in names}, rel=1e-5)
+
+
 def test_fsdp_settings_that_do_not_fit():
     with pytest.raises(ValueError, match="fsdp_version: 2"):
         fsdp.prepare(FullyShardedDataParallelPlugin(fsdp_version=1))

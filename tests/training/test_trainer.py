@@ -194,6 +194,15 @@ def test_a_batch_without_pictures_masks_or_depth_trains(train):
     assert not [name for name, gradient in learning.items() if gradient is None]  # DDP waits for each of them
 
 
+def test_what_a_stream_has_left_at_its_end_is_no_part_of_the_next_step(train):
+    """Of five samples the last one is half a step; a stream that holds less than a step trains nothing."""
+    half = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3}
+    five, four = (train(train=sft.samples(count).to_iterable_dataset(), **half) for count in (5, 4))
+    assert five.state.global_step == 3 and largest_difference(weights(five), weights(four)) == 0
+    with pytest.raises(ValueError, match="fewer samples than one step takes"):
+        train(train=sft.samples(2).to_iterable_dataset(), **half)
+
+
 @pytest.mark.parametrize(
     ("broken", "named"),
     [
