@@ -19,7 +19,7 @@ from perceptio_hf.data.lines import SCHEMES
 from perceptio_hf.files import files_below
 from perceptio_hf.processing.pictures import load_picture
 
-from .archives import PARQUET_SUFFIX, TAR_SUFFIX, Place, parquet_rows, saved_rows, tar_members
+from .archives import PARQUET_SUFFIX, TAR_SUFFIX, Place, TarMember, parquet_rows, saved_rows, tar_members
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 LINES_SUFFIX, LIST_SUFFIX = ".jsonl", ".txt"
@@ -31,6 +31,7 @@ _WANTED = {
     TAR_SUFFIX: f"a shard holds pictures ({', '.join(PICTURE_SUFFIXES)}).",
 }
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_HEAD = 1 << 17  # bytes of a picture in a shard that tell its size: JPEG's header with EXIF and a colour profile
 _ORIENTATION = 0x0112  # EXIF tag; values above 4 exchange width and height
 
 
@@ -86,13 +87,24 @@ class Item:
         """(width, height) as seen, read from the header; None where that cannot be read, or not without the network."""
         if self.error is not None or (isinstance(self.source, str) and SCHEMES.match(self.source)):
             return None
+        head = _size_of(self.source.read(_HEAD)) if isinstance(self.source, TarMember) else None
+        if head is not None:
+            return head
         try:
             content = self.encoded()
-            with Image.open(content["path"] if content["bytes"] is None else io.BytesIO(content["bytes"])) as picture:
-                turned = picture.getexif().get(_ORIENTATION, 1) > 4
-                return (picture.height, picture.width) if turned else picture.size
-        except Exception:  # Pillow's readers raise many kinds; reading the whole picture will say which
+        except Exception:  # pyarrow's own kinds; opening the picture will say which
             return None
+        return _size_of(content["path"] if content["bytes"] is None else content["bytes"])
+
+
+def _size_of(source: str | bytes) -> tuple[int, int] | None:
+    """(width, height) as seen of a picture, or of the beginning of one."""
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+            turned = picture.getexif().get(_ORIENTATION, 1) > 4
+            return (picture.height, picture.width) if turned else picture.size
+    except Exception:  # Pillow's readers raise many kinds; reading the whole picture will say which
+        return None
 
 
 def is_collection(word: str) -> bool:

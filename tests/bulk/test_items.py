@@ -157,6 +157,13 @@ def test_tar_shards_are_their_pictures(tmp_path):
     assert all(item.size() == item.open().size == (8, 6) for item in items)
     assert items[1].encoded() == {"bytes": (tmp_path / "a.png").read_bytes(), "path": "2.png"}
     assert len(list_items([str(tmp_path / "s-*.tar")])) == 6
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.effect_noise((900, 600), 90).save(tmp_path / "a.png", format="JPEG", quality=98, exif=exif)
+    shard(tmp_path / "large.tar", ["1.png"])
+    (large,) = list_items([str(tmp_path / "large.tar")])
+    os.truncate(tmp_path / "large.tar", large.source.offset + (1 << 17))  # what it is read of
+    assert large.source.size > 1 << 17 and large.size() == (600, 900)
     os.truncate(tmp_path / "s-01.tar", 1700)
     with pytest.raises(ValueError, match="the tar file ends"):
         items[3].open()
