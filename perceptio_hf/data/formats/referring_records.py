@@ -5,10 +5,11 @@ from pathlib import Path
 from .coco_annotations import PICTURE_FOLDERS, Annotations, first_existing, read_annotations, read_json
 from .plain_pickle import read_plain_pickle
 
+GOOGLE = "refs(google).p"
 FILES = {  # which file each data set has; RefCOCO(g) also exists as divided by Google
-    "refcoco": ("refs(unc).p", "refs(google).p"),
-    "refcoco+": ("refs(unc).p", "refs(google).p"),
-    "refcocog": ("refs(umd).p", "refs(google).p"),
+    "refcoco": ("refs(unc).p", GOOGLE),
+    "refcoco+": ("refs(unc).p", GOOGLE),
+    "refcocog": ("refs(umd).p", GOOGLE),
     "grefcoco": ("grefs(unc).json", "grefs(unc).p"),
 }
 _RECORD = ("ref_id", "ann_id", "image_id", "split", "sentences")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from perceptio_hf.data.formats.coco_annotations import PICTURES, Annotations, first_existing
 from perceptio_hf.data.formats.referring_records import (
     FILES,
+    GOOGLE,
     annotations_of,
     picture_places,
     read_records,
@@ -88,12 +89,17 @@ refcoco, refcocop, refcocog, grefcoco = (
 def held_out_files(folder: str | os.PathLike) -> list[Path]:
     """The records of all sets of RefCOCO's family in this folder or below it.
 
+    Google's division counts only where there is no other beside it, as in the published archives: it divides objects
+    and not pictures, so that what it tests on lies in many pictures that the other learns from.
+
     Raises:
         ValueError: where there is none.
     """
     folder = Path(folder).expanduser()
     names = {name for files in FILES.values() for name in files}
-    found = sorted(file for file in files_below(folder) if file.name in names)
+    every = sorted(file for file in files_below(folder) if file.name in names)
+    divided = {file.parent for file in every if file.name != GOOGLE}
+    found = [file for file in every if file.name != GOOGLE or file.parent not in divided]
     if not found:
         raise ValueError(f"{folder} holds no records of RefCOCO's family, such as refs(unc).p, to hold out.")
     return found

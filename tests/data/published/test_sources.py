@@ -177,7 +177,10 @@ def test_what_was_read_once_is_read_again_where_pictures_moved_or_more_are_held_
     tasks = [{"refcoco": "refcoco", "held_out": "refs"}, {"coco_instances": "coco", "held_out": "refs"}]
     before = [len(load(task, tmp_path)) for task in tasks]
     tested = {"ref_id": 0, "ann_id": 1, "image_id": 2, "split": "test", "sentences": []}
-    (tmp_path / "refs" / "refs(google).p").write_bytes(pickle.dumps([tested]))
+    (tmp_path / "refs" / "refs(google).p").write_bytes(pickle.dumps([tested]))  # as in the published archive: not asked
+    assert [len(load(task, tmp_path)) for task in tasks] == before
+    (tmp_path / "refs" / "more").mkdir()
+    (tmp_path / "refs" / "more" / "refs(google).p").write_bytes(pickle.dumps([tested]))
     assert [len(load(task, tmp_path)) for task in tasks] == [count - 1 for count in before]
     (tmp_path / "refcoco" / "train2014").rename(tmp_path / "refcoco" / "images")
     (tmp_path / "coco" / "train2017").rename(tmp_path / "coco" / "moved")
