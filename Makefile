@@ -30,7 +30,7 @@ help:
 	@echo "make test-track    figures and pictures of a training where it reports to, which this installs"
 	@echo "make test-app      the page in a real browser, which this installs; SCREENSHOTS=docs/images takes README's pictures"
 	@echo "make rehearse   label, train, measure and push a small random one by the commands for a real one, into runs/rehearsal"
-	@echo "make plan   draw the figures of the documents: the imports, a span that converges"
+	@echo "make plan   draw the figures of the documents: the imports, a span that converges, five demos"
 	@echo "make lint   ruff check and ruff format --check"
 	@echo "make env    only make the environment in $(VENV)"
 	@echo "make clean  remove the environment and caches"
@@ -148,6 +148,7 @@ test-app: $(STAMP)
 plan: $(STAMP)
 	@$(BIN)/python docs/draw_architecture.py
 	@$(BIN)/python docs/draw_span.py
+	@$(BIN)/python docs/draw_gallery.py
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

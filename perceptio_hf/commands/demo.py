@@ -38,7 +38,7 @@ def demo(
     check_out(out)
     loaded = checkpoints.load(checkpoints.resolve(model))
     scene, refer, closest = choose_scene(seed)
-    shown, marked, answers = _ask(loaded, scene, refer, closest)
+    shown, marked, answers = answer_scene(loaded, scene, refer, closest)
     scores = compare(shown, refer, answers[0])
     about = {"picture": str(out / "picture.png"), "seed": scene.seed, "question": refer.text, "spatial": "seg+depth"}
     about |= {"truth": refer.answer, "second_question": closest.text, "second_text": answers[1].text}
@@ -63,7 +63,7 @@ def choose_scene(seed: int) -> "tuple[Scene, Question, Question]":
     raise AssertionError(f"no scene from {first} on supports both questions")
 
 
-def _ask(
+def answer_scene(
     loaded: tuple, scene: "Scene", refer: "Question", closest: "Question"
 ) -> "tuple[Scene, Image.Image, list[SpatialAnswer]]":
     """The scene and the marked picture as people see them, and two answers: with mask and depth first, and with depth.
