@@ -106,6 +106,16 @@ def check_new_folder(path: str | os.PathLike, overwrite: bool = False) -> None:
         raise ValueError(f"{path} is not replaced: it holds no config.json, so it is no saved model. Name another one.")
 
 
+def files_below(folder: str | os.PathLike) -> Iterator[Path]:
+    """Every file in a folder and below it; links to folders are followed, each folder once, hidden ones left out."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else sorted(name for name in folders if name[0] != ".")
+        yield from () if real in seen else (Path(place, name) for name in files)
+        seen.add(real)
+
+
 def find_recipe(name: str | os.PathLike, below: str = "") -> Path:
     """The recipe at a path; else the one of that name which comes with the package: `sft_world`, `sft_world.yaml` and
     `recipes/sft_world.yaml` are the same.

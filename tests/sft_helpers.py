@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from helpers import depth_config, picture, random_model
 
 from perceptio_hf import PerceptioProcessor, PerceptioSFTConfig, PerceptioSFTTrainer
@@ -55,6 +55,22 @@ def sample(number: int) -> dict:
 
 def samples(count: int, first: int = 0) -> Dataset:
     return Dataset.from_list([sample(number) for number in range(first, first + count)])
+
+
+def some_without_picture(count: int) -> Dataset:
+    """`samples`, of which every eighth shows no picture."""
+    return Dataset.from_list([sample(number) | ({"images": []} if number % 8 == 7 else {}) for number in range(count)])
+
+
+def stream(parts: list[list[int]]) -> IterableDataset:
+    """Samples by number, in shards."""
+    columns = samples(4).features
+    return IterableDataset.from_generator(_of_parts, gen_kwargs={"parts": parts}, features=columns)
+
+
+def _of_parts(parts: list[list[int]]):
+    for part in parts:
+        yield from map(sample, part)
 
 
 def settings(out: Path | str, **changes) -> PerceptioSFTConfig:
@@ -99,8 +115,9 @@ def main(out: str, *kinds: str) -> None:
 
 
 def distributed(out: Path) -> None:
-    """Batches of 2 in 2 micro batches; writes what was logged and computed."""
-    changes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    """Steps of 4 micro batches of 1; writes what was logged and computed."""
+    changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "freeze_vision_tower": False}
+    changes |= {"gradient_checkpointing": True, "train": some_without_picture(16)}
     saves = {"save_strategy": "steps", "save_steps": 1}
     training = trainer(out, evaluation=samples(4, first=100), **changes, **saves)
     training.train()
@@ -109,8 +126,13 @@ def distributed(out: Path) -> None:
     resumed = trainer(out / "resumed", **changes)
     resumed.train(resume_from_checkpoint=str(out / "checkpoint-1"))
     resumed.save_model(str(out / "resumed"))
+    one, few = [[0, 1, 2, 3], [4, 5]], {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+    uneven = trainer(out / "uneven", train=stream(one), evaluation=stream(one), max_steps=3, **few)
+    uneven.train()  # of one process the shard holds two samples less
+    streamed = uneven.state.global_step, uneven.evaluate(samples(6)), uneven.evaluate()
     if training.is_world_process_zero():
         result = {
+            "streamed": streamed,
             "history": training.state.log_history,
             "evaluation": evaluation,
             "kind": str(training.accelerator.distributed_type),

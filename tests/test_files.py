@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from perceptio_hf.files import replacing, write_json, write_picture
+from perceptio_hf.files import files_below, replacing, write_json, write_picture
 
 
 def test_a_failure_leaves_the_old_file_and_no_rest(tmp_path):
@@ -30,3 +30,16 @@ def test_an_old_file_is_replaced(tmp_path):
 def test_a_missing_folder_is_an_os_error(tmp_path):
     with pytest.raises(OSError):
         write_json(tmp_path / "nowhere" / "a.json", {})
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    """As data sets on several disks are gathered in one folder; a link that leads back to above is no end."""
+    for name in ("disk/refcoco/a", "disk/refcocog/b", "refs/own/c", "refs/.git/d"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    (tmp_path / "refs" / "refcoco").symlink_to(tmp_path / "disk" / "refcoco")
+    (tmp_path / "refs" / "own" / "refcocog").symlink_to(tmp_path / "disk" / "refcocog")
+    (tmp_path / "refs" / "own" / "back").symlink_to(tmp_path / "refs")
+    (tmp_path / "refs" / "again").symlink_to(tmp_path / "refs" / "own")
+    (tmp_path / "refs" / "own" / "later").symlink_to(tmp_path / "refs" / "refcoco")
+    assert sorted(path.name for path in files_below(tmp_path / "refs")) == ["a", "b", "c"]

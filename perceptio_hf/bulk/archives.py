@@ -38,12 +38,16 @@ class TarMember:
         Raises:
             ValueError: where the file is shorter than it was when it was listed.
         """
-        with open(self.file, "rb") as file:
-            file.seek(self.offset)
-            data = file.read(self.size)
+        data = self.read(self.size)
         if len(data) != self.size:
             raise ValueError(f"the tar file ends after {len(data):,} of its {self.size:,} bytes.")
         return {"bytes": data, "path": self.name}
+
+    def read(self, most: int) -> bytes:
+        """Its first bytes."""
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            return file.read(min(most, self.size))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,10 @@ from PIL import Image
 
 from perceptio_hf.data.encoded import open_encoded
 from perceptio_hf.data.lines import SCHEMES
+from perceptio_hf.files import files_below
 from perceptio_hf.processing.pictures import load_picture
 
-from .archives import PARQUET_SUFFIX, TAR_SUFFIX, Place, parquet_rows, saved_rows, tar_members
+from .archives import PARQUET_SUFFIX, TAR_SUFFIX, Place, TarMember, parquet_rows, saved_rows, tar_members
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 LINES_SUFFIX, LIST_SUFFIX = ".jsonl", ".txt"
@@ -30,6 +31,7 @@ _WANTED = {
     TAR_SUFFIX: f"a shard holds pictures ({', '.join(PICTURE_SUFFIXES)}).",
 }
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_HEAD = 1 << 17  # bytes of a picture in a shard that tell its size: JPEG's header with EXIF and a colour profile
 _ORIENTATION = 0x0112  # EXIF tag; values above 4 exchange width and height
 
 
@@ -74,24 +76,35 @@ class Item:
 
     def encoded(self) -> dict[str, Any]:
         """The picture as `datasets.Image` keeps it: a file by its path, one out of a larger file by its bytes."""
-        if not isinstance(self.source, str):
-            content = self.source.encoded()
-            return content if isinstance(content, dict) else {"bytes": None, "path": content}
-        return {"bytes": None, "path": self.source}
+        content = self.source if isinstance(self.source, str) else self.source.encoded()
+        if isinstance(content, dict) and content.get("bytes") is not None:
+            return content
+        if isinstance(content, bytes):  # of a column of plain bytes
+            return {"bytes": content, "path": None}
+        return {"bytes": None, "path": _absolute(content["path"] if isinstance(content, dict) else content)}
 
     def size(self) -> tuple[int, int] | None:
         """(width, height) as seen, read from the header; None where that cannot be read, or not without the network."""
         if self.error is not None or (isinstance(self.source, str) and SCHEMES.match(self.source)):
             return None
+        head = _size_of(self.source.read(_HEAD)) if isinstance(self.source, TarMember) else None
+        if head is not None:
+            return head
         try:
-            content = self.source if isinstance(self.source, str) else self.source.encoded()
-            if isinstance(content, dict):
-                content = io.BytesIO(content["bytes"]) if content.get("bytes") is not None else content["path"]
-            with Image.open(content) as picture:
-                turned = picture.getexif().get(_ORIENTATION, 1) > 4
-                return (picture.height, picture.width) if turned else picture.size
-        except Exception:  # Pillow's readers raise many kinds; reading the whole picture will say which
+            content = self.encoded()
+        except Exception:  # pyarrow's own kinds; opening the picture will say which
             return None
+        return _size_of(content["path"] if content["bytes"] is None else content["bytes"])
+
+
+def _size_of(source: str | bytes) -> tuple[int, int] | None:
+    """(width, height) as seen of a picture, or of the beginning of one."""
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+            turned = picture.getexif().get(_ORIENTATION, 1) > 4
+            return (picture.height, picture.width) if turned else picture.size
+    except Exception:  # Pillow's readers raise many kinds; reading the whole picture will say which
+        return None
 
 
 def is_collection(word: str) -> bool:
@@ -159,10 +172,7 @@ def _of_folder(folder: str) -> Iterable[dict[str, Any]]:
     if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
         parts = ", ".join(sorted(name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name))))
         raise ValueError(f"{folder} holds several data sets; name one of them: {parts}.")
-    found = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(place, name) for name in files if _is_picture_name(name)]
+    found = [str(path) for path in files_below(folder) if _is_picture_name(path.name)]
     if not found:
         shards = sorted(glob.glob(os.path.join(glob.escape(folder), "*")))
         shards = [path for path in shards if path.lower().endswith((TAR_SUFFIX, PARQUET_SUFFIX))]

@@ -4,6 +4,7 @@ A user's mistake gets one line on standard error and exit code 2. PERCEPTIO_DEBU
 """
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -109,11 +110,18 @@ def _ask_nothing_of_the_network() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
+# What torch makes of an error in a process that prepares batches: the traceback, and behind it what was said.
+_OF_WORKER = re.compile(
+    r"Caught (\w+) in DataLoader worker process \d+\.\n.*^[\w.]*\1: (.+)\Z", re.DOTALL | re.MULTILINE
+)
+
+
 def _one_line(error: Exception) -> str:
     text = error.format_message() if isinstance(error, _UsageError) else str(error)
     if isinstance(error, OSError) and error.strerror and error.filename:
         text = f"{error.filename}: {error.strerror}"
-    return " ".join(text.split()) or type(error).__name__
+    from_worker = _OF_WORKER.match(text)
+    return " ".join((from_worker[2] if from_worker else text).split()) or type(error).__name__
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
 
     from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor
     from perceptio_hf.evaluation.during.trackers import TrainerFigures
@@ -184,8 +184,9 @@ def _with_times(plan: "Plan", config: Path, overrides: Sequence[str], steps: int
 
     # The trainer prints its logs, and standard output is for the plan.
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-        options = [*overrides, *WITHOUT_TRACE, "--max_steps", str(steps), "--output_dir", folder]
-        seconds, peak = measure_steps(lambda: _trainer(read_recipe(config, options)))
+        recipe = read_recipe(config, [*overrides, *WITHOUT_TRACE, "--max_steps", str(steps), "--output_dir", folder])
+        recipe.arguments.figures = []  # which belong to evaluations
+        seconds, peak = measure_steps(lambda: _trainer(recipe))
     return replace(plan, seconds=seconds, measured_peak=peak)
 
 
@@ -193,7 +194,10 @@ def _train_into(folder: Path, recipe: "Recipe") -> None:
     from perceptio_hf.files import write_json
 
     resume = _where_to_resume(recipe, folder)
+    merges = recipe.arguments.lora_r is not None and recipe.arguments.lora_merge
     if resume is None and (folder / "checkpoint").exists() and not recipe.settings.resume_from_checkpoint:
+        if merges and not (folder / "merged").exists() and recipe.settings.process_index == 0:
+            _merge_finished(recipe, folder)  # the run was stopped between the two
         print(f"{folder / 'checkpoint'} is finished; choose another --out to train again.")
         return
     trainer = _trainer(recipe)
@@ -201,8 +205,8 @@ def _train_into(folder: Path, recipe: "Recipe") -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / _RECIPE_FILE, _lasting(recipe))
     _run(trainer, folder, resume)
-    if recipe.arguments.lora_r is not None and recipe.arguments.lora_merge:
-        _save_merged(trainer, folder / "merged")
+    if merges and trainer.is_world_process_zero():
+        _save_merged(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, folder / "merged")
 
 
 def _silence() -> None:
@@ -261,9 +265,7 @@ def _trainer(recipe: "Recipe") -> "WholeCheckpoints":
     from perceptio_hf.training.trainer import PerceptioSFTTrainer
 
     arguments, settings = recipe.arguments, recipe.settings
-    source, revision = _source(arguments)
-    options = {"dtype": arguments.dtype, "attn_implementation": arguments.attn_implementation}
-    model, processor = _loaded(source, options | (settings.model_init_kwargs or {}), revision)
+    model, processor = _start(recipe)
     settings.model_init_kwargs = None
     check_label_codecs([*arguments.tasks, *arguments.eval_tasks], arguments.data_folder, model.depth_model)
     if arguments.recipe in REWARDED:
@@ -312,6 +314,13 @@ def _figures(arguments: "RecipeArguments", settings: "PerceptioSFTConfig") -> "T
 
     batch = settings.per_device_eval_batch_size
     return TrainerFigures(HeldOutFigures(arguments.figures, arguments.data_folder, batch_size=batch))
+
+
+def _start(recipe: "Recipe") -> "tuple[PerceptioForConditionalGeneration, PerceptioProcessor]":
+    """What the recipe begins with."""
+    arguments, (source, revision) = recipe.arguments, _source(recipe.arguments)
+    options = {"dtype": arguments.dtype, "attn_implementation": arguments.attn_implementation}
+    return _loaded(source, options | (recipe.settings.model_init_kwargs or {}), revision)
 
 
 def _loaded(
@@ -371,12 +380,18 @@ def _run(trainer: "WholeCheckpoints", folder: Path, resume: Path | str | None) -
         print(f"The finished checkpoint is {finished}" + ("" if by_rewards else _and_plot(trainer)))
 
 
-def _save_merged(trainer: "WholeCheckpoints", folder: Path) -> None:
+def _save_merged(model: "PeftModel", processor: "PerceptioProcessor", folder: Path) -> None:
     from perceptio_hf.training.lora import save_merged
 
-    if trainer.is_world_process_zero():
-        save_merged(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, folder)
-        print(f"With the adapters merged in it is {folder}")
+    save_merged(model, processor, folder)
+    print(f"With the adapters merged in it is {folder}")
+
+
+def _merge_finished(recipe: "Recipe", folder: Path) -> None:
+    from peft import PeftModel
+
+    model, processor = _start(recipe)
+    _save_merged(PeftModel.from_pretrained(model, str(folder / "checkpoint")), processor, folder / "merged")
 
 
 def _and_plot(trainer: "PerceptioSFTTrainer") -> str:

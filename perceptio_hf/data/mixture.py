@@ -75,8 +75,12 @@ def _named(dataset: "Dataset | IterableDataset", name: str) -> "Dataset | Iterab
     """The data set with `name` as the task of every sample."""
     features = dataset.features
     if hasattr(dataset, "select"):
-        named = dataset.remove_columns("task").add_column("task", [name] * len(dataset), feature=features["task"])
-        return named.select_columns(list(features))
+        # `add_column` copies a data set of which rows were left out, pictures that it holds among them, in each process
+        # and at every start; so all rows are named, and those that were chosen stay chosen.
+        kind = import_datasets().Dataset
+        whole = kind(dataset.data, info=dataset.info).remove_columns("task")
+        whole = whole.add_column("task", [name] * len(whole), feature=features["task"]).select_columns(list(features))
+        return kind(whole.data, info=whole.info, indices_table=dataset._indices)
     return dataset.map(lambda _: {"task": name}, features=features)
 
 

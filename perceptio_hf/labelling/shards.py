@@ -53,7 +53,8 @@ def write_dataset(
     import pyarrow as pa
 
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
+    for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # of runs that were killed; nobody else writes here
+        shutil.rmtree(left, ignore_errors=True)
     fresh.mkdir(parents=True)
     schema = features.arrow_schema
     schema = schema.with_metadata({**(schema.metadata or {}), METADATA_KEY.encode(): json.dumps(metadata).encode()})

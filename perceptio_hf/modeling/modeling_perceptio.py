@@ -315,8 +315,10 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
             "mm_encoder_outputs": mm_encoder_outputs,
         }
         given = {name: value for name, value in inputs.items() if value is not None}
+        shared = criterion is not None and _shards(self)
+        unused = self._no_pictures_used(input_ids.device) if shared and pixel_values is None else None
         outputs = self.model(**given, return_dict=True, **kwargs)
-        hidden = outputs.last_hidden_state
+        hidden = outputs.last_hidden_state if unused is None else outputs.last_hidden_state + unused
         logits = None
         if criterion is None:
             if word_places is not None:
@@ -337,11 +339,7 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
         mask_logits, mask_scores = None, None
         if mask_pixel_values is not None or criterion is not None:
             mask_logits, mask_scores = self._masks_of_batch(
-                input_ids,
-                hidden,
-                mask_pixel_values,
-                mask_pixel_pictures,
-                always=criterion is not None and _shards(self),
+                input_ids, hidden, mask_pixel_values, mask_pixel_pictures, always=shared
             )
         result = PerceptioCausalLMOutputWithPast(
             **{name: value for name, value in outputs.items() if name in _OUTPUT_FIELDS},
@@ -395,6 +393,11 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
             places = {picture: place for place, picture in enumerate(held.tolist())}
             pictures = [_place_of(picture, places) for picture in pictures]
         return self.predict_masks(torch.stack(states), mask_pixel_values, pictures)
+
+    def _no_pictures_used(self, device: torch.device) -> torch.Tensor:
+        """A zero that depends on how InternVL sees a blank picture; why, says `_no_masks_used`."""
+        blank = torch.zeros(1, 3, *self.config.vision_config.image_size, device=device)
+        return self.model.get_image_features(blank, return_dict=True).pooler_output[:0].sum()
 
     def _no_masks_used(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `_no_masks`, but as an empty share of a blank picture's mask, so that parameters get a gradient of zero.

@@ -78,12 +78,21 @@ def sample_lengths(dataset: "Dataset", processor: "PerceptioProcessor", image_op
     A sample that cannot be looked at counts as if it had one tile; the collator says what is wrong with it.
     """
     lengths: list[int] = []
+    known: dict[str, int] = {}  # tokens of pictures by path: a mixture holds the samples of small tasks many times
+
+    def tokens_of(picture: Any) -> int:
+        path = picture["path"] if isinstance(picture, dict) and picture.get("bytes") is None else None
+        if path is None:
+            return _picture(picture, processor, image_options)
+        if path not in known:
+            known[path] = _picture(picture, processor, image_options)
+        return known[path]
+
     wanted = dataset.select_columns(["images", "messages"])
     for start in range(0, len(wanted), _ROWS):
         rows = wanted[start : start + _ROWS]
         lengths += [
-            _words(messages, processor.num_depth_tokens)
-            + sum(_picture(item, processor, image_options) for item in as_list(images))
+            _words(messages, processor.num_depth_tokens) + sum(map(tokens_of, as_list(images)))
             for images, messages in zip(rows["images"], rows["messages"], strict=True)
         ]
     return lengths

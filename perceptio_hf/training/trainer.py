@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import AutocastKwargs, broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import SFTTrainer
@@ -35,6 +35,7 @@ from .lengths import BY_LENGTH, LengthSampler, check_has_lengths, sample_lengths
 from .logging import draw_losses
 from .losses import PARTS, composite_loss
 from .silence import TellsNobody
+from .streams import SharedStream
 
 _logger = logging.getLogger(__name__)
 _TARGETS = ("labels", "layout", "mask_targets", "depth_targets", "depth_valid", "depth_given_as_codes")
@@ -69,6 +70,7 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
     """
 
     loss_is_scaled_for_ga = True
+    _by_length: LengthSampler | None = None  # the order of training, where batches are of one length
 
     def __init__(
         self,
@@ -165,12 +167,43 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
             return super()._get_train_sampler(dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         lengths = sample_lengths(dataset, self.data_collator.processor, self.data_collator.image_options)
-        return LengthSampler(lengths, self._train_batch_size, processes=self.accelerator.num_processes, seed=seed)
+        processes = self.accelerator.num_processes
+        self._by_length = LengthSampler(lengths, self._train_batch_size, processes=processes, seed=seed)
+        return self._by_length
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        """As ever, but an evaluation of batches by length goes through its samples in their order (None): transformers
+        would look for a column of lengths."""
+        return None if self.args.train_sampling_strategy == BY_LENGTH else super()._get_eval_sampler(eval_dataset)
+
+    def _get_dataloader(self, dataset: Dataset | IterableDataset, description: str, *args, **kwargs) -> DataLoader:
+        """As ever, but all processes evaluate as many batches of a stream."""
+        several = self.accelerator.num_processes > 1
+        if several and description == "Evaluation" and isinstance(dataset, IterableDataset):
+            dataset = SharedStream(dataset)
+        return super()._get_dataloader(dataset, description, *args, **kwargs)
+
+    def _run_epoch(self, model: nn.Module, epoch: int, *args, **kwargs) -> None:
+        """As ever. Where several processes go on in the middle of an epoch, accelerate has wrapped the sampler so often
+        that it does not hear which epoch that is."""
+        if self._by_length is not None:
+            self._by_length.set_epoch(epoch)
+        super()._run_epoch(model, epoch, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device) -> tuple[list, LossCounts]:
-        """The micro batches of the next step, and what they and those of all other processes hold together."""
+        """The micro batches of the next step, and what they and those of all other processes hold together.
+
+        Where a stream ends before a step is complete, for some process earlier than for others, all leave that step out
+        and begin the next epoch: half a step would stay in the gradients, and a process without its share would not
+        come to where the others wait.
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = self._sum_over_processes(sum(map(self._counts, batches), LossCounts()))
+        counts = sum(map(self._counts, batches), LossCounts())
+        *counts, found = self._reduced([*vars(counts).values(), len(batches)])
+        if found < num_batches * self.accelerator.num_processes:
+            self.control.should_epoch_stop = True
+            return [], LossCounts()
+        counts = LossCounts(*counts)
         self._has_learnt = bool(self._has_learnt) or counts.responses > 0
         return batches, counts
 
@@ -191,9 +224,6 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         if "layout" not in batch:
             batch["layout"] = read_labels(batch["labels"], self._vocabulary)
         return batch["layout"]
-
-    def _sum_over_processes(self, counts: LossCounts) -> LossCounts:
-        return LossCounts(*self._reduced(list(vars(counts).values())))
 
     def _reduced(self, values: list[float]) -> list[float]:
         if self.accelerator.num_processes == 1:
@@ -216,11 +246,6 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         Raises:
             DivergedError: if the loss or one of its parts is not finite; the step and the parts are named.
         """
-        if self.is_fsdp_enabled and "pixel_values" not in inputs:
-            raise ValueError(
-                "A micro batch holds no picture. FSDP would wait for ever for the processes whose batches hold some: "
-                "leave out samples without a picture, or train without FSDP."
-            )
         inputs = self.fill_spans(inputs)
         if self.args.span_noise and model.training:
             inputs["input_ids"] = self.disturb_spans(inputs["input_ids"], inputs["labels"])
@@ -230,7 +255,7 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
             layout = targets["layout"]
             counts = loss_counts(targets["labels"], self._vocabulary, targets["depth_valid"], layout=layout)
         extras = {"output_attentions": True} if self.args.look_weight else {}
-        criterion = self._criterion(inputs["input_ids"], targets, counts)
+        criterion = self._criterion(inputs["input_ids"], targets, counts, has_pictures="pixel_values" in inputs)
         outputs = model(**inputs, use_cache=False, criterion=criterion, **extras)
         loss = outputs.loss
         self._record(loss, outputs.loss_parts, counts, is_share=num_items_in_batch is not None)
@@ -287,9 +312,14 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         disturbed = torch.where(torch.rand(codes.shape, device=codes.device) < share, others, codes)
         return input_ids.masked_scatter(is_code, disturbed)
 
-    def _criterion(self, input_ids: Tensor, targets: dict[str, Tensor], counts: LossCounts) -> Callable:
+    def _criterion(
+        self, input_ids: Tensor, targets: dict[str, Tensor], counts: LossCounts, *, has_pictures: bool
+    ) -> Callable:
         """What the model calls inside its forward, where every use of a parameter is seen by DDP and FSDP."""
-        modules = [self._perceptio.seg_projector, self._perceptio.mask_model.mask_decoder]
+        core = self._perceptio
+        modules = [core.seg_projector, core.mask_model.mask_decoder]
+        if not has_pictures and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # else the model sees to it
+            modules += [core.model.vision_tower, core.model.multi_modal_projector]
 
         def criterion(hidden_states: Tensor, lm_head: Callable, outputs) -> tuple[Tensor, dict[str, Tensor]]:
             loss, parts = composite_loss(
@@ -420,6 +450,8 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
                 resume_from_checkpoint = str(resume_from_checkpoint)
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             self._report_skipped()
+            if not self.state.global_step:
+                raise ValueError("The data set holds fewer samples than one step takes, so nothing was trained.")
             if self.skipped_samples and self._has_learnt is False:
                 parts = ", ".join(f"{count} because of their {name}" for name, count in self.skipped_samples.items())
                 raise ValueError(f"Every sample was left out ({parts}), so nothing was learnt. Mend the data set.")

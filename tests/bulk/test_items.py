@@ -157,6 +157,13 @@ def test_tar_shards_are_their_pictures(tmp_path):
     assert all(item.size() == item.open().size == (8, 6) for item in items)
     assert items[1].encoded() == {"bytes": (tmp_path / "a.png").read_bytes(), "path": "2.png"}
     assert len(list_items([str(tmp_path / "s-*.tar")])) == 6
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.effect_noise((900, 600), 90).save(tmp_path / "a.png", format="JPEG", quality=98, exif=exif)
+    shard(tmp_path / "large.tar", ["1.png"])
+    (large,) = list_items([str(tmp_path / "large.tar")])
+    os.truncate(tmp_path / "large.tar", large.source.offset + (1 << 17))  # what it is read of
+    assert large.source.size > 1 << 17 and large.size() == (600, 900)
     os.truncate(tmp_path / "s-01.tar", 1700)
     with pytest.raises(ValueError, match="the tar file ends"):
         items[3].open()
@@ -174,6 +181,20 @@ def test_parquet_is_its_rows_and_a_folder_its_shards(tmp_path):
     assert [item.id for item in items] == [f"p.parquet row {row}" for row in range(6)]
     assert [item.open().size for item in items] == [(8, 6), (5, 9)] * 3
     assert items[5].question == "Q?" and items[5].extra == {"score": 0.5} and items[5].encoded()["bytes"] == files[5]
+
+
+def test_columns_of_plain_bytes_and_of_paths(tmp_path, monkeypatch):
+    """As other programs write parquet, without the types of `datasets`; what is kept of a path holds anywhere."""
+    monkeypatch.chdir(tmp_path)
+    data = save(tmp_path / "a.png", 8, 6).read_bytes()
+    datasets = import_datasets()
+    for name, column, kept in (
+        ("b", data, {"bytes": data, "path": None}),
+        ("p", "a.png", {"bytes": None, "path": str(tmp_path / "a.png")}),
+    ):
+        datasets.Dataset.from_dict({"image": [column]}).to_parquet(f"{name}.parquet")
+        (item,) = list_items([f"{name}.parquet"])
+        assert item.encoded() == kept and item.size() == item.open().size == (8, 6)
 
 
 def test_a_list_of_paths(tmp_path):

@@ -91,6 +91,23 @@ def test_long_messages_become_one_line(capsys, failing):
     assert user_error(capsys) == "perceptio: ValueError"
 
 
+class OwnError(ValueError):
+    """As errors of samples are."""
+
+
+def _bad_row(rows):
+    raise OwnError("Sample 'x': mask 0 cannot be read\nin two lines.") from None
+
+
+def test_what_went_wrong_in_a_worker_is_said_without_its_traceback(capsys, failing):
+    from torch.utils.data import DataLoader
+
+    with pytest.raises(OwnError, match="Original Traceback") as caught:
+        next(iter(DataLoader([1], num_workers=1, collate_fn=_bad_row)))
+    failing.append(caught.value)
+    assert user_error(capsys) == "perceptio: Sample 'x': mask 0 cannot be read in two lines."
+
+
 def test_debug_shows_the_traceback(monkeypatch, failing):
     failing.append(ValueError("why"))
     monkeypatch.setenv("PERCEPTIO_DEBUG", "1")

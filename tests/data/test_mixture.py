@@ -48,6 +48,21 @@ def task_of(name: str) -> str:
     return name.rstrip("0123456789")
 
 
+def test_rows_that_were_chosen_are_not_copied(monkeypatch):
+    """A set of tar shards of which a few pictures are missing would be written once more by every process."""
+
+    def flatten(self, *args, **kwargs):
+        raise AssertionError("all of it is copied")
+
+    chosen = table("refer").select([1, 3, 5, 7]).select([2, 0])
+    monkeypatch.setattr(datasets.Dataset, "flatten_indices", flatten)
+    mixed = mix_tasks({"some": chosen, "all": table("plain")}, {"some": 2, "all": 9})
+    found = Counter((row["task"], row["id"]) for row in mixed)
+    assert found == Counter(
+        {("some", "refer5"): 1, ("some", "refer1"): 1} | {("all", f"plain{n}"): 1 for n in range(9)}
+    )
+
+
 def test_map_style_in_map_style_out():
     mixed = mixture(seed=3)
     assert isinstance(mixed, datasets.Dataset) and mixed.features == sample_features()

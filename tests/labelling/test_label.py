@@ -197,6 +197,13 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_rows(label, parts, 
         assert path.read_bytes() == (out / path.relative_to(tmp_path / "whole")).read_bytes()
 
 
+def test_half_written_rows_of_a_killed_run_are_cleared_away(label, parts, tmp_path):
+    (tmp_path / ".labels.1.tmp").mkdir()
+    (tmp_path / ".labels.1.tmp" / "data-00000.arrow").write_bytes(b"gigabytes")
+    assert label(parts / "photos" / "more", "--out", tmp_path)[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["journal", "labels", "labels.json"]
+
+
 def test_a_full_disk_is_one_line_and_the_run_goes_on(label, parts, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (900, limits[1]))  # no file may become larger

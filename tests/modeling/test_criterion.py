@@ -143,3 +143,27 @@ def test_without_masks_only_processes_that_share_parameters_use_sam2(model, batc
         assert not model.seg_projector.linear_in.weight.grad.any() if sharded else True
     finally:
         model.zero_grad()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_without_pictures_only_processes_that_share_parameters_see_a_blank_one(model, batch, monkeypatch, sharded):
+    """And the loss stays what it is."""
+    monkeypatch.setattr(modeling_perceptio, "_shards", lambda model: sharded)
+    words = model.spatial_vocabulary()
+    keep = ~torch.isin(batch["input_ids"][0], torch.tensor([words.seg, words.image]))
+    batch = {name: batch[name][:, keep] for name in ("input_ids", "attention_mask", "labels")}
+    labels = batch.pop("labels")
+    criterion = composite(model, labels, mask_targets=torch.zeros(0, *model.mask_size))
+    output = model(**batch, criterion=criterion)
+    with torch.no_grad():
+        monkeypatch.setattr(modeling_perceptio, "_shards", lambda model: False)
+        assert torch.equal(output.loss, model(**batch, criterion=criterion).loss)
+    try:
+        output.loss.backward()
+        used = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+        projector = model.model.multi_modal_projector.linear_1.weight
+        assert ("model.multi_modal_projector.linear_1.weight" in used) == sharded
+        assert any(name.startswith("model.vision_tower.encoder") for name in used) == sharded
+        assert not projector.grad.any() if sharded else True
+    finally:
+        model.zero_grad()

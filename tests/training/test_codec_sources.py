@@ -138,6 +138,9 @@ def test_a_teacher_looks_while_the_codec_trains(tmp_path):
         alone = DepthBank.gather([source.read(place)], CONFIG)
         torch.testing.assert_close(relative[place], alone.relative[0], atol=1e-4, rtol=0)
     train_codebook(CONFIG, source, steps=3, options=PLAIN, workers=1)
+    picture(1, 1).save(tmp_path / "photos" / "1.png")
+    with pytest.raises(ValueError, match=r"photos/1\.png: the teacher's depth cannot be used: every valid pixel"):
+        source.finish([source.prepare(index) for index in (0, 1, 2)])
 
 
 def test_the_world_is_rendered_as_it_is_needed():

@@ -3,7 +3,11 @@
 import pytest
 import sft_helpers as sft
 import torch
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from helpers import assert_trained_alike, picture
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import Trainer
 
 from perceptio_hf.data.rows import dataset_of
 from perceptio_hf.training.lengths import LengthSampler, sample_lengths
@@ -77,6 +81,42 @@ def test_a_training_goes_on_in_the_middle_of_an_epoch(processor, tmp_path):
     resumed = sft.trainer(tmp_path / "resumed", processor=processor, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
     assert_trained_alike(resumed.model.state_dict(), whole.model.state_dict())
+
+
+def test_a_picture_of_several_samples_is_opened_once(processor, tmp_path, monkeypatch):
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path, size in zip(paths, ((40, 40), (300, 100)), strict=True):
+        picture(*size).save(path)
+    chat = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here"}]
+    rows = dataset_of([{"images": [path], "messages": chat} for path in (*paths, *paths)])
+    opened = []
+    monkeypatch.setattr(Image, "open", lambda source, real=Image.open: opened.append(source) or real(source))
+    narrow, wide, *again = sample_lengths(rows, processor, {"crop_to_patches": True, "max_patches": 4})
+    assert again == [narrow, wide] and wide > narrow and opened == [str(path) for path in paths]
+
+
+def test_an_evaluation_needs_no_lengths(processor, tmp_path):
+    few = sft.samples(4, first=100)
+    trainers = [sft.trainer(tmp_path, processor=processor, evaluation=few, **more) for more in (BY_LENGTH, {})]
+    assert trainers[0].evaluate()["eval_loss"] == pytest.approx(trainers[1].evaluate()["eval_loss"])
+
+
+def test_several_processes_go_on_in_the_middle_of_a_later_epoch(processor, tmp_path, monkeypatch):
+    """What accelerate and transformers do to the loader of one of two processes, without the training."""
+    seen = []
+
+    def _run_epoch(self, model, epoch, train_dataloader):
+        train_dataloader.set_epoch(epoch)
+        seen.append(list(train_dataloader))
+
+    monkeypatch.setattr(Trainer, "_run_epoch", _run_epoch)
+    for skipped in (0, 2):
+        trainer = sft.trainer(tmp_path, processor=processor, **BY_LENGTH, per_device_train_batch_size=2)
+        trainer.state.max_steps = 8
+        rows = DataLoader(range(16), 2, sampler=trainer._get_train_sampler(), collate_fn=list)
+        loader = prepare_data_loader(rows, num_processes=2, process_index=1, put_on_device=False)
+        trainer._run_epoch(None, 1, train_dataloader=skip_first_batches(loader, skipped) if skipped else loader)
+    assert len(seen[0]) == 4 and seen[1] == seen[0][2:]
 
 
 def test_a_stream_cannot_be_sorted(processor, tmp_path):

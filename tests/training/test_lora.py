@@ -1,6 +1,7 @@
 """LoRA: what is adapted, what moves, and that an adapter survives saving, resuming, merging and a fresh base."""
 
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -270,7 +271,8 @@ def test_a_recipe_trains_adapters_and_merges_them(processor, rooms, tmp_path):
     random_model(processor).save_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "base")
     file = recipe_of(tmp_path, "lora_r: 2\nlora_layers: [q_proj, v_proj]\nlora_merge: true\n")
-    _fine_tune(file, tmp_path / "out", ["--data_folder", str(rooms), "--lora_alpha", "8"], "sft")
+    options = ["--data_folder", str(rooms), "--lora_alpha", "8"]
+    _fine_tune(file, tmp_path / "out", options, "sft")
     adapter = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "out" / "checkpoint")
     config = adapter.peft_config["default"]
     assert (config.r, config.lora_alpha) == (2, 8)
@@ -278,6 +280,9 @@ def test_a_recipe_trains_adapters_and_merges_them(processor, rooms, tmp_path):
         "q_proj",
         "v_proj",
     }
+    assert_same(load(tmp_path / "out" / "merged"), adapter, processor)
+    shutil.rmtree(tmp_path / "out" / "merged")  # as if the run had been stopped before it was written
+    _fine_tune(file, tmp_path / "out", options, "sft")
     assert_same(load(tmp_path / "out" / "merged"), adapter, processor)
 
 

@@ -186,8 +186,21 @@ def test_mixed_precision_is_close(train):
 def test_a_batch_without_pictures_masks_or_depth_trains(train):
     rows = [sft.sample(3) | {"images": [], "depth": None, "masks": []} for _ in range(2)]
     columns = sft.samples(4).features
-    trainer = train(train=Dataset.from_list(rows, features=columns), per_device_train_batch_size=2, max_steps=1)
+    few = Dataset.from_list(rows, features=columns)
+    trainer = train(train=few, per_device_train_batch_size=2, max_steps=1, freeze_vision_tower=False)
     assert set(logged_parts(trainer)) == {"loss", "text", "count"}
+    trainer.compute_loss(trainer.model.train(), trainer.data_collator(rows)).backward()
+    learning = {name: parameter.grad for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert not [name for name, gradient in learning.items() if gradient is None]  # DDP waits for each of them
+
+
+def test_what_a_stream_has_left_at_its_end_is_no_part_of_the_next_step(train):
+    """Of five samples the last one is half a step; a stream that holds less than a step trains nothing."""
+    half = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3}
+    five, four = (train(train=sft.samples(count).to_iterable_dataset(), **half) for count in (5, 4))
+    assert five.state.global_step == 3 and largest_difference(weights(five), weights(four)) == 0
+    with pytest.raises(ValueError, match="fewer samples than one step takes"):
+        train(train=sft.samples(2).to_iterable_dataset(), **half)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from perceptio_hf.data.run_length import RunLengths
 from .coco_masks import segmentation_mask
 
 PICTURE_FOLDERS = ("train2014", "images/mscoco/images/train2014", "images/train2014", "coco/train2014", "images")
+PICTURES = "folder of COCO's pictures"  # what is missing where there is none
 _PICTURE_KEYS = ("file_name", "height", "width")
 
 
@@ -64,10 +65,16 @@ class Annotations:
         Raises:
             ValueError: where there are some, and all are crowds.
         """
-        single = [number for number in numbers if not self.objects.get(number, {}).get("iscrowd")]
-        if numbers and not single:
+        if self.are_crowds(numbers):
             raise ValueError(f"its annotations {list(numbers)} are all crowds, which have no mask of one object.")
-        return single
+        return [number for number in numbers if not self._is_crowd(number)]
+
+    def are_crowds(self, numbers: Sequence[int]) -> bool:
+        """Whether there are some, and all are crowds."""
+        return bool(numbers) and all(map(self._is_crowd, numbers))
+
+    def _is_crowd(self, number: int) -> bool:
+        return bool(self.objects.get(number, {}).get("iscrowd"))
 
 
 def read_annotations(file: Path, folders: Sequence[Path]) -> Annotations:
@@ -92,7 +99,7 @@ def read_annotations(file: Path, folders: Sequence[Path]) -> Annotations:
     for kind, found in (("images", pictures), ("annotations", objects)):
         if len(found) != len(document[kind]):
             raise ValueError(f"{file}: {len(document[kind]) - len(found)} of the {kind} share an id with another.")
-    return Annotations(pictures, objects, names, first_existing(folders, "folder of COCO's pictures"))
+    return Annotations(pictures, objects, names, first_existing(folders, PICTURES))
 
 
 def read_json(file: Path) -> Any:

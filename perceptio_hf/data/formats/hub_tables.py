@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from perceptio_hf.extras import missing
+from perceptio_hf.files import files_below
 
 _SAVED = ("dataset_info.json", "dataset_dict.json")
 _ALIASES = {"val": ("val", "validation"), "validation": ("validation", "val")}
@@ -20,7 +21,7 @@ def is_hub_table(path: Path) -> bool:
     """Whether `open_table` can read `path`."""
     if path.is_file():
         return path.suffix == ".parquet"
-    return any((path / name).is_file() for name in _SAVED) or next(path.rglob("*.parquet"), None) is not None
+    return any((path / name).is_file() for name in _SAVED) or any(map(_is_parquet, files_below(path)))
 
 
 def open_table(path: Path, split: str) -> "HubTable":
@@ -156,11 +157,15 @@ class _SavedTable(HubTable):
         return f"{self._name}, row {row}"
 
 
+def _is_parquet(path: Path) -> bool:
+    return path.suffix == ".parquet"
+
+
 def _files_of_split(path: Path, split: str) -> list[Path]:
     """The .parquet files whose name starts with the split, or that lie in a folder of its name."""
     names = _ALIASES.get(split, (split,))
     pattern = re.compile(rf"(?:{'|'.join(map(re.escape, names))})(?:[-._]\d.*)?\.parquet")
-    every = sorted(path.rglob("*.parquet"))
+    every = sorted(filter(_is_parquet, files_below(path)))
     files = [file for file in every if pattern.fullmatch(file.name) or file.parent.name in names]
     if not files:
         raise ValueError(

@@ -5,10 +5,11 @@ from pathlib import Path
 from .coco_annotations import PICTURE_FOLDERS, Annotations, first_existing, read_annotations, read_json
 from .plain_pickle import read_plain_pickle
 
+GOOGLE = "refs(google).p"
 FILES = {  # which file each data set has; RefCOCO(g) also exists as divided by Google
-    "refcoco": ("refs(unc).p", "refs(google).p"),
-    "refcoco+": ("refs(unc).p", "refs(google).p"),
-    "refcocog": ("refs(umd).p", "refs(google).p"),
+    "refcoco": ("refs(unc).p", GOOGLE),
+    "refcoco+": ("refs(unc).p", GOOGLE),
+    "refcocog": ("refs(umd).p", GOOGLE),
     "grefcoco": ("grefs(unc).json", "grefs(unc).p"),
 }
 _RECORD = ("ref_id", "ann_id", "image_id", "split", "sentences")
@@ -50,6 +51,13 @@ def records_of_split(records: list[dict], split: str | None, file: Path) -> list
     return chosen
 
 
+def picture_places(refs: Path, path: Path, pictures: Path | None = None) -> list[Path]:
+    """Where the pictures of records may lie; arguments as `annotations_of`."""
+    base, beside = path if path.is_dir() else path.parent, refs.parent
+    usual = [place / name for place in dict.fromkeys((base, beside, beside.parent)) for name in PICTURE_FOLDERS]
+    return usual if pictures is None else [pictures]
+
+
 def annotations_of(refs: Path, path: Path, pictures: Path | None = None) -> Annotations:
     """The annotations that records speak of, beside them or in the data set's folder.
 
@@ -63,8 +71,7 @@ def annotations_of(refs: Path, path: Path, pictures: Path | None = None) -> Anno
     """
     base, beside = path if path.is_dir() else path.parent, refs.parent
     file = first_existing([beside / "instances.json", base / "instances.json"], "instances.json")
-    usual = [place / name for place in dict.fromkeys((base, beside, beside.parent)) for name in PICTURE_FOLDERS]
-    return read_annotations(file, usual if pictures is None else [pictures])
+    return read_annotations(file, picture_places(refs, path, pictures))
 
 
 def wanted_objects(record: dict) -> list[int]:

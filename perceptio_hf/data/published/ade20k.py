@@ -63,7 +63,7 @@ def ade20k(
             f"{labels} lacks the label pictures of {len(without)} pictures: {', '.join(without[:5]) or 'it is empty'}."
         )
     samples = functools.partial(_samples, read_names(listing), files, pictures, names, least)
-    return listed(place, [listing, *files], samples, missing=missing, options=(split, names, least))
+    return listed(place, [listing, *files], samples, missing=missing, options=(names, least, os.path.abspath(pictures)))
 
 
 def read_names(file: Path) -> list[str]:

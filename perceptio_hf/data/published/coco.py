@@ -11,14 +11,14 @@ import functools
 import os
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perceptio_hf.data.formats.coco_annotations import Annotations, first_existing, read_annotations
+from perceptio_hf.data.formats.coco_annotations import PICTURES, Annotations, first_existing, read_annotations
 
 from .listing import listed, published_mask
-from .referring import held_out_pictures
+from .referring import held_out_files, held_out_pictures
 from .wording import conversation, name_turn, rng_of
 
 if TYPE_CHECKING:
@@ -60,22 +60,28 @@ def coco_instances(
     base = file.parent if place.is_file() else place
     folders = [base / split, base / "images" / split, base.parent / split, base.parent / "images" / split]
     seen_at = folders if pictures is None else [Path(pictures).expanduser()]
-    samples = functools.partial(_samples, file, seen_at, most_masks, absent, held_out)
-    options = (split, pictures, most_masks, absent, held_out)
-    return listed(place, [file], samples, missing=missing, options=options)
+    kept_back = [] if held_out is None else held_out_files(held_out)
+    samples = functools.partial(_samples, file, seen_at, most_masks, absent, kept_back)
+    options = (split, most_masks, absent, os.path.abspath(first_existing(seen_at, PICTURES)))
+    return listed(place, [file, *kept_back], samples, missing=missing, options=options)
 
 
 def _samples(
-    file: Path, folders: list[Path], most_masks: int, absent: int, held_out: str | os.PathLike | None
+    file: Path, folders: list[Path], most_masks: int, absent: int, held_out: Sequence[Path]
 ) -> Iterator[dict[str, Any]]:
     annotations = read_annotations(file, folders)
-    kept_back = set() if held_out is None else held_out_pictures(held_out)
+    kept_back = held_out_pictures(held_out)
     by_picture: dict[int, list[dict]] = defaultdict(list)
     for item in annotations.objects.values():
         by_picture[item["image_id"]].append(item)
     unknown = [number for number in by_picture if number not in annotations.pictures]
     if unknown:
         raise ValueError(f"{file}: annotations speak of {len(unknown)} pictures that it does not list: {unknown[:5]}.")
+    kinds = {item.get("category_id") for item in annotations.objects.values()} - annotations.names.keys()
+    if kinds:
+        raise ValueError(
+            f"{file}: annotations are of {len(kinds)} categories that it does not name: {list(kinds)[:5]}."
+        )
     for number, items in by_picture.items():
         if number not in kept_back:
             yield from _of_picture(file, number, items, annotations, most_masks, absent)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from perceptio_hf.data.rows import as_rows, import_datasets
 
+from .listing import checked_pictures
+
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
@@ -20,6 +22,7 @@ def hub(
     revision: str | None = None,
     columns: dict[str, str] | None = None,
     streaming: bool = False,
+    missing: str = "raise",
 ) -> "Dataset | IterableDataset":
     """A data set with the columns of a sample (docs/data.md), or of LLaVA's form.
 
@@ -29,16 +32,19 @@ def hub(
         subset: its configuration, where it has several.
         revision: branch, tag or commit on the Hub.
         columns: ours -> theirs, where columns have other names; those that are not named are left out then.
-        streaming: read while training, instead of downloading everything first.
+        streaming: read while training, instead of downloading everything first; nothing is looked for before then.
+        missing: "raise", or "skip" to leave out samples whose pictures are missing, or are not as many as they show.
 
     Raises:
-        ValueError: where it cannot be had, lacks the split, or its columns are none of a sample.
+        ValueError: where it cannot be had, lacks the split, its columns are none of a sample, or pictures are missing
+            or not as many as their conversations show (counted, some named).
         ImportError: where `datasets` is not installed.
     """
     dataset = _opened(name, split, subset, revision, streaming)
     if columns is not None:
         dataset = _renamed(dataset, columns, name)
-    return as_rows(dataset, f"The data set {name} ({split})")
+    rows = as_rows(dataset, f"The data set {name} ({split})")
+    return rows if streaming else checked_pictures(rows, Path(name), missing)
 
 
 def _opened(

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,15 +15,24 @@ from perceptio_hf.tokens import DEPTH_END_TOKEN, DEPTH_START_TOKEN
 from perceptio_hf.world.questions import DEPTH_QUESTIONS
 
 from .listing import with_pictures
+from .referring import held_out_files, held_out_pictures
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 FORMAT, VERSION = "perceptio labels", 1
 PARTS = ("spans", "questions")
+_COCO_NAME = re.compile(r"(\d{12})\.(?:jpe?g|png)\b", re.IGNORECASE)
 
 
-def labels(folder: str | os.PathLike, *, part: str = "spans", maps: bool = False, missing: str = "raise") -> "Dataset":
+def labels(
+    folder: str | os.PathLike,
+    *,
+    part: str = "spans",
+    maps: bool = False,
+    held_out: str | os.PathLike | None = None,
+    missing: str = "raise",
+) -> "Dataset":
     """Samples out of a folder of labels.
 
     Args:
@@ -31,16 +41,22 @@ def labels(folder: str | os.PathLike, *, part: str = "spans", maps: bool = False
             questions, such as "closest".
         maps: of spans: learn from the teacher's maps, which the model's own codec encodes anew, instead of its codes.
             The reconstruction loss then compares with what the teacher saw, not with what the codec kept of it.
+        held_out: a folder with records of RefCOCO's family: COCO's pictures that these test on, known by their names,
+            are left out. Questions about objects teach their masks.
         missing: "raise", or "skip" to leave out pictures that are not there any more.
 
     Raises:
-        ValueError: for a folder without labels or with half of them, without maps or questions that were asked for, or
-            where pictures are missing.
+        ValueError: for a folder without labels or with half of them, without maps or questions that were asked for,
+            where pictures are missing, or where none is COCO's and some are to be held out.
     """
     place = Path(folder).expanduser()
     about = read_label_metadata(place)
-    if part == "spans":
-        return with_pictures(_spans(place, about, maps), place, missing)
+    found = _spans(place, about, maps) if part == "spans" else _questions(place, part)
+    return with_pictures(found if held_out is None else _without_tested(found, place, held_out), place, missing)
+
+
+def _questions(place: Path, part: str) -> "Dataset":
+    """All questions, or those of one kind."""
     if not (place / "questions").is_dir():
         raise ValueError(
             f"{place} has no questions; label with --questions closest,order,objects, or take part: spans."
@@ -53,7 +69,21 @@ def labels(folder: str | os.PathLike, *, part: str = "spans", maps: bool = False
             known = ", ".join(("spans", "questions", *sorted(set(kinds))))
             raise ValueError(f"{place} has no part {part!r}; it has {known}.")
         questions = questions.select(chosen)
-    return with_pictures(questions, place, missing)
+    return questions
+
+
+def _without_tested(dataset: "Dataset", place: Path, held_out: str | os.PathLike) -> "Dataset":
+    named = [_COCO_NAME.search(name or "") for name in dataset.with_format(None)["id"]]
+    if not any(named):
+        raise ValueError(
+            f"{place}: held_out is about COCO's pictures, and no label is of one by its id (000000000009.jpg, "
+            f"COCO_train2014_000000000009.jpg); they are such as {dataset[0]['id']}. Leave held_out out."
+        )
+    tested = held_out_pictures(held_out_files(held_out))
+    kept = [row for row, name in enumerate(named) if name is None or int(name[1]) not in tested]
+    if not kept:
+        raise ValueError(f"{place} holds no picture that is not held out.")
+    return dataset if len(kept) == len(dataset) else dataset.select(kept)
 
 
 def read_label_metadata(folder: str | os.PathLike) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ def listed(
             one of the files changes.
         samples: makes them.
         missing: "raise", or "skip" to leave out samples whose pictures are missing.
-        options: what the samples depend on beside the files.
+        options: what the samples depend on beside the files, such as the folder that stands in them.
 
     Raises:
         ValueError: where there are none, or pictures are missing (counted, some named).
@@ -52,21 +52,18 @@ def listed(
 
 
 def with_pictures(dataset: "Dataset", place: Path, missing: str = "raise") -> "Dataset":
-    """The samples whose picture files exist. Folders are listed, each once; no file is opened.
+    """The samples whose picture files exist. Folders are listed, each once; no file is opened, and of pictures that the
+    data set holds itself no byte is read.
 
     Raises:
         ValueError: where some are missing, unless `missing` is "skip"; where all are.
     """
     check_missing(missing)
     known: dict[str, set[str]] = {}
-    absent: dict[int, list[str]] = {}
-    for number, pictures in enumerate(dataset.with_format(None)["images"]):
-        gone = [picture["path"] for picture in pictures or () if not _is_there(picture, known)]
-        if gone:
-            absent[number] = gone
-    if not absent:
+    gone = [(row, path) for row, path in _picture_files(dataset) if not _is_there(path, known)]
+    if not gone:
         return dataset
-    names = list(dict.fromkeys(name for paths in absent.values() for name in paths))
+    absent, names = {row for row, _ in gone}, list(dict.fromkeys(path for _, path in gone))
     what = f"{place}: {len(names)} pictures are missing, of {len(absent)} of {len(dataset)} samples: "
     what += ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
     if missing == "raise" or len(absent) == len(dataset):
@@ -83,10 +80,24 @@ def check_missing(missing: str) -> None:
         raise ValueError(f"missing is {missing!r}; choose one of {', '.join(ON_MISSING)}.")
 
 
-def _is_there(picture: Mapping[str, Any], known: dict[str, set[str]]) -> bool:
-    """Whether a picture is bytes, an address, or a file in its folder, which is listed once."""
-    path = picture["path"]
-    if picture["bytes"] is not None or not path or "://" in path:
+def _picture_files(dataset: "Dataset") -> Iterator[tuple[int, str]]:
+    """(row, path) of every picture that is a file."""
+    from pyarrow import compute
+
+    row = 0
+    for batch in dataset.select_columns(["images"]).with_format("arrow").iter(10_000):
+        for chunk in batch.column("images").chunks:
+            pictures = compute.list_flatten(chunk)
+            data, paths = (compute.struct_field(pictures, name) for name in ("bytes", "path"))
+            is_file = compute.and_(data.is_null(), paths.is_valid())
+            places, names = (part.filter(is_file).to_pylist() for part in (compute.list_parent_indices(chunk), paths))
+            yield from ((row + place, name) for place, name in zip(places, names, strict=True))
+            row += len(chunk)
+
+
+def _is_there(path: str, known: dict[str, set[str]]) -> bool:
+    """Whether a path is an address, or a file in its folder, which is listed once."""
+    if not path or "://" in path:
         return True
     folder, name = os.path.split(path)
     if folder not in known:
@@ -123,7 +134,7 @@ def _shown_and_given(dataset: "Dataset") -> tuple[np.ndarray, np.ndarray]:
     from pyarrow import compute
 
     shown, given = [], []
-    for batch in dataset.with_format("arrow").iter(10_000):
+    for batch in dataset.select_columns(["messages", "images"]).with_format("arrow").iter(10_000):
         messages = batch.column("messages").combine_chunks()
         contents = compute.struct_field(compute.list_flatten(messages), "content")
         parts = compute.list_flatten(contents)

@@ -8,22 +8,26 @@ A sample is a picture with all expressions about it: it is opened once for all o
 """
 
 import functools
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perceptio_hf.data.formats.coco_annotations import Annotations, first_existing
+from perceptio_hf.data.formats.coco_annotations import PICTURES, Annotations, first_existing
 from perceptio_hf.data.formats.referring_records import (
     FILES,
+    GOOGLE,
     annotations_of,
+    picture_places,
     read_records,
     record_places,
     records_of_split,
     sentences_of,
     wanted_objects,
 )
+from perceptio_hf.files import files_below
 
 from .listing import listed, published_mask
 from .wording import conversation, expression_turn, rng_of
@@ -31,6 +35,7 @@ from .wording import conversation, expression_turn, rng_of
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_logger = logging.getLogger(__name__)
 TURNS = 20  # of a conversation; about 25 tokens each
 
 
@@ -69,9 +74,11 @@ def referring(
     refs = first_existing(record_places(place, name), FILES[name][0])
     seen_at = None if pictures is None else Path(pictures).expanduser()
     annotations_file = first_existing([refs.parent / "instances.json", place / "instances.json"], "instances.json")
-    samples = functools.partial(_samples, name, refs, place, split, seen_at, turns, held_out)
-    options = (name, split, pictures, turns, held_out)
-    return listed(place, [refs, annotations_file], samples, missing=missing, options=options)
+    kept_back = [] if held_out is None else held_out_files(held_out)
+    samples = functools.partial(_samples, name, refs, place, split, seen_at, turns, kept_back)
+    folder = first_existing(picture_places(refs, place, seen_at), PICTURES)
+    options = (name, split, turns, os.path.abspath(folder))
+    return listed(place, [refs, annotations_file, *kept_back], samples, missing=missing, options=options)
 
 
 refcoco, refcocop, refcocog, grefcoco = (
@@ -79,18 +86,28 @@ refcoco, refcocop, refcocog, grefcoco = (
 )
 
 
-def held_out_pictures(folder: str | os.PathLike) -> set[int]:
-    """The numbers of all pictures that any set of RefCOCO's family in this folder (or its sub-folders) tests on.
+def held_out_files(folder: str | os.PathLike) -> list[Path]:
+    """The records of all sets of RefCOCO's family in this folder or below it.
+
+    Google's division counts only where there is no other beside it, as in the published archives: it divides objects
+    and not pictures, so that what it tests on lies in many pictures that the other learns from.
 
     Raises:
         ValueError: where there is none.
     """
     folder = Path(folder).expanduser()
     names = {name for files in FILES.values() for name in files}
-    found = sorted(file for file in folder.rglob("*refs(*") if file.name in names)
+    every = sorted(file for file in files_below(folder) if file.name in names)
+    divided = {file.parent for file in every if file.name != GOOGLE}
+    found = [file for file in every if file.name != GOOGLE or file.parent not in divided]
     if not found:
         raise ValueError(f"{folder} holds no records of RefCOCO's family, such as refs(unc).p, to hold out.")
-    records = [record for file in found for record in read_records(file)]
+    return found
+
+
+def held_out_pictures(files: Sequence[Path]) -> set[int]:
+    """The numbers of all pictures that records in these files test on."""
+    records = [record for file in files for record in read_records(file)]
     return {record["image_id"] for record in records if record["split"] != "train"}
 
 
@@ -101,15 +118,21 @@ def _samples(
     split: str,
     pictures: Path | None,
     turns: int,
-    held_out: str | os.PathLike | None,
+    held_out: Sequence[Path],
 ) -> Iterator[dict[str, Any]]:
     records = records_of_split(read_records(refs), split, refs)
     annotations = annotations_of(refs, place, pictures)
-    kept_back = set() if held_out is None else held_out_pictures(held_out)
+    kept_back = held_out_pictures(held_out)
     by_picture: dict[int, list[dict]] = {}
+    crowds = 0
     for record in records:
-        if record["image_id"] not in kept_back:
+        with _naming(record):
+            is_about_crowds = annotations.are_crowds(wanted_objects(record))
+        crowds += is_about_crowds
+        if not is_about_crowds and record["image_id"] not in kept_back:
             by_picture.setdefault(record["image_id"], []).append(record)
+    if crowds:
+        _logger.warning("%s: %d records are about crowds, which have no mask of one object. Left out.", refs, crowds)
     for number, about in by_picture.items():
         yield from _of_picture(name, number, about, annotations, turns)
 

@@ -140,23 +140,28 @@ class TeacherMaps(DepthSource):
         return len(self.items)
 
     def read(self, index: int) -> DepthMap:
-        pixels, size = self.prepare(index)
-        return self._map_of(self.teacher.look(pixels, [size])[0])
+        pixels, size, name = self.prepare(index)
+        return self._map_of(self.teacher.look(pixels, [size])[0], name)
 
-    def prepare(self, index: int) -> tuple[Tensor, tuple[int, int]]:
-        picture = self.items[index].open()
-        return self.teacher.prepare(picture), picture.size[::-1]
+    def prepare(self, index: int) -> tuple[Tensor, tuple[int, int], str | None]:
+        item = self.items[index]
+        picture = item.open()
+        return self.teacher.prepare(picture), picture.size[::-1], item.picture
 
     def finish(self, prepared: Sequence[Any]) -> Pair:
         seen: dict[int, Tensor] = {}
-        for shape in {tuple(pixels.shape) for pixels, _ in prepared}:
-            group = [place for place, (pixels, _) in enumerate(prepared) if tuple(pixels.shape) == shape]
+        for shape in {tuple(pixels.shape) for pixels, *_ in prepared}:
+            group = [place for place, (pixels, *_) in enumerate(prepared) if tuple(pixels.shape) == shape]
             pixels = torch.cat([prepared[place][0] for place in group])
             seen |= dict(zip(group, self.teacher.look(pixels, [prepared[place][1] for place in group]), strict=True))
-        return super().finish([_square(self._map_of(seen[place]), self.size) for place in range(len(prepared))])
+        maps = [self._map_of(seen[place], name) for place, (*_, name) in enumerate(prepared)]
+        return super().finish([_square(item, self.size) for item in maps])
 
-    def _map_of(self, depth: Tensor) -> DepthMap:
-        return depth_from_values(depth.numpy(), self.teacher.info.unit)
+    def _map_of(self, depth: Tensor, name: str | None) -> DepthMap:
+        try:
+            return depth_from_values(depth.numpy(), self.teacher.info.unit)
+        except ValueError as error:
+            raise ValueError(f"{name}: the teacher's depth cannot be used: {error} Leave the picture out.") from None
 
 
 class _Prepared(Dataset):

@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
+from perceptio_hf.data.form import name_of, split_at_pictures
 from perceptio_hf.data.rows import as_rows, import_datasets, sample_features
-from perceptio_hf.tokens import DEPTH_START_TOKEN, SEG_TOKEN
+from perceptio_hf.tokens import DEPTH_END_TOKEN, DEPTH_START_TOKEN, SEG_TOKEN
 
 from .texts import without_spatial
 
@@ -15,13 +16,14 @@ def as_prompts(samples: "Dataset | IterableDataset", limit: int | None = None) -
     """The data set that TRL's GRPO and RLOO read, one prompt for each sample (see `perceptio_hf.data.samples.Sample`).
 
     Columns: `prompt` (the turns before the assistant's last), `images`, and for rewards `answer` (the words of its last
-    turn), `spans` and `segs` (how many depth spans and [SEG] that turn holds), `masks`, `depth`, `depth_unit`, `task`.
+    turn), `spans` and `segs` (how many depth spans and [SEG] that turn holds), `masks` and `depth` (of that turn),
+    `depth_unit`, `task`.
 
     Args:
         limit: how many samples are taken, of a stream the first ones; None: all.
 
     Raises:
-        ValueError: where there is no sample, or the set has no samples' columns.
+        ValueError: where there is no sample, one asks nothing, or the set has no samples' columns.
     """
     datasets = import_datasets()
     features = sample_features()
@@ -43,10 +45,12 @@ def _prompt(row: dict[str, Any]) -> dict[str, Any]:
     messages = row["messages"]
     last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
     answer = "".join(part.get("text") or "" for part in messages[last]["content"])
-    turns = [{"role": message["role"], "content": list(message["content"])} for message in messages[:last]]
+    turns = [{"role": message["role"], "content": _parts(message)} for message in messages[:last]]
+    user = next((turn for turn in turns if turn["role"] == "user"), None)
+    if user is None:
+        raise ValueError(f"Sample {name_of(row)} has no turn of the user before the answer, so it asks nothing.")
     images = row["images"] or []
     if not any(part["type"] == "image" for turn in turns for part in turn["content"]):
-        user = next(turn for turn in turns if turn["role"] == "user")
         user["content"][:0] = [{"type": "image", "text": None}] * len(images)
     return {
         "prompt": turns,
@@ -54,5 +58,21 @@ def _prompt(row: dict[str, Any]) -> dict[str, Any]:
         "answer": without_spatial(answer) or None,
         "spans": answer.count(DEPTH_START_TOKEN),
         "segs": answer.count(SEG_TOKEN),
-        **{name: row[name] for name in ("masks", "depth", "depth_unit", "task")},
+        "masks": _last(row["masks"], answer.count(SEG_TOKEN)),
+        "depth": _last(row["depth"], answer.count(DEPTH_START_TOKEN + DEPTH_END_TOKEN)),
+        **{name: row[name] for name in ("depth_unit", "task")},
     }
+
+
+def _last(items: list[Any] | None, count: int) -> list[Any]:
+    """What belongs to the last turn; those before it have theirs in front."""
+    items = items or []
+    return items[len(items) - count :] if 0 < count <= len(items) else []
+
+
+def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a message; those that the assistant has not said are cut where a picture stands in a text."""
+    if message["role"] == "assistant":
+        return list(message["content"])
+    pieces = (split_at_pictures(part["text"]) if part["type"] == "text" else [part] for part in message["content"])
+    return [{"text": None, **piece} for pieces_of_part in pieces for piece in pieces_of_part]

@@ -1,6 +1,7 @@
 """Depth labels as a source, on folders in the form that docs/label.md describes."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def scenes():
     return scenes_of(range(3))
 
 
-def write_labels(folder, scenes, **changes):
+def write_labels(folder, scenes, *, ids="picture {}", **changes):
     """A folder of labels: pictures by file, the last one by bytes; a question about each."""
     (folder / "pictures").mkdir(parents=True)
     (folder / "depth").mkdir()
@@ -39,7 +40,7 @@ def write_labels(folder, scenes, **changes):
         Pictures.fromarray(near).save(folder / "depth" / f"{number}.png")
         rows.append(
             {
-                "id": f"picture {number}",
+                "id": ids.format(number),
                 "image": image,
                 "width": scene.size,
                 "height": scene.size,
@@ -51,7 +52,7 @@ def write_labels(folder, scenes, **changes):
         said = "<DEPTH_START><DEPTH_END>B" if number else "<DEPTH_START><DEPTH_END>B, A, C"
         asked.append(
             {
-                "id": f"picture {number} question 0",
+                "id": f"{ids.format(number)} question 0",
                 "images": [png(scene.image)],
                 "messages": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": said}],
                 "depth_codes": codes,
@@ -142,6 +143,19 @@ def test_parts_and_pictures_that_are_not_there(scenes, tmp_path):
     with pytest.raises(ValueError, match=r"1 pictures are missing, .*0\.png"):
         load(tmp_path)
     assert load(tmp_path, missing="skip")["id"][:] == ["picture 1", "picture 2"]
+
+
+def test_pictures_that_others_test_on_are_held_out(scenes, tmp_path):
+    tested = {"ref_id": 0, "ann_id": 1, "image_id": 1, "split": "val", "sentences": []}
+    (tmp_path / "refs").mkdir()
+    (tmp_path / "refs" / "refs(unc).p").write_bytes(pickle.dumps([tested]))
+    write_labels(tmp_path / "coco", scenes, ids="train2014/COCO_train2014_{:012d}.jpg")
+    for part in ("spans", "questions"):
+        kept = load(tmp_path / "coco", part=part, held_out=str(tmp_path / "refs"))["id"]
+        assert [name.partition(".")[0][-1] for name in kept] == ["0", "2"]
+    write_labels(tmp_path / "photos", scenes)
+    with pytest.raises(ValueError, match=r"no label is of one by its id .* such as picture 0\. Leave held_out out"):
+        load(tmp_path / "photos", held_out=str(tmp_path / "refs"))
 
 
 def test_codes_of_another_codec_are_refused(scenes, tmp_path):

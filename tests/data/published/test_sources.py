@@ -1,8 +1,11 @@
 """Sources of published data, on small files in the published form, through the collator's reader."""
 
 import json
+import os
 import pickle
 import shutil
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +21,8 @@ from evaluation.published_formats import (
 from PIL import Image
 
 from perceptio_hf.data import lines
+from perceptio_hf.data.published.listing import with_pictures
+from perceptio_hf.data.rows import dataset_of, import_datasets
 from perceptio_hf.data.samples import check_sample, load_sample
 from perceptio_hf.data.tasks import load_tasks
 
@@ -91,6 +96,17 @@ def test_expressions_that_mean_several_or_nothing(scenes, tmp_path):
             assert answer.count("[SEG]") == (0 if record["no_target"] else len(record["ann_id"]))
 
 
+def test_expressions_about_crowds_are_left_out(scenes, tmp_path, caplog):
+    records = write_grefcoco(tmp_path, scenes, split="train")
+    document = json.loads((tmp_path / "instances.json").read_text())
+    crowd = records[0]["ann_id"][0]
+    next(item for item in document["annotations"] if item["id"] == crowd)["iscrowd"] = 1
+    (tmp_path / "instances.json").write_text(json.dumps(document))
+    first = load({"grefcoco": str(tmp_path)})[0]
+    assert sorted(text.count("[SEG]") for text in answers(first)) == [0, 1]
+    assert "grefs(unc).json: 1 records are about crowds" in caplog.text
+
+
 def test_pictures_that_others_test_on_are_held_out(scenes, tmp_path):
     write_refcoco(tmp_path / "mine", scenes)
     write_refcoco(tmp_path / "others" / "refcocog", scenes, by="umd")
@@ -101,6 +117,9 @@ def test_pictures_that_others_test_on_are_held_out(scenes, tmp_path):
     held = load({"refcoco": "mine", "held_out": "others"}, tmp_path)
     assert file_name(2) in whole["id"][1]
     assert len(held) == len(whole) - 1 and not any(file_name(2) in name for name in held["id"])
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "refcocog").symlink_to(tmp_path / "others" / "refcocog")
+    assert load({"refcoco": "mine", "held_out": "links"}, tmp_path)["id"][:] == held["id"][:]
     with pytest.raises(ValueError, match="holds no records of RefCOCO's family"):
         load({"refcoco": "mine", "held_out": "mine/train2014"}, tmp_path)
 
@@ -147,6 +166,27 @@ def test_large_files_are_read_once(scenes, tmp_path, monkeypatch):
     assert len(written) == 2
     (tmp_path / "refs(unc).p").write_bytes(pickle.dumps([r | {"split": "train"} for r in records], 2))
     assert list(load({"refcoco": str(tmp_path)})) != plain and len(written) == 3
+
+
+def test_what_was_read_once_is_read_again_where_pictures_moved_or_more_are_held_out(scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr("perceptio_hf.data.published.listing.MOST_IN_MEMORY", 10)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write_refcoco(tmp_path / "refcoco", scenes)
+    write_instances(tmp_path / "coco", scenes)
+    write_refcoco(tmp_path / "refs", scenes[:1])
+    tasks = [{"refcoco": "refcoco", "held_out": "refs"}, {"coco_instances": "coco", "held_out": "refs"}]
+    before = [len(load(task, tmp_path)) for task in tasks]
+    tested = {"ref_id": 0, "ann_id": 1, "image_id": 2, "split": "test", "sentences": []}
+    (tmp_path / "refs" / "refs(google).p").write_bytes(pickle.dumps([tested]))  # as in the published archive: not asked
+    assert [len(load(task, tmp_path)) for task in tasks] == before
+    (tmp_path / "refs" / "more").mkdir()
+    (tmp_path / "refs" / "more" / "refs(google).p").write_bytes(pickle.dumps([tested]))
+    assert [len(load(task, tmp_path)) for task in tasks] == [count - 1 for count in before]
+    (tmp_path / "refcoco" / "train2014").rename(tmp_path / "refcoco" / "images")
+    (tmp_path / "coco" / "train2017").rename(tmp_path / "coco" / "moved")
+    tasks[1]["pictures"] = "coco/moved"
+    folders = [os.path.dirname(load(task, tmp_path)[0]["images"][0]["path"]) for task in tasks]
+    assert folders == [str(tmp_path / "refcoco" / "images"), str(tmp_path / "coco" / "moved")]
 
 
 # --- COCO ---
@@ -197,11 +237,18 @@ def test_crowds_and_too_many_things_are_not_asked_for(scenes, tmp_path):
     assert all(answer.count("[SEG]") == 1 for row in few for answer in answers(row))
 
 
-def test_annotations_of_a_picture_that_is_not_listed(scenes, tmp_path):
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("images", r"annotations speak of 1 pictures that it does not list: \[1\]"),
+        ("categories", r"annotations are of 1 categories that it does not name: \[1\]"),
+    ],
+)
+def test_annotations_of_what_is_not_listed(key, message, scenes, tmp_path):
     document = write_instances(tmp_path, scenes)
-    document["images"] = document["images"][1:]
+    document[key] = [item for item in document[key] if item["id"] != 1]
     (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(document))
-    with pytest.raises(ValueError, match=r"annotations speak of 1 pictures that it does not list: \[1\]"):
+    with pytest.raises(ValueError, match=message):
         load({"coco_instances": str(tmp_path)})
 
 
@@ -320,6 +367,32 @@ def test_a_data_set_of_the_hub_s_library(scenes, tmp_path):
         load({"hub": str(tmp_path / "set")})
     with pytest.raises(ValueError, match=r"set \(split 'test'\) cannot be had: "):
         load({"hub": str(tmp_path / "set"), "split": "test"})
+
+
+def test_pictures_of_the_hub_s_library_are_looked_for_too(tmp_path):
+    chat = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A ball."}]
+    Image.new("RGB", (20, 10)).save(tmp_path / "1.png")
+    rows = [{"id": name, "images": [str(tmp_path / name)] * 2, "messages": chat} for name in ("1.png", "2.png")]
+    rows.append(rows[0] | {"images": rows[0]["images"][:1]})
+    import_datasets().Dataset.from_list(rows).save_to_disk(tmp_path / "a")
+    task = {"hub": str(tmp_path / "a")}
+    with pytest.raises(ValueError, match=r"1 pictures are missing, of 1 of 3 samples: .*2\.png"):
+        load(task)
+    (tmp_path / "2.png").symlink_to("1.png")
+    with pytest.raises(ValueError, match=r"2 of 3 samples show another number .*: 1\.png shows 1 and has 2"):
+        load(task)
+    assert len(load(task | {"missing": "skip"})) == 1
+
+
+def test_looking_for_pictures_reads_none_of_them():
+    """Not those either that a data set holds itself: a set of tar shards would be read whole at every start."""
+    chat = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A ball."}]
+    rows = dataset_of([{"images": [bytes(10_000_000)], "messages": chat}])
+    tracemalloc.start()
+    with_pictures(rows, Path("here"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5_000_000
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,32 @@ def test_prompts_end_before_the_answer(prompts):
     assert len(as_prompts(sft.samples(4).to_iterable_dataset(), limit=2)) == 2
 
 
+def test_an_answer_is_measured_by_what_belongs_to_its_turn():
+    """A conversation of RefCOCO's has a mask for each of its turns, and the answer is the last of them."""
+    masks = [encode_mask(np.eye(8, dtype=bool)), encode_mask(np.ones((8, 8), dtype=bool))]
+    said = ["[SEG] Here.", "[SEG]<DEPTH_START><DEPTH_END>There.", "It is red."]
+    chat = [
+        {"role": role, "content": text} for words in said for role, text in (("user", "Where?"), ("assistant", words))
+    ]
+    sample = {"images": [picture(8, 8)], "masks": masks, "depth": [np.eye(8)], "depth_unit": "relative"}
+    turns = [as_prompts(dataset_of([sample | {"messages": chat[:end]}]))[0] for end in (4, 6)]
+    assert [mask["counts"] for mask in turns[0]["masks"]] == [masks[1]["counts"]] and len(turns[0]["depth"]) == 1
+    assert turns[1]["masks"] == turns[1]["depth"] == []
+
+
+def test_a_picture_that_stands_in_a_text_is_one_of_the_prompt():
+    """As in LLaVA's files; it is neither shown twice nor read as a word."""
+    chat = [{"from": "human", "value": "What is <image>\nhere?"}, {"from": "gpt", "value": "A ball."}]
+    (row,) = as_prompts(dataset_of([{"image": picture(), "conversations": chat}]))
+    assert row["prompt"][0]["content"] == [
+        {"type": "text", "text": "What is "},
+        {"type": "image", "text": None},
+        {"type": "text", "text": "here?"},
+    ]
+    with pytest.raises(ValueError, match="Sample 'x' has no turn of the user before the answer"):
+        as_prompts(dataset_of([{"id": "x", "messages": [{"role": "assistant", "content": "A ball."}]}]))
+
+
 def test_right_answers_are_conclusions():
     said = ["A p27 d21 B p03 d09: A", turn("<DEPTH_START><DEPTH_3><DEPTH_END>a."), "B", "either"]
     assert right_answer(said, ["B p03 A p27: A", "A", "A", None]) == [1, 1, 0, None]
