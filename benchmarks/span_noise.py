@@ -38,12 +38,11 @@ def main() -> None:
     torch.set_num_threads(1)
     spatial_loop._PLACES["cpu"] = 4096  # the whole span in a pass, as on a GPU; a CPU is quicker with fewer places
     processor = AutoProcessor.from_pretrained(tiny_checkpoint())
-    rows = [{"variant": "embedded checkpoint", **measure(fresh(), processor, options.scenes)}]
-    for noise in options.noise:
-        model = trained(noise, options.steps)
-        rows.append(
-            {"variant": f"{options.steps} steps, span_noise {noise}", **measure(model, processor, options.scenes)}
-        )
+    rows = []
+    for noise in (None, *options.noise):  # None: as it is
+        name = "embedded checkpoint" if noise is None else f"{options.steps} steps, span_noise {noise}"
+        model = fresh() if noise is None else trained(noise, options.steps)
+        rows.append({"variant": name, **measure(model, processor, options.scenes)})
         show(rows[-1])
         if options.out:  # after every variant: a run that is stopped has lost nothing
             write_json(options.out, {"scenes": options.scenes, "variants": rows})

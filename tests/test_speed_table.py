@@ -1,8 +1,13 @@
-"""The tables of docs/generation.md are those of the figures that were measured."""
+"""The tables of docs/generation.md are those of the figures that were measured, and how random weights are measured."""
 
 import importlib.util
 import json
 from pathlib import Path
+
+import torch
+from helpers import chat, encode, picture
+
+from perceptio_hf.modeling.spans import spatial_loop
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,3 +22,18 @@ def test_the_document_has_the_tables_of_the_figures():
     assert module.put(text, figures) == text
     sides = dict.fromkeys(module.SIDES, 2.0) | {"parallel": 0.5}
     assert "| 152 M parameters, batch 1 | 2 | 2 | 2 | 0.5 | 0.25 |" in module.table({"large": {"batch 1": sides}})
+
+
+def test_spans_of_random_weights_take_the_passes_that_are_arranged(model, processor, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from speed import converging, counted_passes
+
+    inputs = encode(processor, chat(picture(seed=1)), chat(picture(seed=2), text="Where?"))
+    options = {"spatial": "depth", "max_new_tokens": model.spatial_vocabulary().span_length + 3, "eos_token_id": 10**6}
+    ids = model.generate(**inputs, spatial_decoding="sequential", **options)
+    monkeypatch.setitem(spatial_loop._PLACES, "cpu", 1000)
+    for share in (0.0, 0.25, 0.5):
+        with converging(ids, share), counted_passes() as passes:
+            assert torch.equal(model.generate(**inputs, **options), ids)
+        hard = round(share * model.config.num_depth_tokens)
+        assert hard <= passes[0] - 4 <= hard + 2, "words, the first guess and the codes that have to wait"

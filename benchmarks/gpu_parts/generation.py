@@ -2,11 +2,11 @@
 
 import importlib.util
 import platform
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from speed import counted_passes, peers, prompts, tiny
+from speed import SHARE, converging, counted_passes, peers, prompts, tiny
 
 from perceptio_hf.modeling.span_grammar import SpanGrammar
 from perceptio_hf.modeling.spans.grammar_state import GrammarState, LoopGrammar
@@ -26,7 +26,6 @@ from .tools import (
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "datasets", "huggingface_hub", "triton", "flash_attn")
 WAYS = ("sequential", "parallel")
-WRONG = 0.17  # share of a guessed span that is wrong at first: gives random weights the passes of the shipped ones
 
 
 @part(seconds=8)
@@ -78,15 +77,16 @@ def generation_tiny(setup, record):
     waiting(setup, record, model, given[batches[0]], options, "tiny", setup.size(WAYS, WAYS[1:]))
 
 
-def compare(setup, model, inputs, options, *, guesses: bool = False) -> dict:
-    """Seconds and passes of both ways of decoding, and whether they give the same ids; `guesses`: see `guessing`."""
+def compare(setup, model, inputs, options, *, arranged: bool = False) -> dict:
+    """Seconds and passes of both ways of decoding, and whether they give the same ids; `arranged`: see
+    `converging`."""
     found, rows, ids = {}, len(inputs["input_ids"]), {}
     model.generate(**inputs, **(options | {"spatial": "none", "max_new_tokens": 4}))  # libraries load, memory is taken
     for decoding in WAYS:
         chosen = options | {"spatial_decoding": decoding}
         run = lambda chosen=chosen: ids.update({chosen["spatial_decoding"]: model.generate(**inputs, **chosen)})  # noqa: E731
-        guess = guessing(model, ids["sequential"][0], inputs) if guesses and ids else nullcontext()
-        with guess, counted_passes() as passes:
+        spans = converging(ids["sequential"], SHARE) if arranged and ids else nullcontext()
+        with spans, counted_passes() as passes:
             found[f"{decoding}_seconds"] = seconds_of(setup, run, warm=1)  # matrices of every new length load code
         new = ids[decoding].shape[1] - inputs["input_ids"].shape[1]
         found[f"{decoding}_passes"] = passes[-1]
@@ -116,22 +116,6 @@ def waiting(setup, record, model, inputs, options, name: str, decodings) -> None
                     figures["a_token"] = figures["synchronisations"] / figures["tokens"]
 
 
-@contextmanager
-def guessing(model, row, inputs):
-    """Within, `model`'s first guess of a span is that of `row` (length,) but for the share `WRONG` of its codes."""
-    words = model.spatial_vocabulary()
-    begin = row.tolist().index(words.depth_start, inputs["input_ids"].shape[1]) + 1
-    draft = row[begin : begin + words.num_depth_tokens].clone()
-    generator = torch.Generator().manual_seed(0)
-    wrong = torch.randperm(len(draft), generator=generator)[: round(WRONG * len(draft))]
-    draft[wrong.to(draft.device)] = words.codes[0]
-    model.draft_codes = lambda device: draft.to(device)
-    try:
-        yield
-    finally:
-        del model.draft_codes
-
-
 @part(seconds=65)
 def generation_1b(setup, record):
     """InternVL's 1B shape, a span of 100 codes and 30 words: tokens and passes a second, beside the peers' way."""
@@ -145,7 +129,7 @@ def generation_1b(setup, record):
         for rows in setup.size((1, 8, 32) if dtype == torch.bfloat16 else (1, 8), (2,)):
             with record.case(f"{_name(dtype)}, batch {rows}") as figures:
                 inputs = question(setup, config, rows, dtype)
-                figures |= compare(setup, cast, inputs, options, guesses=True)
+                figures |= compare(setup, cast, inputs, options, arranged=True)
         if dtype == torch.bfloat16:
             whole_answers(setup, record, cast, config, words)
         del cast
@@ -157,7 +141,7 @@ def whole_answers(setup, record, model, config, words) -> None:
     length = words.span_length + setup.size(32, 3)
     options = {"spatial": "seg+depth", "do_sample": False, "max_new_tokens": length}
     ids = model.generate(**inputs, **options, spatial_decoding="sequential")
-    with record.case("whole answer, bfloat16, batch 1") as figures, guessing(model, ids[0], inputs):
+    with record.case("whole answer, bfloat16, batch 1") as figures, converging(ids, SHARE):
         for decoding in WAYS:
             chosen = options | {"spatial_decoding": decoding, "return_dict_in_generate": True}
             run = lambda chosen=chosen: model.generate(**inputs, **chosen)  # noqa: E731
@@ -171,7 +155,7 @@ def whole_answers(setup, record, model, config, words) -> None:
         new = ids.shape[1] - inputs["input_ids"].shape[1]
         figures["peers_seconds"] = seconds_of(setup, lambda: peers(model, inputs, ids, new))
         figures["peers_over_parallel"] = figures["peers_seconds"] / figures["parallel_seconds"]
-    with guessing(model, ids[0], inputs):
+    with converging(ids, SHARE):
         waiting(setup, record, model, inputs, options, "1b", WAYS[1:])
         with record.case("1b, profile of parallel") as figures:
             figures |= profiled(setup, lambda: model.generate(**inputs, **options))

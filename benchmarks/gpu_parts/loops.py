@@ -3,12 +3,11 @@
 import tempfile
 
 import torch
-from speed import counted_passes, prompts, tiny
+from speed import SHARE, converging, counted_passes, prompts, tiny
 from transformers import AutoModel, CompileConfig
 
 import perceptio_hf
 
-from .generation import guessing
 from .tools import part, perceptio_config, question, random_model, release, seconds_of
 
 DYNAMIC = {"cache_implementation": "dynamic"}
@@ -39,7 +38,7 @@ def measure_ways(setup, record, model, config, dtype, plan: list[tuple[str, str]
     length = model.spatial_vocabulary().span_length + setup.size(30, 2)
     options = {"spatial": "depth", "do_sample": False, "max_new_tokens": length}
     first = model.generate(**inputs, **options, spatial_decoding="sequential")
-    with guessing(model, first[0], inputs):
+    with converging(first, SHARE):
         expected = {
             decoding: model.generate(**inputs, **options, spatial_decoding=decoding, **DYNAMIC)
             for decoding in dict(plan)

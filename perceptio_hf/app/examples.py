@@ -33,8 +33,8 @@ EXAMPLES = (
     Example(5004, CLOSEST, "depth", ((326, 138), (342, 302), (214, 250))),
     Example(5037, "Segment the white object.", "seg+depth"),
     Example(5006, CLOSEST, "depth", ((206, 282), (210, 202), (378, 406), (134, 294))),
-    Example(5009, "Show me the farthest large object.", "seg"),
-    Example(5019, "How many objects are there?", "depth"),
+    Example(5009, "Show me the blue object.", "seg+depth"),
+    Example(5019, "How many objects are there?", "none"),
 )
 
 

@@ -1,6 +1,6 @@
 """Making the embedded checkpoint out of a trained one: weights and configurations, without the code.
 
-    python -m perceptio_hf.lab.embedded runs/tiny/language
+    python -m perceptio_hf.lab.embedded runs/tiny/checkpoint
 
 writes `perceptio_hf/tiny`. Whoever loads the embedded checkpoint has the package, and with it the code; a checkpoint
 that is saved or pushed carries it.
@@ -34,12 +34,19 @@ def embed(source: str | Path, folder: str | Path, card: str | Path | None = None
             if path.suffix in _KEPT:
                 shutil.copyfile(path, fresh / path.name)
         for path in fresh.glob("*.json"):
-            text = json.loads(path.read_text(encoding="utf-8"))
-            if text.pop("auto_map", None) is not None:
-                write_json(path, text)
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            if (codeless := _without_code(settings)) != settings:
+                write_json(path, codeless)
         if card is not None:
             shutil.copyfile(card, fresh / "README.md")
     return folder
+
+
+def _without_code(settings):
+    """The same without `auto_map`, in the configurations of parts too."""
+    if not isinstance(settings, dict):
+        return settings
+    return {name: _without_code(value) for name, value in settings.items() if name != "auto_map"}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
+    EosTokenCriteria,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
@@ -31,9 +33,6 @@ from perceptio_hf.modeling.spans.spatial_request import (
 )
 
 from .span_grammar import SPATIAL_MODES, SpanGrammar
-
-# Settings of transformers that let something else draft tokens, which the model then checks several at a time.
-_DRAFTERS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
 class SpatialGenerationMixin(SpatialReadingMixin):
@@ -70,29 +69,35 @@ class SpatialGenerationMixin(SpatialReadingMixin):
 
         Returns:
             Token ids; with `return_dict_in_generate=True` a `PerceptioGenerateOutput` (beams:
-            `PerceptioGenerateBeamOutput`) whose masks and depth come from the states of this very generation (where
-            another model drafts the tokens, from one more pass over the result).
+            `PerceptioGenerateBeamOutput`) whose masks and depth come from the states of this very generation (with
+            drafted tokens or a loop of the caller's, from one more pass over the result).
 
         Raises:
             ValueError: unknown `spatial` or `spatial_decoding`, a forced span without a picture, too few new tokens for
                 it, forced masks without `mask_pixel_values`, a prompt that ends in a broken span.
         """
-        config = self.generation_config if generation_config is None else generation_config
+
+        def setting(name: str):
+            given = kwargs.get(name)
+            return (
+                given if name in kwargs else generation_setting(name, given, generation_config, self.generation_config)
+            )
+
         spatial = generation_setting("spatial", spatial, generation_config, self.generation_config) or "auto"
         check_mode("spatial", spatial, SPATIAL_MODES)
         asked = generation_setting("spatial_decoding", spatial_decoding, generation_config, self.generation_config)
         check_mode("spatial_decoding", asked or "parallel", SPATIAL_DECODINGS)
         # As the assistant of another model it only drafts; that model's grammar is among the processors.
-        drafts = getattr(config, "is_assistant", False)
-        if drafts or (not self.config.has_spatial_tokens and spatial in ("auto", "none")):
+        if setting("is_assistant") or (not self.config.has_spatial_tokens and spatial in ("auto", "none")):
             return super().generate(inputs, generation_config, logits_processor, **kwargs)
         prompt = kwargs.get("input_ids") if inputs is None else inputs
         embeds = kwargs.get("inputs_embeds")
         if prompt is None and embeds is None:
-            kwargs["input_ids"] = prompt = self._empty_prompt(config, kwargs)
+            kwargs["input_ids"] = prompt = self._empty_prompt(setting("bos_token_id"))
         embedded = 0 if embeds is None else embeds.shape[1]
-        request = SpatialRequest.of(self.spatial_vocabulary(), spatial, prompt, embedded, config, kwargs)
-        returns_dict = kwargs.get("return_dict_in_generate", config.return_dict_in_generate)
+        configs = [config for config in (generation_config, self.generation_config) if config is not None]
+        request = SpatialRequest.of(self.spatial_vocabulary(), spatial, prompt, embedded, configs, kwargs)
+        returns_dict = setting("return_dict_in_generate")
         request.check(needs_masks=returns_dict and mask_pixel_values is None)
         _check_assistant(kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key not in ("max_length", "max_new_tokens")}
@@ -102,15 +107,14 @@ class SpatialGenerationMixin(SpatialReadingMixin):
             generation_config = copy.deepcopy(generation_config)
             generation_config.max_new_tokens, generation_config.max_length = request.new_tokens, None
 
-        def setting(name: str):
-            given = kwargs.get(name)
-            return (
-                given if name in kwargs else generation_setting(name, given, generation_config, self.generation_config)
-            )
-
+        if _keeps_no_cache(self.model.language_model) and setting("use_cache") is not False:
+            if generation_config is None or "use_cache" in kwargs:
+                kwargs["use_cache"] = False
+            else:
+                generation_config.use_cache = False
         grammar = request.grammar()
         processors = LogitsProcessorList([*(logits_processor or []), grammar])
-        _spare_spans(kwargs, setting, grammar)
+        _spare_spans(kwargs, generation_config, self.generation_config, setting, grammar)
         loop = SpatialLoop(
             request,
             asked or "parallel",
@@ -118,15 +122,15 @@ class SpatialGenerationMixin(SpatialReadingMixin):
             keeps_states=bool(returns_dict),
             streamer=kwargs.get("streamer"),
         )
-        drafted = kwargs.get("assistant_model") is not None or any(setting(name) for name in _DRAFTERS)
-        obstacle = "drafted tokens" if drafted else loop.obstacle(setting)
+        foreign = loop.foreign_loop(setting)
+        obstacle = foreign or loop.obstacle(setting)
         if obstacle is None and (is_fsdp_managed_module(self) or is_deepspeed_zero3_enabled()):
             obstacle = "processes that share one model"
         if obstacle is None:
             kwargs["custom_generate"] = loop
         else:
             loop.fall_back(obstacle)
-            if not drafted:  # there a step may read several tokens, and take some back
+            if foreign is None:  # there a step may read several tokens, and take some back
                 kwargs["spatial_recorder"] = loop.recorder()
         out = super().generate(inputs, generation_config, processors, **kwargs)
         if not returns_dict:
@@ -147,10 +151,8 @@ class SpatialGenerationMixin(SpatialReadingMixin):
         keep_own_settings(self.generation_config)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
-    def _empty_prompt(self, config: GenerationConfig, kwargs: dict) -> torch.Tensor | None:
-        """The prompt transformers begins with where none is given: (batch, 1) beginning-of-sequence ids."""
-        start = config.bos_token_id if config.bos_token_id is not None else self.generation_config.bos_token_id
-        start = kwargs.get("bos_token_id", start)
+    def _empty_prompt(self, start: int | None) -> torch.Tensor:
+        """The prompt transformers begins with where none is given: (1, 1) beginning-of-sequence ids."""
         if start is None:
             raise ValueError(
                 "generate got neither input_ids nor inputs_embeds, and the generation configuration has no "
@@ -192,19 +194,36 @@ class SpatialGenerationMixin(SpatialReadingMixin):
         )
 
 
-def _spare_spans(kwargs: dict, setting: Callable[[str], Any], grammar: SpanGrammar) -> None:
+def _keeps_no_cache(language_model: nn.Module) -> bool:
+    """Whether its layers drop the cache, whatever is asked, as checkpointed ones do in training mode."""
+    return any(part.training and getattr(part, "gradient_checkpointing", False) for part in language_model.modules())
+
+
+def _spare_spans(
+    kwargs: dict,
+    asked: GenerationConfig | None,
+    own: GenerationConfig,
+    setting: Callable[[str], Any],
+    grammar: SpanGrammar,
+) -> None:
     """Let no stopping criterion cut a span: those of the call and of the settings are asked again behind it."""
     given, mine = list(kwargs.get("stopping_criteria") or []), {}
     if setting("max_time") is not None:
         mine["max_time"] = MaxTimeCriteria(setting("max_time"))
     if setting("stop_strings") is not None and kwargs.get("tokenizer") is not None:
         mine["stop_strings"] = StopStringCriteria(kwargs["tokenizer"], setting("stop_strings"))
-    kwargs |= dict.fromkeys(mine)
+    for name in mine:  # transformers warns of arguments beside a configuration, and fills its gaps with the model's own
+        if asked is not None and name not in kwargs and getattr(own, name, None) is None:
+            setattr(asked, name, None)
+        else:
+            kwargs[name] = None
     given += mine.values()
     if setting("end_sequences"):
         given.append(EndSequences(setting("end_sequences"), grammar.prompt_length))
-    if given:
-        kwargs["stopping_criteria"] = StoppingCriteriaList([WholeSpans(item, grammar) for item in given])
+    if given:  # an end token is none within a span, and what is given takes the place of transformers' own
+        kwargs["stopping_criteria"] = StoppingCriteriaList(
+            [item if type(item) is EosTokenCriteria else WholeSpans(item, grammar) for item in given]
+        )
 
 
 def _check_assistant(kwargs: dict) -> None:

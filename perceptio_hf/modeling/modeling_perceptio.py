@@ -27,7 +27,6 @@ from .mask_prediction import MaskPredictionMixin, SegProjector
 from .modeling_depth_vqvae import DepthVQVAE
 from .placement import is_here, without_casts_down
 from .shards import check_shards
-from .span_grammar import code_columns
 
 
 @dataclass
@@ -268,7 +267,7 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
         mask_pixel_pictures: torch.LongTensor | None = None,
         criterion: Criterion | None = None,
         word_places: torch.LongTensor | None = None,
-        with_code_logits: bool = False,
+        code_ids: slice | torch.LongTensor | None = None,
         **kwargs,
     ) -> PerceptioCausalLMOutputWithPast:
         """InternVL's forward and the masks.
@@ -287,7 +286,7 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
                 included, `logits` None: it calls the head where it needs to). It runs in here so that wrappers which
                 shard or replicate the model see every use of its parameters.
             word_places: (batch,) the one step of each row whose state passes the head, instead of `logits_to_keep`.
-            with_code_logits: whether `code_logits` are computed, for all steps.
+            code_ids: the ids of the depth codes, if their logits are wanted (`code_logits`, for all steps).
 
         Raises:
             ValueError: if both `labels` and `criterion` are given.
@@ -323,11 +322,17 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
         hidden = outputs.last_hidden_state
         logits = None
         if criterion is None:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            kept = hidden[:, keep]
             if word_places is not None:
-                kept = hidden[torch.arange(len(hidden), device=hidden.device), word_places][:, None]
-            logits = self.lm_head(kept)
+                rows = torch.arange(len(hidden), device=hidden.device)
+                kept = hidden[rows, word_places.to(hidden.device)][:, None]
+            elif isinstance(logits_to_keep, int):
+                kept = hidden[:, slice(-logits_to_keep, None)]
+            else:  # the last layers may lie on another device than the one that indices come on
+                kept = hidden[:, logits_to_keep.to(hidden.device)]
+            if kept.shape[1]:
+                logits = self.lm_head(kept)
+            else:  # not every kind of head takes nothing
+                logits = kept.new_zeros(*kept.shape[:2], self.config.text_config.vocab_size)
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
@@ -344,17 +349,20 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
             mask_logits=mask_logits,
             mask_scores=mask_scores,
         )
-        if with_code_logits:
-            result.code_logits = self._code_logits(hidden)
+        if code_ids is not None:
+            result.code_logits = self._code_logits(hidden, code_ids)
         if criterion is not None:
             loss, parts = criterion(hidden, self.lm_head, result)
             result = replace(result, loss=loss, loss_parts=parts)
         return result.to_tuple() if return_dict is False else result
 
-    def _code_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _code_logits(self, hidden: torch.Tensor, code_ids: slice | torch.LongTensor) -> torch.Tensor:
         """(batch, sequence, hidden) -> (batch, sequence, K): by the head's rows of the codes, if they are here."""
-        head, columns = self.lm_head, code_columns(self.spatial_vocabulary(), hidden.device)
-        plain = type(head) is nn.Linear and is_here(head.weight) and head.weight.device == hidden.device
+        head = self.lm_head
+        columns = code_ids if isinstance(code_ids, slice) else code_ids.to(hidden.device)
+        # Rows of quantised weights and of shards cannot be taken out; the head itself knows how to use them.
+        plain = type(head) is nn.Linear and type(head.weight.data) is torch.Tensor and is_here(head.weight)
+        plain = plain and head.weight.device == hidden.device
         if not plain:
             return head(hidden)[..., columns]
         return nn.functional.linear(hidden, head.weight[columns], None if head.bias is None else head.bias[columns])

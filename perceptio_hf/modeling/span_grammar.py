@@ -77,8 +77,9 @@ class SpanGrammar(LogitsProcessor):
         """Spans closed, whether one is open, codes in it, [SEG] since the last, pictures: (rows,) each."""
         words = self.vocabulary
         expand = input_ids.shape[0] // self.num_pictures.shape[0]  # beams or returned sequences of each prompt
-        pictures = self.num_pictures.to(device).repeat_interleave(expand)
-        opened = self.open_codes.to(device).repeat_interleave(expand)
+        # They stay there: a copy at every step would be waited for.
+        self.num_pictures, self.open_codes = self.num_pictures.to(device), self.open_codes.to(device)
+        pictures, opened = (of_prompt.repeat_interleave(expand) for of_prompt in (self.num_pictures, self.open_codes))
         response = input_ids[:, self.prompt_length :].to(device)
         starts, ends = response == words.depth_start, response == words.depth_end
         closed = ends.sum(1)

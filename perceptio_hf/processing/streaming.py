@@ -179,16 +179,22 @@ class SpatialStreamer(BaseStreamer):
         """What can be read of the words, as far as no later token changes it."""
         spatial = self.processor.seg_token_id, self.words.depth_start, self.words.depth_end
         kept = [token for token in self.response if token not in self.words.code_index and token not in spatial]
-        text = without_tags(self.processor.tokenizer.decode(kept, skip_special_tokens=True))
+        text = without_tags(self.processor.without_end(self.processor.tokenizer.decode(kept, skip_special_tokens=True)))
         if len(kept) < len(self.response):
             text, self._sent = _single_spaces(text), _single_spaces(self._sent)
         text = text.lstrip()
         if not final:
-            text = _HALF_TAG.sub("", text.rstrip("�"))
+            text = _without_half(_HALF_TAG.sub("", text.rstrip("�")), self.processor.response_end or "")
         text = text.rstrip()  # whether they stay is known when something follows
         if len(text) > len(self._sent) and text.startswith(self._sent):
             self._events.put(TextEvent(text[len(self._sent) :]))
             self._sent = text
+
+
+def _without_half(text: str, end: str) -> str:
+    """`text` without what may become `end`, which is several tokens long."""
+    lengths = range(min(len(text), len(end)), 0, -1)
+    return text[: -next((length for length in lengths if text.endswith(end[:length])), 0) or None]
 
 
 def _single_spaces(text: str) -> str:

@@ -46,6 +46,20 @@ def test_each_row_ends_behind_the_first_of_its_own(model, inputs, spatial, optio
         assert found == filled[: len(found)]
 
 
+@pytest.mark.parametrize("end", ["token", "sequence"])
+@pytest.mark.parametrize("options", [{}, {"spatial_decoding": "sequential"}, {"no_repeat_ngram_size": 5}], ids=str)
+def test_the_end_of_a_span_may_be_the_end(model, inputs, options, end):
+    """Who wants the depth alone says so by the marker's id, or by the last code and the marker."""
+    words, config = model.spatial_vocabulary(), copy.deepcopy(model.generation_config)
+    if end == "token":
+        config.eos_token_id = [config.eos_token_id, words.depth_end]
+    else:
+        config.end_sequences = [[code, words.depth_end] for code in words.codes]
+    settings = {"spatial": "depth", "max_new_tokens": words.span_length + 9, "generation_config": config, **options}
+    out = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
+    assert out.shape[1] == words.span_length and (out[:, -1] == words.depth_end).all()
+
+
 def test_drafted_tokens_go_no_more_than_a_step_too_far(model, processor):
     inputs = encode(processor, chat(picture()))
     start = inputs["input_ids"].shape[1]

@@ -1,8 +1,11 @@
 """The span grammar under every decoding strategy, and masks and depth made during generation."""
 
+import copy
+
 import pytest
 import torch
 from helpers import assert_alike, chat, encode, picture
+from transformers import GenerationConfig
 
 from perceptio_hf.modeling.span_grammar import required_new_tokens
 from perceptio_hf.tokens import depth_span, read_sequence
@@ -62,6 +65,22 @@ def test_masks_and_depth_need_no_second_pass(model, processor, strategy, monkeyp
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
     for ours, theirs in zip(out.depth_maps, again.depth_maps, strict=True):
         assert_alike(ours, theirs)
+
+
+@pytest.mark.parametrize("config", [None, GenerationConfig(max_new_tokens=40, return_dict_in_generate=True)], ids=bool)
+def test_amid_training_with_gradient_checkpointing(model, processor, config):
+    """As a callback has it that forgets `model.eval()`: layers then keep no cache, so that each pass reads all."""
+    inputs = encode(processor, chat(picture()), chat(picture(30, 60), text="What is red here?"))
+    expected = generate(model, inputs, spatial="seg+depth")
+    busy = copy.deepcopy(model).train()
+    busy.gradient_checkpointing_enable()
+    options = (
+        {"max_new_tokens": 40, "return_dict_in_generate": True} if config is None else {"generation_config": config}
+    )
+    out = busy.generate(**inputs, spatial="seg+depth", **options)
+    assert torch.equal(out.sequences, expected.sequences) and busy.training
+    for ours, theirs in zip(out.mask_logits, expected.mask_logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_ten_thousand_samples_at_high_temperature_are_well_formed(model, processor):
@@ -154,6 +173,49 @@ def test_seg_as_the_very_last_token_still_gets_its_mask(model, processor):
     again = model.decode_spatial(out.sequences, **inputs)
     assert_alike(out.mask_logits[0], again.mask_logits[0], depth=30)
     assert out.mask_logits[0].shape[0] == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"spatial_decoding": "sequential"}])
+def test_seg_may_end_a_response_that_goes_on_from_a_cache(model, processor, options, monkeypatch):
+    """Its state is then read with the cache: a pass over the sequence would see no picture."""
+    inputs = encode(processor, chat(picture(seed=1), text="Where?"), chat(picture(30, 60), text="What is red here?"))
+    first = generate(model, inputs, spatial="none", max_new_tokens=3)
+    ids = torch.cat([first.sequences, inputs.input_ids[:, -4:]], 1)
+    mask = torch.cat([inputs.attention_mask, torch.ones_like(ids[:, inputs.input_ids.shape[1] :])], 1)
+    given = {"input_ids": ids, "attention_mask": mask, "mask_pixel_values": inputs.mask_pixel_values}
+    ends = {"spatial": "seg", "eos_token_id": model.config.seg_token_id, **options}
+    fresh = {**given, "pixel_values": inputs.pixel_values}
+    out = generate(model, fresh, **ends)
+    expected = model.decode_spatial(out.sequences, **{**fresh, "input_ids": ids})
+    monkeypatch.setattr(model, "_replay", lambda *args: pytest.fail("a second pass"))
+    cache = {name: first[name] for name in ("cache", "past_key_values") if name in first}
+    again = generate(model, {**given, **dict(list(cache.items())[:1])}, **ends)
+    for found in (out, again):
+        assert torch.equal(found.sequences, out.sequences) and (found.sequences[:, -1] == ends["eos_token_id"]).all()
+        assert int((found.get("cache") or found["past_key_values"]).get_seq_length()) == found.sequences.shape[1] - 1
+        for ours, theirs in zip(found.mask_logits, expected.mask_logits, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_padding_is_known_without_an_attention_mask(model, processor):
+    """As `generate` knows it, of which sequences are read the same."""
+    inputs = encode(processor, chat(picture()), chat(picture(30, 60), text="What is red here, and what is blue?"))
+    bare = {key: value for key, value in inputs.items() if key != "attention_mask"}
+    out = generate(model, bare, spatial="seg+depth")
+    assert torch.equal(out.sequences, generate(model, inputs, spatial="seg+depth").sequences)
+    again = model.decode_spatial(out.sequences, **bare)
+    for ours, theirs in zip(out.mask_logits, again.mask_logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_sequences_that_show_pictures_are_not_read_without_them(model, processor):
+    inputs = encode(processor, chat(picture()))
+    blind = {key: value for key, value in inputs.items() if key != "pixel_values"}
+    said = torch.tensor([[model.config.seg_token_id, 5]])
+    with pytest.raises(ValueError, match="no pixel_values came"):
+        model.decode_spatial(torch.cat([inputs.input_ids, said], 1), **blind)
+    plain = model.decode_spatial(torch.cat([inputs.input_ids, said[:, 1:]], 1), **blind)
+    assert plain.well_formed == [True] and len(plain.mask_logits[0]) == 0, "nothing is to be read"
 
 
 def test_each_picture_is_encoded_once_and_only_for_seg(model, processor, monkeypatch):

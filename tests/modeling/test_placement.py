@@ -4,8 +4,12 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import chat, encode, picture, random_model
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -130,3 +134,34 @@ def test_parts_on_several_devices(whole, masks_on, pixels_on):
         probabilities = torch.empty(2, config.num_depth_tokens, config.num_depth_codes, device=masks_on)
         depth = model.depth_model.decode_soft(probabilities)
         assert depth.device == torch.device(masks_on)
+
+
+def test_the_last_layers_on_another_device(whole):
+    """As `device_map="auto"` cuts a model: indices come where it begins, and states are where it ends."""
+    with torch.device("meta"):
+        model = PerceptioForConditionalGeneration(whole.config).eval()
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True), _IndexDevices(), torch.no_grad():
+        _place(model.model, "cpu:0")
+        model.model.language_model.norm._forward_pre_hooks.clear()
+        for part in (model.model.language_model.norm, model.lm_head):
+            _place(part, "cpu:1")
+        ids = torch.zeros(2, 5, dtype=torch.long, device="cpu:0")
+        none, places = ids.new_empty(0), ids.new_zeros(2)
+        given = {"input_ids": ids, "position_ids": torch.zeros_like(ids), "use_cache": False}
+        codes = model(**given, logits_to_keep=none, code_ids=ids.new_tensor(model.config.depth_token_ids))
+        word = model(**given, logits_to_keep=none, word_places=places)
+    assert codes.logits.shape[1] == 0 and codes.code_logits.shape[:2] == (2, 5)
+    assert word.logits.shape[:2] == (2, 1) and word.logits.device == torch.device("cpu:1")
+
+
+def test_a_head_in_shards_of_tensor_parallelism(whole, inputs, tmp_path):
+    """Its weight is a tensor of another kind, of which rows cannot be taken for a product with plain states."""
+    model = copy.deepcopy(whole)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        plan = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
+        parallelize_module(model, init_device_mesh("cpu", (1,)), plan)
+        assert type(model.lm_head) is torch.nn.Linear and isinstance(model.lm_head.weight.data, DTensor)
+        same_result(model, whole, inputs)
+    finally:
+        dist.destroy_process_group()

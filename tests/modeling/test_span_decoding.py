@@ -15,6 +15,7 @@ from transformers import (
     AutoProcessor,
     CompileConfig,
     DynamicCache,
+    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessor,
     StoppingCriteria,
@@ -25,6 +26,7 @@ from perceptio_hf.modeling.span_grammar import SPATIAL_MODES, SpanGrammar
 from perceptio_hf.modeling.spans import span_decoding, spatial_loop
 from perceptio_hf.modeling.spans.grammar_state import GrammarState, LoopGrammar
 from perceptio_hf.modeling.spans.span_cache import CACHE
+from perceptio_hf.modeling.spans.spatial_request import SpatialRequest
 from perceptio_hf.modeling.spans.token_choice import TokenChoice
 from perceptio_hf.tokens import read_sequence
 from perceptio_hf.world import DEMO_SEED, render_scene
@@ -104,6 +106,14 @@ def test_parallel_equals_sequential(model, mixed, strategy, spatial, monkeypatch
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
 
+def test_rows_share_the_places_of_a_pass(model):
+    """What docs/generation.md says of rows on a CPU: with 13 and more of them there is one place for each."""
+    request = SpatialRequest(model.spatial_vocabulary(), "depth", [], prompt_length=0, new_tokens=60)
+    loop = spatial_loop.SpatialLoop(request, "parallel", insists=False, keeps_states=False)
+    widths = [loop._width(rows, torch.device("cpu"), DynamicCache(), False) for rows in (1, 12, 13, 40)]
+    assert widths == [request.words.span_length, 2, 1, 1]
+
+
 @pytest.mark.parametrize("places", [2, 5, 1000])
 def test_any_width_gives_the_same(model, one, places, monkeypatch, passes):
     expected = generate(model, one, spatial="seg+depth", spatial_decoding="sequential")
@@ -177,13 +187,22 @@ def test_the_state_on_the_device_is_that_of_the_reference(model, spatial):
     assert all(read_sequence([words.image, *row], words).well_formed for row in ids[pictures > 0].tolist())
 
 
+def test_the_grammar_of_transformers_loops_moves_once(model):
+    """What it knows of the prompts stays where the scores are."""
+    words = model.spatial_vocabulary()
+    limits = {"prompt_length": 0, "max_length": 9, "num_pictures": torch.tensor([1]), "open_codes": torch.tensor([-1])}
+    grammar, ids = LoopGrammar(words, spatial="auto", **limits), torch.zeros(2, 3, dtype=torch.long, device="meta")
+    grammar(ids, torch.zeros(2, model.config.text_config.vocab_size, device="meta"))
+    assert grammar.num_pictures.is_meta and grammar.open_codes.is_meta
+
+
 def test_samples_follow_the_distribution():
     logits = torch.tensor([0.0, 1.0, 2.0, float("-inf"), 0.5])
     expected, draws = logits.softmax(-1), 20000
     torch.manual_seed(0)
     choice = TokenChoice(None, sample=True, rows=draws, steps=2, spans=1, code_shape=(3, 5), device=torch.device("cpu"))
     scores = logits.expand(draws, -1)
-    words = choice.words(scores, torch.ones(draws, dtype=torch.long))
+    words = choice.words(scores, torch.ones(draws, dtype=torch.long), torch.ones(draws, dtype=torch.bool))
     codes = choice.codes(scores[:, None], torch.zeros(draws, dtype=torch.long), torch.full((draws, 1), 2))[:, 0]
     for tokens in (words, codes):
         share = torch.bincount(tokens, minlength=5) / draws
@@ -198,6 +217,26 @@ def test_seeds(model, one):
     torch.manual_seed(1)
     assert torch.equal(model.generate(**one, **options), first)
     assert not torch.equal(model.generate(**one, **options), first)
+
+
+@pytest.mark.parametrize("decoding", ["parallel", "sequential"])
+def test_scores_that_are_no_numbers(model, mixed, decoding):
+    """A temperature so small that scores are infinite; greedy decoding has no need of numbers."""
+    options = {"do_sample": True, "temperature": 1e-38, "spatial_decoding": decoding}
+    with pytest.raises(ValueError, match="No token can be drawn"):
+        generate(model, mixed, **options)
+
+
+@pytest.mark.parametrize("decoding", ["parallel", "sequential"])
+def test_a_pass_asks_the_configuration_nothing(model, one, decoding, monkeypatch):
+    """The ids of spatial tokens are read once; with the marks of pictures they cost half a millisecond each time."""
+    read, asked = type(model).spatial_vocabulary, []
+    monkeypatch.setattr(type(model), "spatial_vocabulary", lambda self: asked.append(1) or read(self))
+    for tokens in (20, 50):
+        model.generate(**one, spatial="depth", spatial_decoding=decoding, max_new_tokens=tokens, eos_token_id=10**6)
+        asked.append(None)
+    first = asked.index(None)
+    assert first == len(asked) - first - 2 <= 3
 
 
 def test_a_span_that_the_prompt_left_open(model, one):
@@ -330,6 +369,30 @@ def test_stopping_leaves_a_whole_span_or_none(model, processor, one, decoding, o
     assert out.well_formed == [True] and len(out.depth_maps[0]) == 1
 
 
+def test_end_tokens_as_a_criterion_take_the_place_of_the_settings(model, one):
+    """As in transformers, of which one of each kind counts; it is known, and needs no other loop."""
+    options = {"spatial": "none", "max_new_tokens": 20}
+    ids = generate(model, one, eos_token_id=10**6, **options).sequences[0].tolist()
+    start = one.input_ids.shape[1]
+    early, late = ids[start + 2], next(token for token in ids[start + 4 :] if token not in ids[start : start + 4])
+    for more in ({}, {"spatial_decoding": "sequential"}, {"logits_processor": [Anything()]}):
+        out = generate(model, one, eos_token_id=early, stopping_criteria=[EosTokenCriteria(late)], **options, **more)
+        assert out.sequences[0].tolist() == ids[: ids.index(late, start) + 1]
+
+
+def test_a_configuration_of_the_call_is_not_warned_of(model, one, monkeypatch):
+    said = []
+    monkeypatch.setattr("transformers.generation.utils.logger.warning_once", said.append)
+    for own in (None, 1e9):
+        monkeypatch.setattr(model.generation_config, "max_time", own)
+        config = GenerationConfig(spatial="depth", max_time=1e-9, max_new_tokens=60, eos_token_id=10**6)
+        ids = model.generate(**one, generation_config=config)
+        assert ids.shape[1] == one.input_ids.shape[1] + 1 + model.config.num_depth_tokens + 1, "the given time is over"
+        assert config.max_time == 1e-9
+        if own is None:
+            assert not any("max_time" in text for text in said)
+
+
 def test_time_that_is_over_within_a_span(model, one, monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(spatial_loop, "time", lambda: next(clock) * 1e12)  # over at the second look, amid the span
@@ -353,7 +416,7 @@ def test_the_generation_configuration_says_how(model, one, passes):
     assert passes[1] < passes[0]
 
 
-def test_a_streamer_gets_every_token(model, one):
+def test_a_streamer_gets_every_token(model, one, mixed):
     class Streamer:
         def __init__(self):
             self.tokens, self.ended = [], 0
@@ -368,6 +431,11 @@ def test_a_streamer_gets_every_token(model, one):
         streamer = Streamer()
         out = generate(model, one, spatial="seg+depth", streamer=streamer, **options)
         assert streamer.tokens == out.sequences[0].tolist() and streamer.ended == 1
+    streamer = Streamer()  # of several rows: a token of each at a time
+    out = generate(model, mixed, spatial="seg+depth", streamer=streamer)
+    start = out.prompt_length
+    told = [*out.sequences[:, :start].flatten().tolist(), *out.sequences[:, start:].T.flatten().tolist()]
+    assert streamer.tokens == told and streamer.ended == 1
 
 
 class Waits(TorchDispatchMode):
@@ -393,8 +461,12 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("decoding", ["parallel", "sequential"])
-@pytest.mark.parametrize("returns_dict", [True, False])
-def test_the_host_waits_about_once_a_token(model, one, decoding, returns_dict, monkeypatch):
+@pytest.mark.parametrize(("which", "returns_dict"), [("one", True), ("one", False), ("mixed", False)])
+def test_the_host_waits_about_once_a_token(model, request, which, decoding, returns_dict, monkeypatch, passes):
+    """Also where the ids of the codes do not follow one another, as in a tokenizer that somebody else filled."""
+    inputs, codes = request.getfixturevalue(which), model.config.depth_token_ids
+    if which == "mixed":
+        monkeypatch.setattr(model.config, "depth_token_ids", [codes[1], codes[0], *codes[2:]])
     waits, tolist, made, made_like = Waits(), torch.Tensor.tolist, torch.tensor, torch.Tensor.new_tensor
 
     def tensor(*args, **options):
@@ -405,14 +477,16 @@ def test_the_host_waits_about_once_a_token(model, one, decoding, returns_dict, m
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: waits.add("tolist") or tolist(self))
     monkeypatch.setattr(torch.Tensor, "new_tensor", lambda self, data: waits.add("tensor") or made_like(self, data))
     monkeypatch.setattr(torch, "tensor", tensor)
+    monkeypatch.setattr(model.generation_config, "end_sequences", [[10**6, 10**6]], raising=False)
     counts = []
     for tokens in (60, 120):
         options = {"spatial_decoding": decoding, "return_dict_in_generate": returns_dict, "eos_token_id": -1}
         waits.count.clear()
         with waits:
-            model.generate(**one, spatial="depth", max_new_tokens=tokens, **options)
+            model.generate(**inputs, spatial="depth", max_new_tokens=tokens, **options)
         counts.append(sum(waits.count.values()))
     assert 0 < counts[1] - counts[0] <= 1.5 * 60, (counts, waits.count)
+    assert counts[0] - passes[0] <= 32, "once a pass within spans, and what a call needs"
 
 
 @pytest.fixture(scope="module")

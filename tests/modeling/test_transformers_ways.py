@@ -13,6 +13,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from perceptio_hf import PerceptioForConditionalGeneration
 from perceptio_hf.tokens import read_sequence
@@ -78,6 +79,23 @@ def test_whoever_drafts_the_result_is_the_same(model, processor, inputs, name, r
         torch.testing.assert_close(out.depth_confidence[0], expected.depth_confidence[0], atol=1e-4, rtol=1e-3)
 
 
+def test_a_loop_of_the_callers_own(model, inputs):
+    """It need not call what transformers' own loops call after every step."""
+
+    def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, pixel_values, **kwargs):
+        while input_ids.shape[1] < generation_config.max_length:
+            logits = model(input_ids=input_ids, pixel_values=pixel_values, use_cache=False).logits[:, -1].float()
+            input_ids = torch.cat([input_ids, logits_processor(input_ids, logits).argmax(-1)[:, None]], 1)
+        return GenerateDecoderOnlyOutput(sequences=input_ids)
+
+    options = {"spatial": "seg+depth", "eos_token_id": 10**6}
+    expected = generate(model, inputs, **options)
+    out = generate(model, inputs, custom_generate=loop, **options)
+    assert torch.equal(out.sequences, expected.sequences)
+    torch.testing.assert_close(out.mask_logits[0], expected.mask_logits[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out.depth_confidence[0], expected.depth_confidence[0], atol=1e-4, rtol=1e-3)
+
+
 def test_it_drafts_for_a_stock_model(model, processor, inputs):
     stock = assistant("internvl", model, processor)
     plain = {key: inputs[key] for key in ("input_ids", "attention_mask", "pixel_values")}
@@ -103,6 +121,19 @@ def test_the_generation_configuration_carries_spatial(model, processor, inputs, 
     assert spans_of(model, loaded.generate(**inputs, generation_config=other), start) == [(True, 1)]
     with pytest.raises(ValueError, match="'both' is unknown"):
         model.generate(**inputs, generation_config=GenerationConfig(spatial="both"))
+
+
+def test_what_the_given_configuration_leaves_open_the_models_says(model, inputs, monkeypatch):
+    """As transformers has it; what came with the call wins."""
+    own, given = model.generation_config, GenerationConfig(eos_token_id=10**6)
+    for name, value in {"max_new_tokens": 7, "return_dict_in_generate": True}.items():
+        monkeypatch.setattr(own, name, value)
+    start = inputs.input_ids.shape[1]
+    out = model.generate(**inputs, generation_config=given, spatial="seg")
+    assert out.sequences.shape[1] == start + 7 and len(out.mask_logits[0])
+    longer = GenerationConfig(eos_token_id=10**6, max_length=start + 9, return_dict_in_generate=False)
+    assert model.generate(**inputs, generation_config=longer).shape[1] == start + 9
+    assert model.generate(**inputs, generation_config=longer, max_new_tokens=3).shape[1] == start + 3
 
 
 def test_a_pipeline_honours_it(model, processor, monkeypatch):

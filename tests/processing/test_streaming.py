@@ -1,5 +1,6 @@
 """Events of a stream, put together, are the answer; errors and leaving listeners end the generation."""
 
+import copy
 import threading
 
 import pytest
@@ -59,6 +60,19 @@ def test_words_come_as_they_are_written_and_never_change(processor, model, input
     assert words == processor._words(streamer.response)
     assert "�" not in words and "p>" not in words and "日本" in words
     assert [event.phrase for event in told if isinstance(event, MaskEvent)] == ["the red ball", "das Öl"]
+
+
+def test_the_words_that_end_a_response_are_not_told(processor, model, inputs):
+    """Where the tokenizer has no token for the end, as in checkpoints of Phi-3: it comes in pieces."""
+    ours = copy.copy(processor)
+    ours.response_end = "<|end|>"
+    for text, words in (("a <| b, it is red.<|end|>", "a <| b, it is red."), ("no end <|", "no end <|")):
+        streamer = SpatialStreamer(model, ours)
+        streamer.put(inputs["input_ids"])
+        for token in processor.tokenizer(text, add_special_tokens=False)["input_ids"]:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+        assert "".join(event.text for event in streamer) == words == ours._words(streamer.response)
 
 
 def test_a_mark_says_which_picture_events_speak_of(processor, model):

@@ -51,12 +51,13 @@ _PROJECTOR_RATE = 0.2
 _SHOWN = 20  # steps that progress bar and plot average over
 _DECODER_RATE = 0.5  # of the mask decoder, which knows how to segment by then
 _REVISED = 4  # spans per process and step that are also asked about without their pictures
-_PHRASES = {"masks": 6, "grounding": 10, "language": 6}  # referring questions about a scene, besides all others
+_PHRASES = {"masks": 6, "grounding": 10, "language": 3}  # referring questions about a scene, besides all others
 # How scenes are asked about; in the language stage in every way.
 _WAYS = {"masks": "referred", "vision": "practice", "lookup": "practice", "grounding": "referred"}
 _CLICKED = 4  # one [SEG] of so many is also clicked at, lest SAM2 forget to listen to clicks
 _ALIGNED = 0.2  # weight of pulling projected [SEG] states to clicks
 _LOOKING = 2.5  # weight of taught attention
+_SEEN = 0.4  # weight, in the language stage, of what image tokens tell of their cells; letters are forgotten without
 _UNSEEN = 0.2  # share of the grounding stage before masks: no [SEG] knows yet where its object is
 _FITTED = 768  # [SEG] states that the projector is fitted to
 _RENDEZVOUS = ".rendezvous"  # where the processes find one another
@@ -90,7 +91,7 @@ class TinyRecipe:
     language_steps: int = 2500
     language_batch: int = 16
     language_lr: float = 1.5e-3
-    span_noise: float = 0.25
+    span_noise: float = 0.5
     checkpoint_every: int = 200
 
     @classmethod
@@ -413,7 +414,7 @@ class _Stages:
         lesson = self.lesson.read(scenes)
         masks, mask_parts = self._spoken_masks(scenes, lesson.seg_states, click_prompts(self.model, scenes).detach())
         cells, cell_parts = self.cell_head.loss(scenes, lesson.image_states, lesson.codes)
-        return lesson.loss + masks + 0.2 * cells, lesson.parts | mask_parts | cell_parts
+        return lesson.loss + masks + _SEEN * cells, lesson.parts | mask_parts | cell_parts
 
     def _every(self, scenes: SceneBatch, apart: int) -> torch.Tensor:
         return torch.arange(0, len(scenes.mask_rows), apart, device=self.device)

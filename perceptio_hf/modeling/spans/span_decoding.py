@@ -18,7 +18,7 @@ import torch
 from .end_sequences import EndSequences
 from .grammar_state import GrammarState
 from .score_trace import ScoreTrace
-from .span_cache import CACHE, drop_last, move_last
+from .span_cache import CACHE, can_shrink, drop_last, move_last
 from .token_choice import TokenChoice
 
 
@@ -34,6 +34,7 @@ class Status:
     longest: int
     shortest: int  # of the rows that go on
     segs: int  # the most [SEG] of any row
+    failed: int  # whether a token could not be drawn
 
 
 class SpanDecoder:
@@ -88,6 +89,10 @@ class SpanDecoder:
         self.span_end = span_ends.to(device)
         self.active = torch.ones(rows, dtype=torch.bool, device=device)
         self.end_ids, self.end_sequences = end_ids, end_sequences
+        marker = torch.full((), self.words.depth_end, device=device)
+        self.marker_ends = None if end_ids is None else torch.isin(marker, end_ids)  # () bool
+        sequences = [] if end_sequences is None else end_sequences.sequences
+        self.sequences_end_in_marker = any(ids[-1] == self.words.depth_end for ids in sequences)
         self.row = torch.arange(rows, device=device)
         draft = model.draft_codes(device)
         self.guess = torch.cat([draft, draft.new_tensor([self.words.depth_end])])  # (N + 1,) ids of a whole span
@@ -105,11 +110,15 @@ class SpanDecoder:
         self.columns = int(self.cache.get_seq_length())  # tokens in the cache; all rows have as many columns
         self.shift = self.columns - self.prompt_length  # column of a token less its position
         self._first_positions(model_kwargs)
+        # Of a 2D mask transformers makes such a mask itself, and waits for the device to ask whether it hides anything.
+        attention = self.model.config.text_config._attn_implementation
+        self.whole_masks = attention == "sdpa" and not self.fixed and can_shrink(self.cache)
         logits = outputs.logits[:, -1:]
         codes = logits[..., self.grammar.codes]
         status = self._advance(outputs.last_hidden_state[:, -1:], logits, codes, self.length - 1, None)
         while status.active:
             status = self._pass(status)
+        self._read_last_segs()
         self.ids = self.ids[:, : status.longest]
         return model_kwargs | {CACHE: self.cache}
 
@@ -135,30 +144,19 @@ class SpanDecoder:
             self.columns -= back
         # Where all rows are equally long the block stands where it belongs; a row that has ended reads anything.
         start = torch.where(self.active, self.length - 1, behind) - back
-        places = start[:, None] + torch.arange(width, device=start.device)  # (rows, width) positions that are read
-        tokens = self.ids.gather(1, places.clamp(max=self.limit))
         in_spans, whole = bool(status.remaining), self.trace is not None
         reaches_words = bool(status.in_words) or status.nearest + back < width
         word_places = torch.where(self.grammar.in_span, self.span_end - start, self.length - 1 - start)
-        inputs = self.model.prepare_inputs_for_generation(
-            tokens,
-            attention_mask=self._mask(start, width, status),
-            position_ids=(places + self.offset[:, None]).clamp(min=0),
-            use_cache=True,
-            is_first_iteration=False,
-            **{CACHE: self.cache},
-        )
-        outputs = self.forward(
-            **inputs,
-            return_dict=True,
+        outputs = self._read(
+            start,
+            width,
+            status.shortest == status.longest,
             word_places=None if whole or not reaches_words else word_places.clamp(0, width - 1),
-            with_code_logits=in_spans and not whole,
+            code_ids=self.grammar.codes if in_spans and not whole else None,
             logits_to_keep=0 if whole else self._nothing(),
         )
-        self.cache = outputs[CACHE]
         logits = outputs.logits
         codes = logits[..., self.grammar.codes] if whole else outputs.code_logits
-        self.passes += 1
         ragged = status.shortest < status.longest or (width > 1 and len(self.row) > 1)
         if ragged:
             columns = (start + self.shift)[:, None] + torch.arange(width, device=start.device)
@@ -169,6 +167,37 @@ class SpanDecoder:
         self.columns = kept
         return status
 
+    def _read(self, start: torch.Tensor, width: int, even: bool, **wanted):
+        """The model's outputs for the tokens at `start` (rows,) and `width` - 1 behind; `even`: rows are of one length.
+
+        The cache then ends in them, at whichever columns.
+        """
+        places = start[:, None] + torch.arange(width, device=start.device)  # (rows, width) positions that are read
+        inputs = self.model.prepare_inputs_for_generation(
+            self.ids.gather(1, places.clamp(max=self.limit)),
+            attention_mask=self._mask(start, width, even),
+            position_ids=(places + self.offset[:, None]).clamp(min=0),
+            use_cache=True,
+            is_first_iteration=False,
+            **{CACHE: self.cache},
+        )
+        outputs = self.forward(**inputs, return_dict=True, **wanted)
+        self.cache = outputs[CACHE]
+        self.passes += 1
+        return outputs
+
+    def _read_last_segs(self) -> None:
+        """The states of [SEG] that rows end in, which no pass has read. A cache that cannot be cut stays as it is."""
+        if self.odds is None or self.fixed or not can_shrink(self.cache):
+            return
+        last = self.ids.gather(1, self.length[:, None] - 1)[:, 0]
+        self.active = (last == self.words.seg) & (self.length > self.prompt_length)
+        if not bool(self.active.any()):
+            return
+        start = torch.where(self.active, self.length - 1, self.columns - self.shift)
+        self._keep_segs(self._read(start, 1, False, logits_to_keep=self._nothing()).last_hidden_state, start)
+        drop_last(self.cache, 1)
+
     def _nothing(self) -> torch.Tensor:
         return torch.empty(0, dtype=torch.long, device=self.ids.device)
 
@@ -177,16 +206,20 @@ class SpanDecoder:
             return 1
         return self.width if self.fixed else min(self.width, status.remaining + 1)
 
-    def _mask(self, start: torch.Tensor, width: int, status: Status) -> torch.Tensor | None:
-        """(rows, columns + width) of what may be seen: the row's own tokens, and the block as far as causality lets."""
-        even = status.shortest == status.longest
+    def _mask(self, start: torch.Tensor, width: int, even: bool) -> torch.Tensor | None:
+        """What may be seen, the row's own tokens and the block as far as causality lets: (rows, columns + width), or
+        (rows, 1, width, columns + width) with causality, as scaled dot product attention takes it; None: all of it."""
         if even and self.prompt_mask is None:
             return None
-        seen = torch.arange(self.columns + width, device=start.device) < (start + self.shift)[:, None]
+        columns = self.columns + width
+        seen = torch.arange(columns, device=start.device) < (start + self.shift)[:, None]
         seen[:, self.columns :] = True
         if self.prompt_mask is not None:
             seen[:, : self.prompt_mask.shape[1]] &= self.prompt_mask
-        return seen.long()
+        if not self.whole_masks:
+            return seen.long()
+        causal = torch.ones(width, columns, dtype=torch.bool, device=start.device).tril(self.columns)
+        return seen[:, None, None] & causal
 
     def _advance(self, hidden, logits, code_logits, start: torch.Tensor, status: Status | None) -> Status:
         """Take what a pass predicted.
@@ -202,7 +235,8 @@ class SpanDecoder:
         ended, writes_word = torch.zeros_like(self.active), self.active & ~self.grammar.in_span
         if code_logits is not None:
             ended, reached = self._read_codes(code_logits, logits, start)
-            writes_word = writes_word | reached
+            self._stop_behind(ended)
+            writes_word = (writes_word | reached) & self.active
         self.grammar.close(ended)
         writes_word = writes_word & (self.length < self.limit)
         if logits.shape[1] and not self.expired:
@@ -261,7 +295,7 @@ class SpanDecoder:
         step = self.length - self.prompt_length
         if self.trace is not None:
             self.trace.write_scores(scores, torch.where(rows, step, -1))
-        tokens = self.choice.words(scores, step)
+        tokens = self.choice.words(scores, step, rows)
         self.ids.scatter_(1, torch.where(rows, self.length, self.limit)[:, None], tokens[:, None])
         self.length = self.length + rows
         begun = self.grammar.write(tokens, rows)
@@ -271,6 +305,13 @@ class SpanDecoder:
             self.active = self.active & ~(rows & torch.isin(tokens, self.end_ids))
         if self.end_sequences is not None:
             self.active = self.active & ~(rows & self.end_sequences.ends(self.ids, self.length))
+
+    def _stop_behind(self, ended: torch.Tensor) -> None:
+        """Of the rows `ended` (rows,) bool, whose spans have ended, stop those whose response ends in the marker."""
+        if self.marker_ends is not None:
+            self.active = self.active & ~(ended & self.marker_ends)
+        if self.sequences_end_in_marker:
+            self.active = self.active & ~(ended & self.end_sequences.ends(self.ids, self.length))
 
     def _begin(self, rows: torch.Tensor) -> None:
         """Guess the codes that are missing in the spans of `rows` (rows,) bool; their end markers are certain."""
@@ -313,8 +354,14 @@ class SpanDecoder:
                 self.length.amax(),
                 torch.where(self.active, self.length, self.limit + 1).amin(),
                 self.counts.amax(),
+                self.choice.failed.long(),
             ]
         )
         status = Status(*values.tolist())
+        if status.failed:  # its id is beyond the embedding, where a GPU ends the whole process
+            raise ValueError(
+                "No token can be drawn: the model's scores are infinite or no numbers. Is the temperature next to 0 "
+                "(use do_sample=False), or does the model overflow in float16 (use bfloat16 or float32)?"
+            )
         self._grow(status.segs)
         return status

@@ -32,15 +32,21 @@ _PLACES_ELSEWHERE = 4096
 
 # Settings of transformers that choose another strategy than greedy or sampling, and what that is called.
 _OTHER_STRATEGIES = {
+    "output_attentions": "output_attentions",
+    "output_hidden_states": "output_hidden_states",
+    "synced_gpus": "processes that share one model",
+}
+
+# Settings that bring a loop which is not transformers' own, and may read tokens as it likes.
+_OTHER_LOOPS = {
     "penalty_alpha": "contrastive search",
     "dola_layers": "DoLa",
     "constraints": "constraints",
     "force_words_ids": "forced words",
     "custom_generate": "custom_generate",
-    "output_attentions": "output_attentions",
-    "output_hidden_states": "output_hidden_states",
-    "synced_gpus": "processes that share one model",
 }
+# Settings that let something else draft tokens, which the model then checks several at a time.
+_DRAFTERS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
 class WholeSpans(StoppingCriteria):
@@ -52,7 +58,7 @@ class WholeSpans(StoppingCriteria):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
         """input_ids: (rows, length) -> (rows,) bool."""
         words, response = self.grammar.vocabulary, input_ids[:, self.grammar.prompt_length :]
-        opened = (self.grammar.open_codes >= 0).to(input_ids.device)
+        opened = self.grammar.open_codes.to(input_ids.device) >= 0  # where the grammar has it already
         opened = opened.repeat_interleave(len(input_ids) // len(opened))
         open_now = (response == words.depth_start).sum(1) + opened > (response == words.depth_end).sum(1)
         done = self.criterion(input_ids, scores, **kwargs)
@@ -89,6 +95,12 @@ class SpatialLoop:
             return f"cache_implementation={setting('cache_implementation')!r}"
         return next((called for name, called in _OTHER_STRATEGIES.items() if setting(name)), None)
 
+    def foreign_loop(self, setting: Callable[[str], Any]) -> str | None:
+        """Which loop will run that need not read one token of each row in a step, by the settings; None if none."""
+        if any(setting(name) for name in _DRAFTERS):
+            return "drafted tokens"
+        return next((called for name, called in _OTHER_LOOPS.items() if setting(name)), None)
+
     def fall_back(self, obstacle: str) -> None:
         """Say, once, that codes are written one by one."""
         if self.decoding == "parallel":
@@ -115,8 +127,12 @@ class SpatialLoop:
         before, warpers = logits_processor[: grammars[-1]], logits_processor[grammars[-1] + 1 :]
         foreign = [*before, *(item for item in warpers if not is_blind(item))]
         foreign = foreign or [item for item in stopping_criteria if not _is_known(item)]
-        if foreign:
-            self.fall_back(type(getattr(foreign[0], "criterion", foreign[0])).__name__)
+        streams_rows = self.streamer is not None and len(input_ids) > 1  # which takes a token of each row at a time
+        if foreign or streams_rows:
+            named = (
+                type(getattr(foreign[0], "criterion", foreign[0])).__name__ if foreign else "a stream of several rows"
+            )
+            self.fall_back(named)
             model_kwargs["spatial_recorder"] = self.recorder()
             return model._sample(
                 input_ids,
@@ -146,7 +162,10 @@ class SpatialLoop:
             code_shape=(request.words.num_depth_tokens, len(request.words.codes)),
             device=device,
         )
-        pad, ends = config._pad_token_tensor, config._eos_token_tensor
+        pad = config._pad_token_tensor
+        ends = [
+            item.eos_token_id for item in stopping_criteria if type(item) is criteria_of_transformers.EosTokenCriteria
+        ]
         trace = None
         if config.return_dict_in_generate and (config.output_scores or config.output_logits):
             wanted = {"scores": bool(config.output_scores), "logits": bool(config.output_logits)}
@@ -159,7 +178,7 @@ class SpatialLoop:
             choice=choice,
             ids=input_ids,
             new_tokens=request.new_tokens,
-            end_ids=None if ends is None else ends.to(device),
+            end_ids=torch.cat(ends).to(device) if ends else None,
             end_sequences=_asked(stopping_criteria, EndSequences),
             pad=0 if pad is None else int(pad),
             span_ends=request.span_ends(len(input_ids)),

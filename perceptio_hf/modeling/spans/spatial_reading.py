@@ -53,7 +53,7 @@ class SpatialReadingMixin:
                 prompts.
 
         Raises:
-            ValueError: if `sequences` do not begin with `input_ids`, or hold a [SEG] without `mask_pixel_values`.
+            ValueError: if `sequences` do not begin with `input_ids`, or show pictures without `pixel_values`.
         """
         sequences = sequences.to(input_ids.device)
         batch, length = input_ids.shape
@@ -141,9 +141,14 @@ class SpatialReadingMixin:
         copies = sequences.shape[0] // prompts.ids.shape[0]
         of_rows = torch.tensor([row // copies for row in rows], device=prompts.ids.device)
         ids = sequences[rows]
+        if prompts.pixel_values is None and bool((ids == words.image).any()):
+            raise ValueError(
+                "Masks and depth are to be read by one more pass over the sequences, which show pictures, but no "
+                "pixel_values came. Pass them; a further question that is asked with a cache alone needs no such pass, "
+                "unless tokens are drafted, there are beams, or a static cache is full."
+            )
         mask = torch.ones_like(ids)
-        if prompts.attention_mask is not None:
-            mask[:, :length] = prompts.attention_mask[of_rows].to(mask)
+        mask[:, :length] = self._attention_of(prompts)[of_rows].to(mask)
         # Parts that are kept on disk have no device; their hooks move what comes.
         device = ids.device if self.device.type == "meta" else self.device
         pixels = self._pixels_of(of_rows, prompts)
@@ -155,6 +160,15 @@ class SpatialReadingMixin:
             use_cache=False,
         ).last_hidden_state
         return ReplayedStates(words, length, rows, hidden, self.lm_head)
+
+    def _attention_of(self, prompts: Prompts) -> torch.Tensor:
+        """(batch, length), which `generate` reads off the padding where nobody says it."""
+        if prompts.attention_mask is not None:
+            return prompts.attention_mask
+        pad, ends = self.generation_config.pad_token_id, self.generation_config.eos_token_id
+        if pad is None or pad in (ends if isinstance(ends, list) else [ends]):
+            return torch.ones_like(prompts.ids)
+        return prompts.ids != pad
 
     def _pixels_of(self, of_rows: torch.Tensor, prompts: Prompts) -> torch.Tensor | None:
         """The picture tiles of the prompts listed (with repeats), in their order."""

@@ -65,25 +65,31 @@ class SpatialRequest:
         spatial: str,
         prompt: torch.Tensor | None,
         embedded: int,
-        config: GenerationConfig,
+        configs: Sequence[GenerationConfig],
         kwargs: dict,
     ) -> "SpatialRequest":
-        """Read the prompts (batch, length); None: there are `embedded` embeddings, and ids begin with the response."""
+        """Read the prompts (batch, length); None: there are `embedded` embeddings, and ids begin with the response.
+
+        Of `kwargs` and `configs`, that of the call and the model's, the first that sets a length says how long it is.
+        """
         if prompt is None:
             if spatial in _FORCED:
                 raise ValueError(
                     f"spatial={spatial!r} needs input_ids: from inputs_embeds alone the pictures of the prompt are "
                     "unknown. Pass both, or spatial='none'."
                 )
-            return cls(words, "none", [], 0, _new_token_limit(embedded, config, kwargs, [], words))
+            return cls(words, "none", [], 0, _new_token_limit(embedded, configs, kwargs, [], words))
         rows = [read_sequence(ids, words, prompt.shape[1]) for ids in prompt.tolist()]
-        new_tokens = _new_token_limit(prompt.shape[1], config, kwargs, rows, words)
+        new_tokens = _new_token_limit(prompt.shape[1], configs, kwargs, rows, words)
         return cls(words, spatial, rows, prompt.shape[1], new_tokens)
 
     def check(self, *, needs_masks: bool) -> None:
         """Raise a ValueError for what cannot be had; `needs_masks`: masks are to be made, and their pixels lack."""
         if self.spatial in _FORCED and not any(row.num_pictures for row in self.rows):
-            raise ValueError(f"spatial={self.spatial!r} needs a picture, but no prompt has one.")
+            raise ValueError(
+                f"spatial={self.spatial!r} needs a picture, but no prompt has one. (A further question with the cache "
+                "of an earlier one needs the ids of all turns: pictures are counted in input_ids.)"
+            )
         for number, row in enumerate(self.rows):
             self._check_row(number, row)
         if self.spatial in ("seg", "seg+depth") and needs_masks:
@@ -144,23 +150,22 @@ class SpatialRequest:
 
 def _new_token_limit(
     prompt_length: int,
-    config: GenerationConfig,
+    configs: Sequence[GenerationConfig],
     kwargs: dict,
     rows: list[SpatialSequence],
     words: SpatialVocabulary,
 ) -> int:
-    """How many tokens `generate` may add, by transformers' order of precedence."""
-    new_tokens = kwargs.get("max_new_tokens")
-    if new_tokens is not None:
-        return new_tokens
-    length = kwargs.get("max_length")
-    if length is None and config.max_new_tokens is not None:
-        return config.max_new_tokens
-    length = config.max_length if length is None else length
-    if length is None or (length == 20 and kwargs.get("max_length") is None):  # 20: the default of older versions
-        pictures = max((row.pictures_shown for row in rows), default=0)
-        return pictures * (words.span_length + 1) + _DEFAULT_ANSWER_TOKENS
-    return length - prompt_length
+    """How many tokens `generate` may add."""
+    limits = [(kwargs.get("max_new_tokens"), kwargs.get("max_length"))]
+    # 20 is what older versions of transformers have where nothing was set.
+    limits += [(config.max_new_tokens, None if config.max_length == 20 else config.max_length) for config in configs]
+    for new_tokens, length in limits:
+        if new_tokens is not None:
+            return new_tokens
+        if length is not None:
+            return length - prompt_length
+    pictures = max((row.pictures_shown for row in rows), default=0)
+    return pictures * (words.span_length + 1) + _DEFAULT_ANSWER_TOKENS
 
 
 def check_mode(name: str, value: str, known: Sequence[str]) -> None:

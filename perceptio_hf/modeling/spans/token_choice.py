@@ -52,6 +52,7 @@ class TokenChoice:
     ):
         self.warpers, self.sample = warpers, sample
         self._row = torch.arange(rows, device=device)
+        self.failed = torch.zeros((), dtype=torch.bool, device=device)  # whether there was nothing to draw from
         if sample:
             self._uniform = torch.rand(rows, steps, device=device)
             exponential = torch.empty(rows, max(spans, 1), *code_shape, device=device).exponential_()
@@ -64,12 +65,17 @@ class TokenChoice:
         flat = scores.reshape(-1, scores.shape[-1])
         return self.warpers(flat.new_zeros(len(flat), 1, dtype=torch.long), flat).view_as(scores)
 
-    def words(self, scores: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        """(rows, vocabulary) warped scores of the token at `steps` (rows,) of the response -> (rows,) tokens."""
+    def words(self, scores: torch.Tensor, steps: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """(rows, vocabulary) warped scores of the token at `steps` (rows,) of the response -> (rows,) tokens.
+
+        `rows` (rows,) bool are those whose tokens matter. Where one of them has scores that are no numbers, `failed` is
+        set, and its token is none of the vocabulary.
+        """
         if not self.sample:
             return scores.argmax(-1)
         exact = torch.float32 if scores.device.type == "mps" else torch.float64
         total = scores.softmax(-1).cumsum(-1, dtype=exact)
+        self.failed = self.failed | (total[:, -1].isnan() & rows).any()
         steps = steps.clamp(0, self._uniform.shape[1] - 1)
         below = self._uniform[self._row, steps].to(exact) * total[:, -1]
         below = torch.minimum(below, total[:, -1].nextafter(torch.zeros_like(below)))
