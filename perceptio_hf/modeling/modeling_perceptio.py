@@ -316,9 +316,10 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
         }
         given = {name: value for name, value in inputs.items() if value is not None}
         shared = criterion is not None and _shards(self)
-        unused = self._no_pictures_used(input_ids.device) if shared and pixel_values is None else None
+        if shared and pixel_values is None:
+            given["inputs_embeds"] = self._no_pictures_used(given.pop("input_ids"))
         outputs = self.model(**given, return_dict=True, **kwargs)
-        hidden = outputs.last_hidden_state if unused is None else outputs.last_hidden_state + unused
+        hidden = outputs.last_hidden_state
         logits = None
         if criterion is None:
             if word_places is not None:
@@ -394,10 +395,13 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
             pictures = [_place_of(picture, places) for picture in pictures]
         return self.predict_masks(torch.stack(states), mask_pixel_values, pictures)
 
-    def _no_pictures_used(self, device: torch.device) -> torch.Tensor:
-        """A zero that depends on how InternVL sees a blank picture; why, says `_no_masks_used`."""
-        blank = torch.zeros(1, 3, *self.config.vision_config.image_size, device=device)
-        return self.model.get_image_features(blank, return_dict=True).pooler_output[:0].sum()
+    def _no_pictures_used(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of words (batch, sequence, hidden), with no share of how InternVL sees a blank picture; why, says
+        `_no_masks_used`. The order of the modules is that of InternVL."""
+        words = self.get_input_embeddings()(input_ids)
+        blank = torch.zeros(1, 3, *self.config.vision_config.image_size, device=words.device)
+        seen = self.model.get_image_features(blank, return_dict=True).pooler_output
+        return words + seen[:0].sum().to(words)
 
     def _no_masks_used(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `_no_masks`, but as an empty share of a blank picture's mask, so that parameters get a gradient of zero.
