@@ -47,7 +47,7 @@ from perceptio_hf.modeling.spans import spatial_loop
 from perceptio_hf.modeling.spans.grammar_state import GrammarState, LoopGrammar
 from perceptio_hf.world import HELD_OUT_SEED, render_scene
 
-SHARE = 0.3  # of the codes of a span: the passes that the shipped weights take, in float32
+SHARE = 0.3  # of the codes of a span: a little more passes than those that the shipped weights take, in float32
 PARTS = ("spans", "answers", "masks", "second", "grammar", "large")
 QUESTIONS = ("Which is closer, A or B?", "How many objects are there?", "Give me the depth map.")
 
