@@ -1,5 +1,6 @@
 """Spans that hold together by themselves: counted in tokens as they can be counted in text."""
 
+import copy
 import re
 
 import pytest
@@ -19,6 +20,8 @@ def tiny():
 
 def test_spans_without_grammar(tiny):
     model, processor = tiny
+    model = copy.deepcopy(model)
+    model.model.language_model.norm.weight.data *= 0.7  # flatter odds: of the shipped ones hardly a span breaks
     items = held_out_items(4)
     found = spans_without_grammar(model, processor, items, 16, batch_size=16)
     asked = [item for item in items if item.question.kind == "depth"]
