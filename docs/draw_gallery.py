@@ -4,7 +4,6 @@ from pathlib import Path
 
 from PIL import Image
 
-import perceptio_hf
 from perceptio_hf.commands import checkpoints
 from perceptio_hf.commands.demo import answer_scene, choose_scene, compare
 from perceptio_hf.data.depth_maps import relative_from_metric
@@ -32,7 +31,7 @@ def rows(loaded: tuple, demo: int) -> tuple[list[Panel | tuple], str]:
 
 
 def main() -> None:
-    loaded = checkpoints.load(str(perceptio_hf.tiny_checkpoint()))
+    loaded = checkpoints.load(checkpoints.resolve(None))
     panels, captions = zip(*(rows(loaded, demo) for demo in DEMOS), strict=True)
     page = sheet([panel for row in panels for panel in row], "\n".join(captions), columns=len(panels[0]))
     page.resize((page.width // 2, page.height // 2), Image.Resampling.LANCZOS).save(PICTURE, quality=88)

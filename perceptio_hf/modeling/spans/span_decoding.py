@@ -112,7 +112,8 @@ class SpanDecoder:
         self._first_positions(model_kwargs)
         # Of a 2D mask transformers makes such a mask itself, and waits for the device to ask whether it hides anything.
         attention = self.model.config.text_config._attn_implementation
-        self.whole_masks = attention == "sdpa" and not self.fixed and can_shrink(self.cache)
+        self.shrinks = not self.fixed and can_shrink(self.cache)
+        self.whole_masks = attention == "sdpa" and self.shrinks
         logits = outputs.logits[:, -1:]
         codes = logits[..., self.grammar.codes]
         status = self._advance(outputs.last_hidden_state[:, -1:], logits, codes, self.length - 1, None)
@@ -188,7 +189,7 @@ class SpanDecoder:
 
     def _read_last_segs(self) -> None:
         """The states of [SEG] that rows end in, which no pass has read. A cache that cannot be cut stays as it is."""
-        if self.odds is None or self.fixed or not can_shrink(self.cache):
+        if self.odds is None or not self.shrinks:
             return
         last = self.ids.gather(1, self.length[:, None] - 1)[:, 0]
         self.active = (last == self.words.seg) & (self.length > self.prompt_length)
