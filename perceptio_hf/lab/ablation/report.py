@@ -14,6 +14,8 @@ _LABELS = {
     "spans_ce": "spans, plain cross-entropy",
     "composite": "+ marker, token and count losses",
     "full": "+ soft-merge reconstruction (full)",
+    "full_vocabulary": "full, token loss over the whole vocabulary",
+    "full_noise": "full, half of the codes that are read replaced",
     "full_no_seg": "full without segmentation",
     "seg_only": "segmentation alone",
 }

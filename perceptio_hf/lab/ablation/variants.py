@@ -1,7 +1,7 @@
 """What each part of the training contributes: variants trained alike from one base, over several seeds.
 
 A Perceptio is made from a model that answers questions about pictures already. Here that is the base, which every run
-starts from: a training in words alone, then one with depth spans by plain cross-entropy, without [SEG]; small models
+starts from: a training with masks and words, then one with depth spans too, both by plain cross-entropy; small models
 need many more steps to write a span at all than to learn what the variants differ in. Every run then has the same
 number of steps and stream of scenes; what differs is the answers that are learnt and the losses. The vision tower,
 SAM2's image encoder and the depth codec are frozen, as in fine-tuning a real checkpoint; vision tower and SAM2 may come
@@ -41,12 +41,14 @@ _WORDS_SEED, _SPANS_SEED, _FIRST_SEED = 190_000_000, 195_000_000, 200_000_000
 class Variant:
     """What one variant learns: the form of its answers and the losses of its words.
 
-    `plain` takes cross-entropy over all learnt tokens in place of the composite objective with `weights`.
+    `plain` takes cross-entropy over all learnt tokens in place of the composite objective with `weights`; `span_noise`
+    is that of `LanguageLesson`.
     """
 
     form: AnswerForm
     plain: bool = False
     weights: LossWeights = LESSON_WEIGHTS
+    span_noise: float = 0.0
 
 
 _SPANS, _NO_RECONSTRUCTION = AnswerForm(), replace(LESSON_WEIGHTS, reconstruction=0.0)
@@ -56,14 +58,16 @@ VARIANTS = {
     "spans_ce": Variant(_SPANS, plain=True),
     "composite": Variant(_SPANS, weights=_NO_RECONSTRUCTION),
     "full": Variant(_SPANS),
+    "full_vocabulary": Variant(_SPANS, weights=replace(LESSON_WEIGHTS, token_over="vocabulary")),
+    "full_noise": Variant(_SPANS, span_noise=0.5),
     "full_no_seg": Variant(AnswerForm(masks=False)),
     "seg_only": Variant(AnswerForm(depth=False, steps=False, words=False), plain=True),
 }
 _CLAIM = "recipe.json"
 # What of a recipe the base depends on.
 _BASE_KEYS = ("words_steps", "words_learning_rate", "spans_steps", "spans_learning_rate", "batch")
-_WORDS_BASE = VARIANTS["steps_only"]  # finds what a question names, and answers in words
-_SPANS_BASE = Variant(AnswerForm(masks=False), plain=True)
+_WORDS_BASE = Variant(AnswerForm(depth=False), plain=True)  # finds what a question names, and keeps its masks alive
+_SPANS_BASE = VARIANTS["spans_ce"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class AblationRecipe:
     """Settings of all runs; `recipes/ablation.yaml` holds those of the published table.
 
     Args:
-        words_steps, spans_steps: of the base that all runs start from, in words alone and then with spans.
+        words_steps, spans_steps: of the base that all runs start from, without and then with spans.
         words_learning_rate, spans_learning_rate: as `learning_rate`, for these.
         steps, batch, learning_rate: of each run; the rate is the peak of a warm-up and cosine schedule.
         dice_weight, click_weight: of the mask loss, and of pulling [SEG] towards SAM2's own embedding of a click.
@@ -252,6 +256,7 @@ def _lesson(
         plain=variant.plain,
         alignment=alignment,
         revise=revise,
+        span_noise=variant.span_noise,
     )
 
 

@@ -25,6 +25,7 @@ from perceptio_hf.world.scene import COLORS, MATERIALS, SHAPES, SIZES
 
 from .answers import LETTERS, PHRASE, AnswerForm, Marks, Responder, Response, cells_of_objects
 
+_PRACTICE = 5_000_000  # from the first scene that is asked about to the first that is only practised on
 _MARKED, _MARKED_ANYWAY = 0.85, 0.5  # how often the points of a question are shown, and points without one
 
 
@@ -311,8 +312,17 @@ def _stack_turns(
 class SceneStream(IterableDataset):
     """Batches of fresh scenes, from `first_seed` on; no scene comes twice, in whichever process."""
 
-    def __init__(self, asker: SceneAsker, batch_size: int, first_seed: int, rank: int, processes: int, way: str):
-        self.asker, self.render = asker, getattr(asker, way)
+    def __init__(
+        self,
+        asker: SceneAsker,
+        batch_size: int,
+        first_seed: int,
+        rank: int,
+        processes: int,
+        way: str,
+        practised: int = 0,
+    ):
+        self.asker, self.render, self.practised = asker, getattr(asker, way), practised
         self.batch_size, self.first_seed, self.rank, self.processes = batch_size, first_seed, rank, processes
 
     def __iter__(self) -> Iterator[SceneBatch]:
@@ -320,8 +330,11 @@ class SceneStream(IterableDataset):
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         for step in itertools.count(number, workers):
-            first = self.first_seed + (step * self.processes + self.rank) * self.batch_size
+            turn = step * self.processes + self.rank
+            first = self.first_seed + turn * self.batch_size
             scenes = [self.render(seed) for seed in range(first, first + self.batch_size)]
+            first = self.first_seed + _PRACTICE + turn * self.practised
+            scenes += [self.asker.practice(seed) for seed in range(first, first + self.practised)]
             yield collate(scenes, self.asker)
 
 
@@ -333,6 +346,7 @@ def scene_batches(
     first_seed: int,
     form: AnswerForm | None = None,
     phrases: int = 0,
+    practised: int = 0,
     way: str = "scene",
     workers: int = 1,
     rank: int = 0,
@@ -341,7 +355,9 @@ def scene_batches(
     """An endless stream of training batches, rendered by `workers` other processes (0: by this one).
 
     Of `processes` that train together, number `rank` gets every `processes`-th batch. `way` is the method of
-    `SceneAsker` that makes scenes: "scene", "practice" (nothing is asked) or "referred" (objects alone).
+    `SceneAsker` that makes scenes: "scene", "practice" (nothing is asked) or "referred" (objects alone). Behind every
+    batch's scenes come `practised` further ones that nothing is asked about.
     """
-    stream = SceneStream(SceneAsker(processor, size, form, phrases), batch_size, first_seed, rank, processes, way)
+    asker = SceneAsker(processor, size, form, phrases)
+    stream = SceneStream(asker, batch_size, first_seed, rank, processes, way, practised)
     return iter(DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))

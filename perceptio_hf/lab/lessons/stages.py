@@ -57,7 +57,8 @@ _WAYS = {"masks": "referred", "vision": "practice", "lookup": "practice", "groun
 _CLICKED = 4  # one [SEG] of so many is also clicked at, lest SAM2 forget to listen to clicks
 _ALIGNED = 0.2  # weight of pulling projected [SEG] states to clicks
 _LOOKING = 2.5  # weight of taught attention
-_SEEN = 0.4  # weight, in the language stage, of what image tokens tell of their cells
+_SEEN = 0.8  # weight, in the language stage, of what image tokens tell of their cells
+_PRACTISED = {"language": 2}  # one further scene for so many, from which only seeing is learnt
 _UNSEEN = 0.2  # share of the grounding stage before masks: no [SEG] knows yet where its object is
 _FITTED = 768  # [SEG] states that the projector is fitted to
 _RENDEZVOUS = ".rendezvous"  # where the processes find one another
@@ -310,6 +311,7 @@ class _Stages:
             batch_size=batch // self.processes,
             first_seed=_FIRST_SEEDS[stage] + self.recipe.seed * 100_000_000 + seen,
             phrases=_PHRASES.get(stage, 0),
+            practised=batch // self.processes // _PRACTISED[stage] if stage in _PRACTISED else 0,
             way=_WAYS.get(stage, "scene"),
             workers=self.workers,
             rank=self.rank,

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModel, DynamicCache
 
 from perceptio_hf import DepthVQVAE, PerceptioForConditionalGeneration
-from perceptio_hf.lab.lessons.answers import AnswerForm, cell_of_object, cells_of_objects
+from perceptio_hf.lab.lessons.answers import AnswerForm, Marks, cell_of_object, cells_of_objects
 from perceptio_hf.lab.lessons.batches import SceneAsker, collate, instance_of_cells, scene_batches
 from perceptio_hf.lab.lessons.model import tiny_processor, tiny_tokenizer
 from perceptio_hf.lab.lessons.stages import STAGES, TinyRecipe, fresh_model, schedule, train_tiny
@@ -232,6 +232,28 @@ def test_no_marked_cell_is_shared(scene_processor):
         assert not letters.any() or sorted(letters[letters > 0]) == list(range(1, (letters > 0).sum() + 1))
     assert 10 < marked < 30
     assert cell_at((127, 0), (128, 128), 8) == 7 and cell_at((0, 127), (128, 128), 8) == 56
+
+
+def test_marks_of_half_of_the_pictures_lie_alike_in_their_cells():
+    """Else circles are paired with letters by that place, and letters exchanged where it is the same."""
+    rng = np.random.default_rng(0)
+    for marks_of in (Marks.anywhere, Marks.crowd):
+        places = [{(x % 16, y % 16) for x, y in marks_of(128, 8, rng).points} for _ in range(200)]
+        alike = [len(one) == 1 for one in places]
+        assert 0.35 < np.mean(alike) < 0.65
+        shared = set.union(*(one for one, same in zip(places, alike, strict=True) if same))
+        assert len(shared) > 40, "anywhere in a cell"
+
+
+def test_scenes_to_practise_on_come_behind_those_asked_about(scene_processor):
+    batches = scene_batches(scene_processor, size=128, batch_size=2, first_seed=7, practised=3, workers=0)
+    alone = next(scene_batches(scene_processor, size=128, batch_size=2, first_seed=7, workers=0))
+    first, second = next(batches), next(batches)
+    assert torch.equal(first.pixel_values[:2], alone.pixel_values) and len(first.pixel_values) == 5
+    for turns, same in zip(first.turns, alone.turns, strict=True):
+        assert torch.equal(turns.rows, same.rows) and torch.equal(turns.labels, same.labels)
+    shown = [*first.pixel_values, *second.pixel_values]
+    assert all(not torch.equal(one, other) for k, one in enumerate(shown) for other in shown[:k])
 
 
 def test_schedule():
