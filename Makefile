@@ -14,7 +14,7 @@ STAMP := $(VENV)/.perceptio-installed
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-oldest test-newest test-between test-arithmetic test-arithmetic-quick test-sam2 test-lmms-eval test-engines test-ray test-track test-app rehearse plan lint clean
+.PHONY: help env demo test test-oldest test-newest test-between test-arithmetic test-arithmetic-quick test-sam2 test-lmms-eval test-engines test-ray test-track test-zero3 test-app rehearse plan lint clean
 
 help:
 	@echo "make demo   render a scene, ask the embedded model about it, write pictures to perceptio-demo/"
@@ -28,6 +28,7 @@ help:
 	@echo "make test-ray      predict, eval and label on several workers of Ray, which this installs"
 	@echo "make test-engines  exported folders in transformers serve and under the grammars of xgrammar, llguidance and outlines, which this installs"
 	@echo "make test-track    figures and pictures of a training where it reports to, which this installs"
+	@echo "make test-zero3    a training by the configuration of DeepSpeed's ZeRO-3 on two CPU processes, which this installs"
 	@echo "make test-app      the page in a real browser, which this installs; SCREENSHOTS=docs/images takes README's pictures"
 	@echo "make rehearse   label, train, measure and push a small random one by the commands for a real one, into runs/rehearsal"
 	@echo "make plan   draw the figures of the documents: the imports, a span that converges, five demos"
@@ -133,6 +134,12 @@ test-engines: $(STAMP)
 test-track: $(STAMP)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e ".[track]"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/evaluation/during
+
+# DeepSpeed is built from source, and wants to see torch then.
+test-zero3: $(STAMP)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) einops hjson msgpack ninja psutil py-cpuinfo pydantic setuptools wheel
+	@DS_BUILD_OPS=0 $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation deepspeed==0.19.8
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/training/test_zero3.py
 
 test-ray: $(STAMP)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) "ray[data]==2.60.0"

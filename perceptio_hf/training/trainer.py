@@ -27,7 +27,7 @@ from perceptio_hf.training.losses.labels import LabelLayout, LossCounts, loss_co
 from perceptio_hf.training.losses.meter import PartMeter
 from perceptio_hf.training.masks.training import LivingMasks
 
-from . import fsdp
+from . import fsdp, zero3
 from .checkpoints import WholeCheckpoints, last_checkpoint
 from .collator import PerceptioDataCollator
 from .config import PerceptioSFTConfig
@@ -126,7 +126,7 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         if self.is_fsdp_enabled:
             self._prepare_fsdp()
         elif self.is_deepspeed_enabled:  # ZeRO-3 too leaves nothing but shards outside the model's forward
-            self._codec = copy.deepcopy(self._codec).to(self.accelerator.device)
+            self._codec = zero3.whole_codec(self._codec, self.accelerator.device)
         self._meters = {"train": _part_meter(), "eval": _part_meter()}
         self.skipped_samples: dict[str, int] = {}  # by reason, known when `train` ends
         self.figures: Callable[[PerceptioSFTTrainer, PreTrainedModel], dict[str, float]] | None = None

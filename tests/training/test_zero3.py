@@ -1,0 +1,82 @@
+"""The recipe's configuration of DeepSpeed's ZeRO-3, on two CPU processes: they take the steps of one process.
+
+`make test-zero3` installs DeepSpeed.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+
+from perceptio_hf import PerceptioForConditionalGeneration, tiny_checkpoint
+from perceptio_hf.commands.main import run
+from perceptio_hf.data.sources import write_samples
+from perceptio_hf.data.world_samples import iter_world_samples
+
+ROOT = Path(__file__).parents[2]
+# On CPUs DeepSpeed would first compile a faster way through shared memory, for minutes.
+TRAIN = """
+import sys
+import deepspeed
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+from perceptio_hf.commands.main import run
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+def trained(folder: Path, rows: int, *launch: str) -> tuple[list[dict], dict]:
+    """The logs and the weights of two steps, each of the same four samples."""
+    recipe = {
+        "model_name_or_path": "tiny",
+        "tasks": [{"samples": str(folder.parent / "samples")}],
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_steps": 2,
+    }
+    recipe |= {"per_device_train_batch_size": rows, "use_cpu": True, "bf16": False, "report_to": "none"}
+    recipe |= {"disable_tqdm": True, "learning_rate": 1e-4}
+    config = folder.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(recipe))
+    arguments = ["train", "--config", str(config), "--out", str(folder)]
+    if launch:
+        paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        environment = os.environ | {"PYTHONPATH": paths, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr[-4000:]
+    else:
+        assert run(arguments) == 0
+    state = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
+    return state["log_history"], PerceptioForConditionalGeneration.from_pretrained(folder / "checkpoint").state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed; make test-zero3 installs it")
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    settings = yaml.safe_load((ROOT / "recipes" / "accelerate" / "zero3_8gpu.yaml").read_text())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        settings |= {"num_processes": 2, "mixed_precision": "no", "use_cpu": True}
+        settings["main_process_port"] = probe.getsockname()[1]
+    (tmp_path / "zero3.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "train.py").write_text(TRAIN)
+    kinds = ("refer", "depth", "spatial", "refer")
+    rows = [next(iter(iter_world_samples(kind, seeds=[seed]))) for seed, kind in enumerate(kinds)]
+    write_samples(tmp_path / "samples", rows)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "zero3.yaml")]
+    logs, weights = trained(tmp_path / "two", 2, *launch, str(tmp_path / "train.py"))
+    expected_logs, expected = trained(tmp_path / "one", 4)
+    names = ("loss", "text", "token", "marker", "reconstruction", "mask_bce", "mask_dice", "grad_norm")
+    for found, should in zip(logs[:2], expected_logs[:2], strict=True):
+        assert {name: found[name] for name in names} == pytest.approx({n: should[n] for n in names}, rel=1e-3)
+    assert weights.keys() == expected.keys()
+    assert max(float((weights[name] - expected[name]).abs().max()) for name in expected) < 2.5e-4
+    start = PerceptioForConditionalGeneration.from_pretrained(tiny_checkpoint()).state_dict()
+    moved = [name for name in start if not weights[name].equal(start[name])]
+    assert any("language_model" in name for name in moved) and any("mask_decoder" in name for name in moved)
+    assert not any("depth_model" in name for name in moved)
