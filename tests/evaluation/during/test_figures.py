@@ -1,6 +1,12 @@
 """Figures while a model trains: those of `perceptio eval`, among the metrics, and for the best checkpoint."""
 
 import json
+import os
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -107,6 +113,46 @@ def test_tensorboard_gets_figures_and_pictures(parts, held_out, tmp_path, monkey
     assert "cases/world-refer" in board.Tags()["images"]
     assert {"eval/world-refer_ciou", "eval/broken_spans"} <= set(board.Tags()["scalars"])
     assert json.dumps(trainer.state.log_history)
+
+
+REPORTED = """
+import sys
+import sft_helpers as sft
+from perceptio_hf.evaluation.during.figures import HeldOutFigures
+from perceptio_hf.evaluation.during.trackers import TrainerFigures
+options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 1, "report_to": sys.argv[2], "project": "one"}
+trainer = sft.trainer(sys.argv[1], evaluation={}, **options)
+trainer.figures = TrainerFigures(HeldOutFigures([{"benchmark": "world-refer", "limit": 2, "cases": 1}]))
+trainer.train()
+"""
+
+
+def train_reporting_to(name: str, out: Path, **variables: str) -> None:
+    """In a process of its own: wandb writes its log when that ends, and trackio asks where to write when it begins."""
+    if find_spec(name) is None:
+        pytest.skip("the extra `track` is not installed")
+    tests = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths} | variables
+    subprocess.run([sys.executable, "-c", REPORTED, str(out), name], env=environment, check=True, timeout=300)
+
+
+def test_weights_and_biases_gets_figures_and_pictures(tmp_path):
+    train_reporting_to("wandb", tmp_path / "out", WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
+    (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    for logged in (b"eval/world-refer_ciou", b"cases/world-refer", b"train/loss"):
+        assert logged in log.read_bytes()
+    drawn = list(log.parent.glob("files/media/images/cases/world-refer*.png"))
+    assert drawn and all(picture.stat().st_size > 1000 for picture in drawn)
+
+
+def test_trackio_gets_figures_and_pictures(tmp_path):
+    train_reporting_to("trackio", tmp_path / "out", TRACKIO_DIR=str(tmp_path / "trackio"))
+    with closing(sqlite3.connect(tmp_path / "trackio" / "one.db")) as board:
+        logged = [json.loads(row[0]) for row in board.execute("select metrics from metrics")]
+    assert any("eval/world-refer_ciou" in entry for entry in logged) and any("train/loss" in entry for entry in logged)
+    shown = [entry["cases/world-refer"]["file_path"] for entry in logged if "cases/world-refer" in entry]
+    assert shown and all((tmp_path / "trackio" / "media" / path).stat().st_size > 1000 for path in shown)
 
 
 @pytest.mark.parametrize(
