@@ -1,7 +1,7 @@
 """How soon an answer is there, beside what one would otherwise run.
 
     python benchmarks/speed.py --out benchmarks/results/speed.json
-    python benchmarks/speed.py --parts spans answers masks grammar --spans 200
+    python benchmarks/speed.py --parts spans answers steps masks codec grammar --spans 200
     python benchmarks/speed.py --parts large --rounds 3 --batches 1
 
 All sides of a comparison take turns in one process, after one round that does not count; figures are medians of CPU
@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from codec_speed import AiTEncoder
 from large import cut_internvl_config
 from PIL import Image
 from transformers import (
@@ -48,7 +49,8 @@ from perceptio_hf.modeling.spans.grammar_state import GrammarState, LoopGrammar
 from perceptio_hf.world import HELD_OUT_SEED, render_scene
 
 SHARE = 0.3  # of the codes of a span: a little more passes than those that the shipped weights take, in float32
-PARTS = ("spans", "answers", "masks", "second", "grammar", "large")
+PARTS = ("spans", "answers", "steps", "masks", "codec", "second", "grammar", "large")
+STEPS = 32  # outside of spans
 QUESTIONS = ("Which is closer, A or B?", "How many objects are there?", "Give me the depth map.")
 
 
@@ -216,14 +218,17 @@ def answer_sides(model, inputs: dict, ids: torch.Tensor, spatial: str) -> dict[s
     }
 
 
+def stock(model, inputs: dict, length: int, **more) -> torch.Tensor:
+    """InternVL's own `generate`, greedily."""
+    given = {key: inputs[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+    generate = super(PerceptioForConditionalGeneration.__mro__[2], model).generate
+    return generate(**given, do_sample=False, max_new_tokens=length, **more)
+
+
 @torch.no_grad()
 def peers(model, inputs: dict, ids: torch.Tensor, length: int) -> None:
     """Stock `generate`, [SEG] states from one more pass, SAM2 anew for every [SEG], the codec."""
-    stock = {key: inputs[key] for key in ("input_ids", "attention_mask", "pixel_values")}
-    generate = super(PerceptioForConditionalGeneration.__mro__[2], model).generate
-    out = generate(
-        **stock, do_sample=False, max_new_tokens=length, logits_processor=LogitsProcessorList([Scripted(ids)])
-    )
+    out = stock(model, inputs, length, logits_processor=LogitsProcessorList([Scripted(ids)]))
     words = model.spatial_vocabulary()
     rows, places = (out[:, inputs["input_ids"].shape[1] :] == words.seg).nonzero(as_tuple=True)
     if len(rows):
@@ -248,6 +253,41 @@ def answer_figures(rounds: int, batches: tuple[int, ...], device: torch.device) 
             out = model.generate(**inputs, spatial=spatial, do_sample=False, max_new_tokens=100)
             sides = answer_sides(model, inputs, out, spatial)
             figures[f"{spatial}, batch {batch}"] = in_turns(sides, rounds, device)
+    return figures
+
+
+def step_figures(rounds: int, batches: tuple[int, ...], device: torch.device) -> dict:
+    """One step outside of spans at 152 M parameters: ours, and stock InternVL's, which knows no grammar."""
+    model, figures = large_model(device), {}
+    for batch in batches:
+        inputs = large_inputs(model, batch, device)
+        spent = in_turns(step_sides(model, inputs, 2) | step_sides(model, inputs, STEPS + 2), rounds, device)
+        figures[f"batch {batch}"] = {
+            side: (spent[f"{side} {STEPS + 2}"] - spent[f"{side} 2"]) / STEPS for side in ("stock", "loop", "ours")
+        }
+    return figures
+
+
+def step_sides(model, inputs: dict, length: int) -> dict[str, Callable]:
+    """Every side writes `length` words."""
+    never = {"eos_token_id": model.config.text_config.vocab_size}
+    options = inputs | never | {"do_sample": False, "spatial": "none", "max_new_tokens": length}
+    return {
+        f"stock {length}": lambda: stock(model, inputs, length, **never),
+        f"loop {length}": lambda: model.generate(**options, logits_processor=LogitsProcessorList([Unknown()])),
+        f"ours {length}": lambda: model.generate(**options),
+    }
+
+
+def codec_figures(rounds: int, device: torch.device) -> dict:
+    """Codes of depth maps by our codec and by AiT's, on the same weights; benchmarks/codec_speed.py has more of it."""
+    torch.manual_seed(0)
+    codec = DepthVQVAE(DepthVQVAEConfig()).eval().to(device)
+    theirs, figures = AiTEncoder(codec).eval(), {}
+    for batch in (1, 8):
+        depth = torch.rand(batch, 320, 320, device=device)
+        sides = {"AiT": lambda d=depth: theirs(d), "ours": lambda d=depth: codec.encode(d)}
+        figures[f"batch {batch}"] = in_turns(sides, 4 * rounds, device)
     return figures
 
 
@@ -324,20 +364,25 @@ def large_model(device: torch.device) -> PerceptioForConditionalGeneration:
     return model
 
 
+def large_inputs(model, batch: int, device: torch.device) -> dict:
+    """A picture and 16 words in each row."""
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.full((batch, model.config.image_seq_length), model.config.image_token_id)
+    ids = torch.cat([picture, torch.randint(1000, 2000, (batch, 16), generator=generator)], 1).to(device)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(batch, 3, 448, 448, generator=generator).to(device),
+        "mask_pixel_values": torch.randn(batch, 3, 512, 512, generator=generator).to(device),
+    }
+
+
 def large_figures(rounds: int, batches: tuple[int, ...], share: float, device: torch.device) -> dict:
     """Whole answers at 152 M parameters: a mask, a span of 100 codes and 32 words."""
     model = large_model(device)
     words, figures = model.spatial_vocabulary(), {}
     for batch in batches:
-        generator = torch.Generator().manual_seed(0)
-        picture = torch.full((batch, model.config.image_seq_length), model.config.image_token_id)
-        ids = torch.cat([picture, torch.randint(1000, 2000, (batch, 16), generator=generator)], 1).to(device)
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "pixel_values": torch.randn(batch, 3, 448, 448, generator=generator).to(device),
-            "mask_pixel_values": torch.randn(batch, 3, 512, 512, generator=generator).to(device),
-        }
+        inputs = large_inputs(model, batch, device)
         length = words.span_length + 34
         sequential = {"spatial_decoding": "sequential", "do_sample": False}
         out = model.generate(**inputs, spatial="seg+depth", max_new_tokens=length, **sequential)
@@ -375,6 +420,8 @@ def main() -> None:
     make = {
         "spans": lambda: span_figures(arguments.spans, device),
         "answers": lambda: answer_figures(rounds, batches, device),
+        "steps": lambda: step_figures(rounds, batches, device),
+        "codec": lambda: codec_figures(rounds, device),
         "masks": lambda: mask_figures(rounds, device),
         "second": lambda: second_figures(rounds, device),
         "grammar": lambda: grammar_figures(rounds, device),

@@ -1,6 +1,6 @@
-"""The table of documents out of what benchmarks/speed.py has written.
+"""The tables of docs/generation.md, and README's two lines of them, out of what benchmarks/speed.py has written.
 
-python benchmarks/speed_table.py benchmarks/results/speed.json --into docs/generation.md
+python benchmarks/speed_table.py benchmarks/results/speed.json --into docs/generation.md README.md
 """
 
 import argparse
@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 BEGIN, END = "<!-- benchmarks/speed_table.py -->", "<!-- end -->"
+BEGIN_SHORT = "<!-- benchmarks/speed_table.py, in short -->"
 SIDES = ("peers", "loop", "sequential", "parallel")
 HEAD = """| one answer, CPU seconds | peers' pipeline | transformers' loop | code by code | parallel | of the peers' |
 |---|---|---|---|---|---|"""
@@ -33,6 +34,13 @@ def others(figures: dict) -> list[str]:
             f"| {precision}, {places} a pass | {span['passes']:.1f} passes a span, {span['of codes']:.2f} of its "
             f"codes; {span['same spans']} of {span['of']} spans as code by code |"
         )
+    for name, step in figures.get("steps", {}).items():
+        lines.append(
+            f"| a step outside of spans, 152 M parameters, {name} | {step['ours'] / step['stock']:.2f} of the time of "
+            f"stock `generate`, which knows no grammar; in transformers' loop {step['loop'] / step['stock']:.2f} |"
+        )
+    for name, encoding in figures.get("codec", {}).items():
+        lines.append(f"| codes of depth maps, {name} | {encoding['ours'] / encoding['AiT']:.2f} of AiT's time |")
     if "masks" in figures:
         masks = figures["masks"]
         lines.append(
@@ -54,23 +62,29 @@ def table(figures: dict) -> str:
     return "\n".join([*([HEAD, *sides, ""] if sides else []), "| | |", "|---|---|", *others(figures)])
 
 
+def short(figures: dict) -> str:
+    """For a page that has no room for all: whole answers of the larger model."""
+    return "\n".join([HEAD, *answers({"large": figures["large"]})])
+
+
 def put(text: str, figures: dict) -> str:
-    """`text` with the tables in place of what stands between its two marks."""
-    before, _, rest = text.partition(BEGIN)
+    """`text` with the tables, or the short one, in place of what stands between its two marks."""
+    begin, made = (BEGIN_SHORT, short) if BEGIN_SHORT in text else (BEGIN, table)
+    before, _, rest = text.partition(begin)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{table(figures)}\n\n{END}{after}"
+    return f"{before}{begin}\n\n{made(figures)}\n\n{END}{after}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--into", type=Path, help="a document with the marks; default: print the tables")
+    parser.add_argument("--into", type=Path, nargs="+", help="documents with the marks; default: print the tables")
     arguments = parser.parse_args()
     figures = json.loads(arguments.results.read_text(encoding="utf-8"))["figures"]
     if arguments.into is None:
         print(table(figures))
-    else:
-        arguments.into.write_text(put(arguments.into.read_text(encoding="utf-8"), figures), encoding="utf-8")
+    for document in arguments.into or ():
+        document.write_text(put(document.read_text(encoding="utf-8"), figures), encoding="utf-8")
 
 
 if __name__ == "__main__":

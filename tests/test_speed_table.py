@@ -20,8 +20,14 @@ def test_the_document_has_the_tables_of_the_figures():
     text = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
     assert module.table(figures) in text, "python benchmarks/speed_table.py writes it, see there"
     assert module.put(text, figures) == text
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert module.short(figures) in readme and module.put(readme, figures) == readme
+    assert module.short(figures).count("152 M parameters") == len(figures["large"])
     sides = dict.fromkeys(module.SIDES, 2.0) | {"parallel": 0.5}
     assert "| 152 M parameters, batch 1 | 2 | 2 | 2 | 0.5 | 0.25 |" in module.table({"large": {"batch 1": sides}})
+    steps = module.table({"steps": {"batch 8": {"stock": 2.0, "loop": 3.0, "ours": 2.1}}})
+    assert "batch 8 | 1.05 of" in steps and "loop 1.50 |" in steps
+    assert "batch 1 | 0.90 of AiT" in module.table({"codec": {"batch 1": {"AiT": 1.0, "ours": 0.9}}})
 
 
 def test_spans_of_random_weights_take_the_passes_that_are_arranged(model, processor, monkeypatch):

@@ -83,10 +83,12 @@ class SpatialGenerationMixin(SpatialReadingMixin):
                 given if name in kwargs else generation_setting(name, given, generation_config, self.generation_config)
             )
 
-        spatial = generation_setting("spatial", spatial, generation_config, self.generation_config) or "auto"
+        spatial = generation_setting("spatial", spatial, generation_config, self.generation_config)
+        spatial = "auto" if spatial is None else spatial
         check_mode("spatial", spatial, SPATIAL_MODES)
         asked = generation_setting("spatial_decoding", spatial_decoding, generation_config, self.generation_config)
-        check_mode("spatial_decoding", asked or "parallel", SPATIAL_DECODINGS)
+        decoding = "parallel" if asked is None else asked
+        check_mode("spatial_decoding", decoding, SPATIAL_DECODINGS)
         # As the assistant of another model it only drafts; that model's grammar is among the processors.
         if setting("is_assistant") or (not self.config.has_spatial_tokens and spatial in ("auto", "none")):
             return super().generate(inputs, generation_config, logits_processor, **kwargs)
@@ -117,7 +119,7 @@ class SpatialGenerationMixin(SpatialReadingMixin):
         _spare_spans(kwargs, generation_config, self.generation_config, setting, grammar)
         loop = SpatialLoop(
             request,
-            asked or "parallel",
+            decoding,
             insists=asked is not None,
             keeps_states=bool(returns_dict),
             streamer=kwargs.get("streamer"),

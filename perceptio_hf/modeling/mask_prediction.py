@@ -73,8 +73,8 @@ class MaskPredictionMixin:
         The features are those of the weights as they are: leave the context before these change. Where gradients are
         computed nothing is kept.
         """
-        if pictures < 1:
-            raise ValueError(f"keep_mask_features(pictures={pictures}): keep 1 or more, or leave the context out.")
+        if not isinstance(pictures, int) or pictures < 1:
+            raise ValueError(f"keep_mask_features(pictures={pictures!r}): keep 1 or more, or leave the context out.")
         before, self._mask_features = self._mask_features, MaskFeatures(pictures)
         try:
             yield

@@ -18,6 +18,7 @@ from transformers.models.sam2.modeling_sam2 import Sam2Model
 
 from perceptio_hf.modeling.spans.span_cache import CACHE
 from perceptio_hf.modeling.spans.spatial_reading import count_pictures
+from perceptio_hf.modeling.spans.spatial_request import keep_own_settings
 from perceptio_hf.tokens import SpatialVocabulary, read_sequence
 
 from .attachments import attached, needed
@@ -177,6 +178,7 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
         )
         if not kwargs.get("ignore_mismatched_sizes"):
             check_loaded(pretrained_model_name_or_path, info)
+        keep_own_settings(model.generation_config)  # also where the configuration is saved without the model
         return (model, info) if wants_info else model
 
     @classmethod

@@ -1,6 +1,7 @@
 """Ends of responses that are several tokens long, in our own loop and in those of transformers."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -89,13 +90,23 @@ def test_anything_but_lists_of_ids_is_refused(model, inputs, wrong):
         model.generate(**inputs, generation_config=config)
 
 
-def test_settings_of_ours_are_saved_with_the_model(model, tmp_path):
+@pytest.mark.parametrize("way", ["model", "configuration", "by hand"])
+def test_settings_of_ours_are_saved(model, tmp_path, way):
     """Also where transformers derived the generation configuration from the model's, whose other fields it drops."""
     own = {"spatial": "depth", "spatial_decoding": "sequential", "end_sequences": [[4, 5]]}
-    saved = copy.deepcopy(model)
+    saved, file = copy.deepcopy(model), tmp_path / "generation_config.json"
     saved.generation_config._from_model_config = True
-    for name, value in own.items():
-        setattr(saved.generation_config, name, value)
+    if way == "model":
+        for name, value in own.items():
+            setattr(saved.generation_config, name, value)
     saved.save_pretrained(tmp_path)
+    if way == "configuration":
+        file.unlink()  # which transformers then derives
+        config = type(model).from_pretrained(tmp_path).generation_config
+        for name, value in own.items():
+            setattr(config, name, value)
+        config.save_pretrained(tmp_path)
+    elif way == "by hand":
+        file.write_text(json.dumps(json.loads(file.read_text()) | own))
     found = type(model).from_pretrained(tmp_path).generation_config
     assert {name: getattr(found, name) for name in own} == own

@@ -351,5 +351,22 @@ def test_a_second_question_encodes_no_picture_again(model, processor, monkeypatc
     again = generate(model, {**given, "pixel_values": inputs.pixel_values}, spatial="seg")
     assert seen[-1] == "encoder", "behind the context nothing is kept"
     torch.testing.assert_close(second.mask_logits[0], again.mask_logits[0], atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="keep 1 or more"), model.keep_mask_features(0):
-        pass
+    for wrong in (0, None, 2.5):
+        with pytest.raises(ValueError, match="keep 1 or more"), model.keep_mask_features(wrong):
+            pass
+
+
+def test_kept_features_have_a_bound(model, processor, monkeypatch):
+    """Those of the pictures that were used last; also where one call needs more than are kept."""
+    encoder, seen = model.mask_model.vision_encoder, []
+    forward = encoder.forward
+    monkeypatch.setattr(encoder, "forward", lambda x, **kwargs: seen.append(len(x)) or forward(x, **kwargs))
+    side = processor.mask_image_size
+    states, pixels = torch.randn(4, model.config.text_config.hidden_size), torch.rand(4, 3, side, side)
+    with torch.no_grad(), model.keep_mask_features(pictures=2):
+        for pictures, encoded in ([0], 1), ([1], 1), ([0], 0), ([2], 1), ([0], 0), ([1], 1), ([0, 1, 2, 3], 2):
+            seen.clear()
+            masks, _ = model.predict_masks(states[: len(pictures)], pixels, pictures)
+            assert sum(seen) == encoded, pictures
+            assert len(model._mask_features._kept) <= 2
+    torch.testing.assert_close(masks, model.predict_masks(states, pixels, [0, 1, 2, 3])[0])

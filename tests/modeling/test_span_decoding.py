@@ -4,6 +4,7 @@ import collections
 import copy
 import itertools
 import logging
+import re
 
 import pytest
 import torch
@@ -345,6 +346,16 @@ def test_a_processor_that_reads_ids_sees_what_it_would_see(model, one, said):
     assert_same(parallel, generate(model, one, spatial_decoding="sequential", **penalised))
 
 
+def nothing_changes(input_ids, scores):
+    return scores
+
+
+def test_what_reads_ids_is_named(model, one, said):
+    for named in (nothing_changes, Anything()):
+        generate(model, one, spatial="depth", spatial_decoding="parallel", logits_processor=[named])
+    assert ["nothing_changes" in said()[0], "Anything" in said()[1]] == [True, True]
+
+
 class StopAfter(StoppingCriteria):
     def __init__(self, length):
         self.length = length
@@ -401,12 +412,14 @@ def test_time_that_is_over_within_a_span(model, one, monkeypatch):
     assert out.well_formed == [True] and out.sequences.shape[1] == out.prompt_length + words.span_length
 
 
-def test_mistyped(model, one):
-    for wrong in ({"spatial_decoding": "paralel"}, {"generation_config": GenerationConfig(spatial_decoding="paralel")}):
-        with pytest.raises(
-            ValueError, match="spatial_decoding='paralel' is unknown; use one of 'parallel', 'sequential'"
-        ):
-            model.generate(**one, **wrong)
+@pytest.mark.parametrize("wrong", ["paralel", "", False, ["parallel"]])
+def test_mistyped(model, one, wrong):
+    for given in ({"spatial_decoding": wrong}, {"generation_config": GenerationConfig(spatial_decoding=wrong)}):
+        message = f"spatial_decoding={wrong!r} is unknown; use one of 'parallel', 'sequential'"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            model.generate(**one, **given)
+    with pytest.raises(ValueError, match="spatial='' is unknown"):
+        model.generate(**one, spatial="")
 
 
 def test_the_generation_configuration_says_how(model, one, passes):
@@ -521,6 +534,32 @@ def test_a_trained_models_spans_take_few_passes(shipped, passes, monkeypatch):
     for prompt in singles:
         generate(model, prompt, spatial="depth", max_new_tokens=model.spatial_vocabulary().span_length)
     assert sum(passes) / len(passes) < 0.45 * model.config.num_depth_tokens, passes
+
+
+class OneByOne(span_decoding.SpanDecoder):
+    """Sequential decoding in passes of the same width: whatever is guessed is wrong, so that each makes one code."""
+
+    def _read_codes(self, code_logits, logits, start):
+        result, first = super()._read_codes(code_logits, logits, start), self.words.codes[0]
+        columns = torch.arange(self.ids.shape[1])
+        guessed = (columns >= self.length[:, None]) & (columns < self.span_end[:, None]) & self.grammar.in_span[:, None]
+        self.ids = torch.where(guessed, (self.ids - first + 1) % len(self.words.codes) + first, self.ids)
+        return result
+
+
+def test_in_half_precision_spans_are_those_of_one_by_one_at_the_same_width(shipped, passes, monkeypatch):
+    """A static cache, in which no pass is narrower; to the bit, which float32 and the width of 1 are not needed for."""
+    model, _, singles = shipped
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    words = model.spatial_vocabulary()
+    options = {"spatial": "depth", "max_new_tokens": words.span_length, "cache_implementation": "static"}
+    for prompt in singles[:2]:
+        few = half.generate(**prompt, **options)
+        with monkeypatch.context() as patched:
+            patched.setattr(spatial_loop, "SpanDecoder", OneByOne)
+            many = half.generate(**prompt, **options)
+        assert torch.equal(few, many)
+        assert passes[-2] < 0.5 * words.num_depth_tokens < 0.9 * words.num_depth_tokens < passes[-1], passes
 
 
 @pytest.mark.parametrize("places", [24, 1000])

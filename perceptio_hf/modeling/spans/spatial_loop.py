@@ -129,10 +129,7 @@ class SpatialLoop:
         foreign = foreign or [item for item in stopping_criteria if not _is_known(item)]
         streams_rows = self.streamer is not None and len(input_ids) > 1  # which takes a token of each row at a time
         if foreign or streams_rows:
-            named = (
-                type(getattr(foreign[0], "criterion", foreign[0])).__name__ if foreign else "a stream of several rows"
-            )
-            self.fall_back(named)
+            self.fall_back(_name(foreign[0]) if foreign else "a stream of several rows")
             model_kwargs["spatial_recorder"] = self.recorder()
             return model._sample(
                 input_ids,
@@ -218,6 +215,12 @@ class SpatialLoop:
     def _stream(self, tokens: torch.Tensor) -> None:
         for token in tokens.cpu():
             self.streamer.put(token[None])
+
+
+def _name(item) -> str:
+    """What a message calls a logits processor or a stopping criterion: its class, or the function that it is."""
+    item = getattr(item, "criterion", item)
+    return getattr(item, "__name__", type(item).__name__)
 
 
 def _is_known(criterion) -> bool:

@@ -17,10 +17,6 @@ _DEFAULT_ANSWER_TOKENS = 128
 _FORCED = ("seg", "depth", "seg+depth")
 
 
-# Fields of a generation configuration that transformers does not have.
-OWN_SETTINGS = ("spatial", "spatial_decoding", "end_sequences")
-
-
 def generation_setting(name: str, argument: Any, asked: GenerationConfig | None, own: GenerationConfig) -> Any:
     """A setting: the argument of the call, else of the configuration that came with it, else the model's; or None."""
     if argument is not None:
@@ -32,12 +28,11 @@ def generation_setting(name: str, argument: Any, asked: GenerationConfig | None,
 
 
 def keep_own_settings(config: GenerationConfig) -> None:
-    """Let a generation configuration that is going to be saved keep our settings when it is read again.
+    """Let a generation configuration keep our settings when it is saved, perhaps edited there, and read again.
 
     transformers marks those it derived from a model's configuration, and of marked ones reads no field but its own.
     """
-    if any(getattr(config, name, None) is not None for name in OWN_SETTINGS):
-        config._from_model_config = False
+    config._from_model_config = False
 
 
 @dataclass
