@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from perceptio_hf.conversion.tensors import read_tensors
 from perceptio_hf.data.mixture import mix_tasks
 from perceptio_hf.data.tasks import SOURCES, load_tasks
 from perceptio_hf.modeling.configuration_perceptio import PerceptioConfig
+from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 from perceptio_hf.training.collator import PerceptioDataCollator
 from perceptio_hf.training.lora import lora_config
 from perceptio_hf.training.losses import IGNORED_LABEL
+from perceptio_hf.training.recipe import check_label_codecs
 
 from .memory import GIB, MemoryPrediction, predict_memory
 from .sharding import Layout
@@ -146,7 +149,8 @@ def plan_training(recipe: "Recipe", source: str, revision: Mapping[str, str], la
     """Open every source of a recipe, look at some samples of each, and rehearse a step.
 
     Args:
-        source, revision: of the checkpoint that training begins with; its weights are not read.
+        source, revision: of the checkpoint that training begins with; of its weights only the codec's are read, to
+            compare them with those of labels.
         layout: of the processes that will train.
 
     Raises:
@@ -156,6 +160,7 @@ def plan_training(recipe: "Recipe", source: str, revision: Mapping[str, str], la
     arguments, settings = recipe.arguments, recipe.settings
     config = PerceptioConfig.from_pretrained(source, **revision)
     processor = PerceptioProcessor.from_pretrained(source, **revision)
+    _check_codes(arguments, config, source)
     datasets, weights = load_tasks(arguments.tasks, arguments.data_folder)
     if arguments.eval_tasks:
         load_tasks(arguments.eval_tasks, arguments.data_folder)
@@ -194,6 +199,21 @@ def plan_training(recipe: "Recipe", source: str, revision: Mapping[str, str], la
         memory=memory,
         device_memory=_device_memory(),
     )
+
+
+def _check_codes(arguments: "RecipeArguments", config: PerceptioConfig, source: str) -> None:
+    """ValueError for labels in the codes of another codec than the model's; that of a repository, which is not here
+    yet, is compared when training starts."""
+    tasks, prefix = [*arguments.tasks, *arguments.eval_tasks], "depth_model."
+    if not any("labels" in task for task in tasks) or not os.path.isdir(source):
+        return
+    own = {name[len(prefix) :]: value for name, value in read_tensors(source).items() if name.startswith(prefix)}
+    codec = DepthVQVAE(config.depth_config)
+    try:
+        codec.load_state_dict(own)
+    except RuntimeError as error:
+        raise ValueError(f"{source}: its depth codec cannot be read ({' '.join(str(error).split())[:200]}).") from None
+    check_label_codecs(tasks, arguments.data_folder, codec)
 
 
 def _some(dataset: "Dataset | IterableDataset") -> list[dict]:

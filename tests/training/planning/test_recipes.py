@@ -10,7 +10,10 @@ from data.published.test_labels import write_labels
 from data.published.test_sources import turn, write_ade, write_instances, write_llava
 from evaluation.published_formats import scenes_of, write_grefcoco, write_refcoco
 
+from perceptio_hf import tiny_checkpoint
 from perceptio_hf.commands.main import run
+from perceptio_hf.conversion.saved_models import load_depth_codec
+from perceptio_hf.modeling.codec_identity import codec_fingerprint
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 REAL = ("perceptio_1b", "perceptio_2b", "perceptio_8b", "warm_start_sa2va")
@@ -29,7 +32,9 @@ def data(tmp_path_factory) -> Path:
     write_refcoco(folder / "tested", scenes[:1])
     (folder / "refs" / "refcoco").symlink_to(folder / "tested")
     write_ade(folder / "ADEChallengeData2016", scenes)
-    write_labels(folder / "labels", scenes, ids="{:012d}.jpg")
+    fingerprint = codec_fingerprint(load_depth_codec(tiny_checkpoint()))
+    codec = {"name": "tiny", "fingerprint": fingerprint, "num_tokens": 64, "num_codes": 128}
+    write_labels(folder / "labels", scenes, ids="{:012d}.jpg", codec=codec)
     write_llava(folder / "llava", [{"id": "a", "image": "coco/1.jpg", "conversations": turn("<image>\nWhat is it?")}])
     (folder / "llava" / "llava.json").rename(folder / "llava" / "llava_v1_5_mix665k.json")
     (folder / "llava" / "images").mkdir()
@@ -71,3 +76,12 @@ def test_adapters_instead_of_the_whole_model(data):
     options = ("--lora_r", "8", "--lora_modules_to_save", "seg_projector", "--learning_rate", "2.0e-4")
     plan = planned("perceptio_8b", data, *options)
     assert plan["trained"] < 0.3 * plan["parameters"]
+
+
+def test_codes_of_another_codec_are_noticed_before_the_training(data, tmp_path, capsys):
+    write_labels(tmp_path / "labels", scenes_of(range(2)))
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"model_name_or_path": "tiny", "tasks": [{"labels": "labels"}]}))
+    given = ["train", "--config", str(tmp_path / "recipe.yaml"), "--data_folder", str(tmp_path), "--dry-run"]
+    assert run(given) == 2
+    error = capsys.readouterr().err
+    assert "codes of the codec codec (64 codes of 128), 0123456789abcdef" in error and "Label with the model's" in error
