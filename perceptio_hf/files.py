@@ -1,5 +1,6 @@
 """Writing files and folders so that a reader sees the old one or the complete new one, never half of it."""
 
+import errno
 import json
 import os
 import shutil
@@ -24,10 +25,27 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
+        with named(path):
+            yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def named(path: str | os.PathLike) -> Iterator[None]:
+    """An OSError in the block is about `path` where the operating system names no file, as for a disk that is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def is_want_of_room(error: BaseException) -> bool:
+    """Whether a disk is full, a quota used up, or a file as large as it may be."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -70,7 +88,7 @@ def new_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
         yield fresh
         swap_in(fresh, path, old)
     except SafetensorError as error:  # its way to say that a disk is full; no OSError
-        raise OSError(f"{path} could not be written: {error}") from error
+        raise OSError(f"{path} could not be written: {error}; make room, or name a folder on another disk.") from error
     finally:
         for folder in (fresh, old):
             shutil.rmtree(folder, ignore_errors=True)
@@ -228,7 +246,8 @@ def _locked(path: Path, doing: str, deadline: float) -> TextIO | None:
             break
         file.close()  # of one who has just left
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()} ({doing}, since {since})")
-    file.flush()
+    with named(path):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} ({doing}, since {since})")
+        file.flush()
     return file

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from component_helpers import save_teacher
+from helpers import picture
 
 from perceptio_hf.commands.main import run
 from perceptio_hf.evaluation.report.hub_results import write_card
@@ -64,6 +66,21 @@ def test_two_commands_in_one_folder(tmp_path, holder, capsys):
         captured = capsys.readouterr()
         assert _line(holder, folder).search(captured.err) and len(captured.err.splitlines()) == 1 and not captured.out
     assert [path.name for path in folder.iterdir()] == [".in-use"]
+
+
+def test_labels_and_codecs_of_two_commands(tmp_path, holder, capsys):
+    folder, kept = tmp_path / "run", tmp_path / "run.training"
+    save_teacher(tmp_path / "teacher")
+    picture().save(tmp_path / "a.png")
+    teacher = ["--teacher", str(tmp_path / "teacher")]
+    capsys.readouterr()
+    assert run(["label", str(tmp_path / "a.png"), *teacher, "--depth-codec", "tiny", "--out", str(folder)]) == 2
+    captured = capsys.readouterr()
+    assert _line(holder, folder).search(captured.err) and len(captured.err.splitlines()) == 1 and not captured.out
+    folder.rename(kept)  # whoever holds it holds it still
+    assert run(["codebook", "train", "--maps", "1", "--steps", "1", "--out", str(folder)]) == 2
+    assert _line(holder, kept).search(capsys.readouterr().err) and not folder.exists()
+    assert [path.name for path in kept.iterdir()] == [".in-use"]
 
 
 ADD = """

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from perceptio_hf.files import write_json
+from perceptio_hf.files import named, write_json
 
 
 class Journal:
@@ -49,7 +49,7 @@ class Journal:
     def extend(self, records: Sequence[dict[str, Any]]) -> None:
         """Add the next items' results; they are on the disk when this returns."""
         lines = [self._line(record, place) for place, record in enumerate(records, start=self.done)]
-        with open(self.path, "ab") as file:
+        with named(self.path), open(self.path, "ab") as file:
             file.write(b"".join(lines))
             file.flush()
             os.fsync(file.fileno())

@@ -37,13 +37,13 @@ SMALL = 50_000_000
 
 
 def resolve(model: str | None) -> str:
-    """The folder or Hub name to load; None means the embedded tiny checkpoint.
+    """The folder or Hub name to load; None and "tiny", as recipes call it, mean the embedded tiny checkpoint.
 
     Raises:
         ValueError: for a folder that is missing or holds no Perceptio checkpoint.
         FileNotFoundError: where the package was installed without its tiny checkpoint.
     """
-    if model is None:
+    if model in (None, "tiny"):
         return tiny_checkpoint()
     folder = os.path.expanduser(model)
     if os.path.isdir(folder):

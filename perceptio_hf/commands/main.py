@@ -13,6 +13,7 @@ import typer
 
 from perceptio_hf import __version__
 from perceptio_hf.commands.codebook.app import app as codebook
+from perceptio_hf.files import is_want_of_room
 
 from .ablate import ablate
 from .app import app as page
@@ -120,6 +121,8 @@ def _one_line(error: Exception) -> str:
     text = error.format_message() if isinstance(error, _UsageError) else str(error)
     if isinstance(error, OSError) and error.strerror and error.filename:
         text = f"{error.filename}: {error.strerror}"
+    if is_want_of_room(error):
+        text += "; make room there and give the same command again, or name a folder on another disk."
     from_worker = _OF_WORKER.match(text)
     return " ".join((from_worker[2] if from_worker else text).split()) or type(error).__name__
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perceptio_hf.data.rows import import_datasets
-from perceptio_hf.files import write_json
+from perceptio_hf.files import named, write_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,7 +62,8 @@ def write_dataset(
         names, count = [], 0
         for number, batches in enumerate(_shards(_batches(rows, schema))):
             names.append(f"data-{number:05d}.arrow")
-            with pa.OSFile(str(fresh / names[-1]), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            path = fresh / names[-1]
+            with named(path), pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
                 for batch in batches:
                     writer.write_batch(batch)
                     count += batch.num_rows

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from perceptio_hf.commands import main
+from perceptio_hf import tiny_checkpoint
+from perceptio_hf.commands import checkpoints, main
 from perceptio_hf.commands.predict import answer_questions, name_folders
 from perceptio_hf.data.run_length import decode_mask
 
@@ -222,6 +223,12 @@ def test_a_wrong_checkpoint_is_one_line(tiny_folder, tmp_path, photo, capfd, kin
     assert len(error.splitlines()) == 1, error
     assert says in error and str(folder) in error
     assert not (tmp_path / "out").exists()
+
+
+def test_the_embedded_checkpoint_has_a_name():
+    """As in recipes, `perceptio ablate --sight tiny` and `perceptio label --depth-codec tiny`."""
+    assert checkpoints.resolve("tiny") == checkpoints.resolve(None) == tiny_checkpoint()
+    assert checkpoints.is_tiny(checkpoints.resolve("tiny"))
 
 
 def test_folders_are_numbered_where_names_meet():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -123,6 +124,19 @@ def test_a_training_that_was_stopped_goes_on(files, tmp_path):
     (tmp_path / "state.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="is damaged"):
         train_codebook(CONFIG, files, steps=30, options=PLAIN, saving=saving())
+
+
+def test_a_full_disk_is_one_line_that_says_what_to_do(files, tmp_path):
+    """torch says it by a RuntimeError about positions in a file."""
+    saving = Saving(tmp_path / "state.pt", {}, minutes=0.0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))  # no file may become larger
+    try:
+        with pytest.raises(OSError, match=rf"{saving.path} could not be written .*; make room there and give the same"):
+            train_codebook(CONFIG, files, steps=30, options=PLAIN, saving=saving)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_teacher_looks_while_the_codec_trains(tmp_path):

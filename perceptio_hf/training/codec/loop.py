@@ -207,8 +207,14 @@ class _Training:
             "seconds": self.clock.seconds,
             "quantise": self.quantise,
         }
-        with replacing(self.saving.path) as temporary:
-            torch.save(state, temporary)
+        try:
+            with replacing(self.saving.path) as temporary:
+                torch.save(state, temporary)
+        except RuntimeError as error:  # torch's way to say that a disk is full
+            raise OSError(
+                f"{self.saving.path} could not be written ({' '.join(str(error).split())[:100]}); make room there and "
+                "give the same command again: it goes on from what was saved before."
+            ) from error
 
     def _load(self) -> None:
         if self.saving is None or not self.saving.path.exists():
