@@ -1,9 +1,11 @@
-"""Draws docs/images/span.png, a depth span of the embedded checkpoint as it converges: `make plan`.
+"""Draws docs/images/span.png, a depth span of the embedded checkpoint as it converges, and names it so in
+docs/generation.md: `make plan`.
 
 Above, one line for each pass: which places hold the final code and are known to, which hold it by a right guess, and
 which are still wrong. Below, the depth that the guesses of some passes decode to.
 """
 
+import re
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from perceptio_hf.world import DEMO_SEED, render_scene
 
 PICTURE = Path(__file__).parent / "images" / "span.png"
 COLORS = {"wrong guess": "#d8dce3", "right guess": "#8fb8de", "final": "#1f5fa8"}
+DOCUMENT = PICTURE.parents[1] / "generation.md"
 QUESTION = "Which is closer, A or B?"
 
 
@@ -45,11 +48,22 @@ def spans(model, processor) -> tuple[Image.Image, torch.Tensor, torch.Tensor]:
         return_tensors="pt",
     )
     words, start = model.spatial_vocabulary(), inputs["input_ids"].shape[1] + 1
+    before = spatial_loop.SpanDecoder, spatial_loop._PLACES
+    WatchedDecoder.history = []
     spatial_loop.SpanDecoder, spatial_loop._PLACES = WatchedDecoder, {"cpu": 1000}
-    model.generate(**inputs, spatial="depth", max_new_tokens=words.span_length, do_sample=False)
+    try:
+        model.generate(**inputs, spatial="depth", max_new_tokens=words.span_length, do_sample=False)
+    finally:
+        spatial_loop.SpanDecoder, spatial_loop._PLACES = before
     codes = torch.stack([ids[start : start + words.num_depth_tokens] for ids, _ in WatchedDecoder.history])
     final = torch.tensor([length - start for _, length in WatchedDecoder.history])
-    return picture, codes - words.codes[0], final.clamp(max=words.num_depth_tokens)
+    passes = int((final < words.num_depth_tokens).sum())  # the one after these writes the end marker alone
+    return picture, codes[: passes + 1] - words.codes[0], final[: passes + 1].clamp(max=words.num_depth_tokens)
+
+
+def caption(count: int, passes: int) -> str:
+    """What the picture of a span of `count` codes is called."""
+    return f"A span of {count} codes is final after {passes} passes"
 
 
 def draw(picture: Image.Image, codes: torch.Tensor, final: torch.Tensor, depth: torch.Tensor) -> Figure:
@@ -82,7 +96,10 @@ def main() -> None:
     figure = draw(picture, codes, final, model.depth_model.decode(codes).detach())
     FigureCanvasAgg(figure)
     figure.savefig(PICTURE, dpi=110)
-    print(f"{PICTURE}: {len(codes) - 1} passes for {codes.shape[1]} codes")
+    named = caption(codes.shape[1], len(codes) - 1)
+    text = DOCUMENT.read_text(encoding="utf-8")
+    DOCUMENT.write_text(re.sub(r"!\[[^]]*\]\(images/span", f"![{named}](images/span", text), encoding="utf-8")
+    print(f"{PICTURE}: {named}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 from helpers import chat, encode, picture
+from transformers import AutoModel, AutoProcessor
 
+import perceptio_hf
 from perceptio_hf.modeling.spans import spatial_loop
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +30,20 @@ def test_the_document_has_the_tables_of_the_figures():
     steps = module.table({"steps": {"batch 8": {"stock": 2.0, "loop": 3.0, "ours": 2.1}}})
     assert "batch 8 | 1.05 of" in steps and "loop 1.50 |" in steps
     assert "batch 1 | 0.90 of AiT" in module.table({"codec": {"batch 1": {"AiT": 1.0, "ours": 0.9}}})
+
+
+def test_the_figure_shows_a_span_of_the_embedded_checkpoint(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import draw_span
+
+    folder = perceptio_hf.tiny_checkpoint()
+    model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    _, codes, final = draw_span.spans(model, processor)
+    assert final[-2] < final[-1] == model.config.num_depth_tokens
+    text = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
+    # One pass more or less on another processor, whose last digits decide between wrong guesses.
+    near = [draw_span.caption(codes.shape[1], len(codes) - 1 + more) for more in (-1, 0, 1)]
+    assert any(f"![{named}](images/span.png)" in text for named in near), "python docs/draw_span.py draws it anew"
 
 
 def test_spans_of_random_weights_take_the_passes_that_are_arranged(model, processor, monkeypatch):
