@@ -12,12 +12,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from perceptio_hf import DepthVQVAE, DepthVQVAEConfig
+from perceptio_hf.files import out_file
 
 
 class _Residual(nn.Module):
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="depth maps at once")
     parser.add_argument("--rounds", type=int, default=30, help="pairs of calls")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--out", type=out_file, help="JSON file for the results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

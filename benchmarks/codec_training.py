@@ -29,6 +29,7 @@ from torch import Tensor
 from perceptio_hf import DepthVQVAE, DepthVQVAEConfig
 from perceptio_hf.data.depth_maps import DepthMap, read_depth
 from perceptio_hf.evaluation.metrics.depth import codebook_usage, depth_metrics
+from perceptio_hf.files import out_file
 from perceptio_hf.training.codec import CodebookOptions, DepthBank, train_codebook
 
 SIZE, CODES, BATCH = 320, 128, 8
@@ -143,7 +144,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=50)
     parser.add_argument("--only", choices=["ours", *AIT_FORMS], help="one side alone")
     parser.add_argument("--learning-rate", type=float, help="of ours; default: its own")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--out", type=out_file, help="JSON file for the results")
     options = parser.parse_args()
     torch.set_num_threads(1)
     train, held_out = read_frames(options.frames, options.train, options.held_out)

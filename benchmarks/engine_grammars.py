@@ -24,7 +24,7 @@ from perceptio_hf import tiny_checkpoint
 from perceptio_hf.conversion.engine_grammars import FOLDER
 from perceptio_hf.conversion.export import export_internvl
 from perceptio_hf.evaluation.run.answering import encode_chats
-from perceptio_hf.files import write_json
+from perceptio_hf.files import out_file, write_json
 from perceptio_hf.lab.held_out import held_out_items
 from perceptio_hf.tokens import SpatialVocabulary, read_sequence
 
@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--temperature", type=float, default=1.5)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=out_file, default=RESULTS)
     given = parser.parse_args()
     options = {"samples": given.samples, "batch": given.batch, "temperature": given.temperature}
     used = {name: version(name) for name in ("torch", "transformers", "xgrammar", "llguidance", "outlines_core")}

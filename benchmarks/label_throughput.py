@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from perceptio_hf import DepthVQVAE, DepthVQVAEConfig
-from perceptio_hf.files import write_json
+from perceptio_hf.files import out_file, write_json
 from perceptio_hf.labelling.labels import read_rows
 from perceptio_hf.world import render_scene
 
@@ -155,7 +155,7 @@ def memory(parts: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=2000)
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--out", type=out_file, help="JSON file for the results")
     options = parser.parse_args()
     results: dict[str, Any] = {"pictures": options.pictures, "processors": os.cpu_count()}
     with tempfile.TemporaryDirectory() as folder:

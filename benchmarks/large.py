@@ -243,6 +243,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)  # before the work, which takes minutes
     if options.step:
         print(json.dumps(STEPS[options.step](options.folder)))
         return

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceptio_hf.files import write_json
+from perceptio_hf.files import out_file, write_json
 from perceptio_hf.tokens import SpatialVocabulary
 from perceptio_hf.training.losses import composite_loss
 
@@ -139,7 +139,7 @@ def compare(repeats: int, frozen_head: bool) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=out_file, help="JSON file to write")
     parser.add_argument("--side", choices=SIDES, help="measure one side in this process and print JSON")
     parser.add_argument("--frozen-head", action="store_true", help="with --side: the head is not trained, as with LoRA")
     options = parser.parse_args()

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from perceptio_hf.files import replacing
+from perceptio_hf.files import out_file, replacing
 from perceptio_hf.training.checkpoints import last_checkpoint
 from perceptio_hf.training.masks.watch import WATCHED
 
@@ -28,7 +28,7 @@ Log = Sequence[Mapping[str, float]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="NAME=FOLDER of each training")
-    parser.add_argument("--out", type=Path, required=True, help="picture to write")
+    parser.add_argument("--out", type=out_file, required=True, help="picture to write")
     options = parser.parse_args()
     logs = {name: log_of(Path(folder)) for name, folder in (run.split("=", 1) for run in options.runs)}
     for name, log in logs.items():

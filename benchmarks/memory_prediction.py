@@ -26,6 +26,8 @@ import torch
 from large import PeakMemory, internvl_config, sam2_config
 from torch import Tensor
 
+from perceptio_hf.files import out_file
+
 MOST_ERROR = 0.15
 WORDS, TILES, PICTURE, MASKS = 300, 7, 256, 1
 # Layers, width, feed-forward width, heads and key-value heads of the language model: Qwen2.5's sizes.
@@ -238,7 +240,7 @@ def in_process(kind: str) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_file)
     parser.add_argument("--kind", help="used by this script itself")
     parser.add_argument("--without", choices=("predicted", "measured"), help="leave out one of the two tables")
     options = parser.parse_args()

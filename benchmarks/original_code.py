@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from original_models import NEW_TOKENS, QUESTION, SIZES, TEXTS, noise
 from torch import Tensor
 
+from perceptio_hf.files import out_file
+
 SIX_B = {"norm_type": "rms_norm", "qk_normalization": True, "qkv_bias": False}  # InternViT-6B
 INTERNVL = {
     "InternVL, InternLM2": ("InternLM2ForCausalLM", {}),
@@ -138,7 +140,7 @@ def main() -> None:
     parser.add_argument("--sa2va-code", type=Path, help="clone of github.com/bytedance/Sa2VA or magic-research/Sa2VA")
     parser.add_argument("--python", required=True, help="the Python of an environment in which their code runs")
     parser.add_argument("--only", help="run only cases whose name contains this")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--out", type=out_file, help="JSON file for the results")
     options = parser.parse_args()
     cases = {}
     if options.internvl_code:

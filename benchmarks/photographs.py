@@ -34,7 +34,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 import perceptio_hf
-from perceptio_hf.files import write_json, write_picture
+from perceptio_hf.files import out_file, write_json, write_picture
 from perceptio_hf.training.recipe import read_recipe
 from perceptio_hf.visualization import colorize_depth, overlay
 
@@ -69,7 +69,7 @@ def _options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--every", type=int, default=1, help="measure on every so many validation pictures")
     parser.add_argument("--runs", type=Path, help="folder that keeps the trainings; default: none is kept")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write; pictures beside it")
+    parser.add_argument("--out", type=out_file, required=True, help="JSON file to write; pictures beside it")
     return parser.parse_known_args()
 
 

@@ -27,7 +27,7 @@ from perceptio_hf.bulk.engines import LocalEngine
 from perceptio_hf.bulk.items import Item, list_items
 from perceptio_hf.commands import checkpoints
 from perceptio_hf.evaluation.run.predictions import RESULTS_FILE, ask_of_all, predict_items
-from perceptio_hf.files import write_json
+from perceptio_hf.files import out_file, write_json
 from perceptio_hf.world import HELD_OUT_SEED, render_scene
 
 _QUESTION = "Which object is closest?"
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--many", type=int, default=10_000, help="pictures of the run whose memory is measured")
     parser.add_argument("--seconds", type=float, default=900, help="after which that run is stopped")
     parser.add_argument("--many-spatial", help="of that run; default: as --spatial")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=out_file, help="JSON file to write")
     options = parser.parse_args()
     loaded = checkpoints.load(checkpoints.resolve(options.model))
     with tempfile.TemporaryDirectory() as folder:

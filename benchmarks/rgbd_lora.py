@@ -35,7 +35,7 @@ import perceptio_hf
 from perceptio_hf.data.depth_maps import DepthMap, read_depth
 from perceptio_hf.data.tasks import load_tasks
 from perceptio_hf.evaluation.metrics.depth import align_scale_shift, depth_metrics
-from perceptio_hf.files import write_json, write_picture
+from perceptio_hf.files import out_file, write_json, write_picture
 from perceptio_hf.modeling.modeling_depth_vqvae import prepare_depth
 from perceptio_hf.processing.pictures import load_picture
 from perceptio_hf.training.recipe import RecipeArguments, read_recipe
@@ -109,7 +109,7 @@ def _options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--model", help="folder of a checkpoint; default: the embedded one")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--run", type=Path, help="folder that keeps the training; default: none is kept")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write; a .png beside it")
+    parser.add_argument("--out", type=out_file, required=True, help="JSON file to write; a .png beside it")
     return parser.parse_known_args()
 
 

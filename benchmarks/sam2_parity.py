@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from perceptio_hf.files import out_file
+
 SIZES = {"tiny": "t", "small": "s", "base-plus": "b+", "large": "l"}
 VERSIONS = ("2", "2.1")
 MOST = 1e-4  # of the largest value: what single precision leaves, with room
@@ -167,7 +169,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--versions", nargs="+", choices=VERSIONS, default=list(VERSIONS))
     parser.add_argument("--image-size", type=int, default=1024)
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--out", type=out_file, help="JSON file for the figures")
     options = parser.parse_args()
     records = []
     for size in options.sizes:

@@ -9,7 +9,6 @@ passes of the language model per span (greedy, float32, a whole span guessed at 
 
 import argparse
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from perceptio_hf import PerceptioForConditionalGeneration, PerceptioSFTConfig, 
 from perceptio_hf.data.world_samples import world_dataset
 from perceptio_hf.evaluation.metrics.depth import depth_metrics
 from perceptio_hf.evaluation.run.answering import encode_questions
-from perceptio_hf.files import write_json
+from perceptio_hf.files import out_file, write_json
 from perceptio_hf.modeling.spans import spatial_loop
 from perceptio_hf.world import HELD_OUT_SEED, render_scene
 from perceptio_hf.world.questions import DEPTH_QUESTIONS
@@ -33,7 +32,7 @@ def main() -> None:
     parser.add_argument("--noise", type=float, nargs="*", default=[0.0, 0.125, 0.25, 0.5])
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--scenes", type=int, default=100, help="held-out scenes that are measured")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=out_file, help="JSON file to write")
     options = parser.parse_args()
     torch.set_num_threads(1)
     spatial_loop._PLACES["cpu"] = 4096  # the whole span in a pass, as on a GPU; a CPU is quicker with fewer places

@@ -42,7 +42,7 @@ from transformers import (
 
 import perceptio_hf
 from perceptio_hf import DepthVQVAE, DepthVQVAEConfig, PerceptioForConditionalGeneration
-from perceptio_hf.files import write_json
+from perceptio_hf.files import out_file, write_json
 from perceptio_hf.modeling.span_grammar import SpanGrammar
 from perceptio_hf.modeling.spans import spatial_loop
 from perceptio_hf.modeling.spans.grammar_state import GrammarState, LoopGrammar
@@ -408,7 +408,7 @@ def table(figures: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--out", type=Path, help="a JSON file, which keeps what other parts have left in it")
+    parser.add_argument("--out", type=out_file, help="a JSON file, which keeps what other parts have left in it")
     parser.add_argument("--spans", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 8, 32))

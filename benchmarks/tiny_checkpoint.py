@@ -10,14 +10,13 @@ The share of malformed spans is that of answers sampled at temperature 1 with th
 import argparse
 import json
 import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
 import perceptio_hf
-from perceptio_hf.files import write_json
+from perceptio_hf.files import out_file, write_json
 from perceptio_hf.lab.ablation.figures import closest_scores, spans_without_grammar
 from perceptio_hf.lab.held_out import answer_items, held_out_items, score_items
 
@@ -28,7 +27,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=512)
     parser.add_argument("--closest", type=int, default=0, help="questions for the closest of 3, 4 and 5 points each")
     parser.add_argument("--malformed", type=int, default=0, help="answers about depth sampled without the grammar")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=out_file, help="JSON file to write")
     options = parser.parse_args()
     folder = options.model or perceptio_hf.tiny_checkpoint()
     torch.set_num_threads(1)

@@ -58,6 +58,13 @@ def write_json(path: str | os.PathLike, document: Any) -> None:
     write_text(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def out_file(path: str) -> Path:
+    """A file that the end of long work is to write, as argparse's `type`: its folder is made before the work begins."""
+    found = Path(path)
+    found.parent.mkdir(parents=True, exist_ok=True)
+    return found
+
+
 def write_picture(path: str | os.PathLike, picture: Image.Image) -> None:
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG")

@@ -1,11 +1,12 @@
 """A file appears complete or not at all."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from perceptio_hf.files import files_below, replacing, write_json, write_picture
+from perceptio_hf.files import files_below, out_file, replacing, write_json, write_picture
 
 
 def test_a_failure_leaves_the_old_file_and_no_rest(tmp_path):
@@ -43,3 +44,24 @@ def test_links_to_folders_are_followed_once(tmp_path):
     (tmp_path / "refs" / "again").symlink_to(tmp_path / "refs" / "own")
     (tmp_path / "refs" / "own" / "later").symlink_to(tmp_path / "refs" / "refcoco")
     assert sorted(path.name for path in files_below(tmp_path / "refs")) == ["a", "b", "c"]
+
+
+def test_the_folder_of_a_result_is_there_before_the_work(tmp_path):
+    path = out_file(str(tmp_path / "not" / "there" / "yet.json"))
+    write_json(path, {"figure": 1})
+    assert out_file(str(path)).read_text() == path.read_text()
+
+
+def test_every_benchmark_makes_the_folder_of_its_result():
+    """Or one would lose the work of half an hour at its end."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    # Of folders, or made there, since these run with older checkouts too.
+    own = {"gpu.py", "rehearse.py", "original_models.py", "train_throughput.py", "large.py"}
+    asked = {
+        path.name: line
+        for path in folder.glob("*.py")
+        for line in path.read_text().splitlines()
+        if '"--out", ' in line and "add_argument" in line
+    }
+    assert own < set(asked)
+    assert [name for name, line in asked.items() if name not in own and "type=out_file" not in line] == []
