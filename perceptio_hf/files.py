@@ -9,12 +9,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
+from PIL import Image
 from safetensors import SafetensorError
-
-if TYPE_CHECKING:  # `perceptio --help` comes by here
-    from PIL import Image
 
 
 @contextmanager
@@ -67,7 +65,7 @@ def out_file(path: str) -> Path:
     return found
 
 
-def write_picture(path: str | os.PathLike, picture: "Image.Image") -> None:
+def write_picture(path: str | os.PathLike, picture: Image.Image) -> None:
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG")
 

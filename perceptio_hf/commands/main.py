@@ -13,7 +13,6 @@ import typer
 
 from perceptio_hf import __version__
 from perceptio_hf.commands.codebook.app import app as codebook
-from perceptio_hf.files import is_want_of_room
 
 from .ablate import ablate
 from .app import app as page
@@ -118,6 +117,8 @@ _OF_WORKER = re.compile(
 
 
 def _one_line(error: Exception) -> str:
+    from perceptio_hf.files import is_want_of_room
+
     text = error.format_message() if isinstance(error, _UsageError) else str(error)
     if isinstance(error, OSError) and error.strerror and error.filename:
         text = f"{error.filename}: {error.strerror}"

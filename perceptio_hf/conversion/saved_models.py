@@ -15,7 +15,7 @@ from perceptio_hf.modeling.shards import check_shards
 
 from .aurora import load_aurora
 from .local_copy import local_copy
-from .tensors import read_json
+from .tensors import read_json, read_tensors
 
 WEIGHTS = ("*.json", "*.safetensors", "*.bin")
 _PERCEPTIO, _CODEC = PerceptioForConditionalGeneration.config_class.model_type, DepthVQVAE.config_class.model_type
@@ -36,8 +36,21 @@ def load_depth_codec(source: str | os.PathLike | DepthVQVAE) -> DepthVQVAE:
     if place.is_file():
         return load_aurora(place)
     if check_kind(place, (_CODEC, _PERCEPTIO), "a depth codec") == _PERCEPTIO:
-        return load_strictly(PerceptioForConditionalGeneration, place, "a Perceptio").depth_model
+        return _codec_of_perceptio(place)
     return load_strictly(DepthVQVAE, place, "a depth codec")
+
+
+def _codec_of_perceptio(folder: Path) -> DepthVQVAE:
+    """The codec alone: of a checkpoint of many gigabytes nothing else is read."""
+    own, prefix = PerceptioForConditionalGeneration.config_class.from_pretrained(folder), "depth_model."
+    tensors = {name[len(prefix) :]: value for name, value in read_tensors(folder).items() if name.startswith(prefix)}
+    codec = DepthVQVAE(own.depth_config)
+    try:
+        codec.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: its depth codec cannot be loaded: {' '.join(str(error).split())}") from error
+    _check_finite(folder, codec)
+    return codec.eval()
 
 
 def check_kind(folder: Path, expected: tuple[str, ...], what: str) -> str:
@@ -65,10 +78,14 @@ def load_strictly(model_class: type[_Model], folder: Path, what: str, *, dtype: 
         ) from error
     except Exception as error:  # whatever json or transformers raise: the user named a wrong folder
         raise ValueError(f"{folder} cannot be loaded as {what}: {error}") from error
+    _check_finite(folder, model)
+    return model.eval()
+
+
+def _check_finite(folder: Path, model: nn.Module) -> None:
     damaged = [name for name, value in model.state_dict().items() if not _is_finite(value)]
     if damaged:
         raise ValueError(f"{folder} is damaged: {damaged[0]} holds NaN or infinity ({len(damaged)} tensors do).")
-    return model.eval()
 
 
 def _is_finite(values: torch.Tensor) -> bool:

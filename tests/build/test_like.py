@@ -70,7 +70,8 @@ def test_round_trip(tiny, trained, tmp_path):
         old.state_dict()[TRAINED].mul_(1.02)
     for name, value in old.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
-    assert not model.config.mask_multimask_output and processor.mask_threshold == -1.0  # neither is a default
+    assert not model.config.mask_multimask_output  # which is no default
+    assert processor.mask_threshold == tiny[1].mask_threshold
     turn = chat(Image.fromarray(render_scene(HELD_OUT_SEED).image), text="Give me the mask of the largest object.")
     answers, outputs = [], []
     for asked, reader in ((old, tiny[1]), (model, processor)):

@@ -11,8 +11,8 @@ from perceptio_hf.world.cells import cell_at, cell_word, nearness_word
 LETTERS = "ABCDE"
 _LOOKED_UP = 8  # cells in one question about nearness
 _CROWD = 14
-# How often all marks of a picture lie at the same place of their cells. Where none did, a ViT paired circles with
-# letters by that place alone, and exchanged B and D in half of the pictures where it was the same.
+# How often all marks of a picture lie at the same place of their cells, as those of fair sets do. Where none did, a ViT
+# exchanged letters there, and nowhere else: it seems to have paired circles with letters by that place.
 _ALIGNED = 0.5
 _NOTHING = "none"  # in the place of cells, where nothing fits
 _NEARNESS = ("How near are {cells}?", "Look up {cells}.", "Tell me how near {cells} are.")

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from perceptio_hf.conversion.tensors import read_tensors
+from perceptio_hf.conversion.saved_models import load_depth_codec
 from perceptio_hf.data.mixture import mix_tasks
 from perceptio_hf.data.tasks import SOURCES, load_tasks
 from perceptio_hf.modeling.configuration_perceptio import PerceptioConfig
-from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 from perceptio_hf.training.collator import PerceptioDataCollator
 from perceptio_hf.training.lora import lora_config
@@ -160,7 +159,7 @@ def plan_training(recipe: "Recipe", source: str, revision: Mapping[str, str], la
     arguments, settings = recipe.arguments, recipe.settings
     config = PerceptioConfig.from_pretrained(source, **revision)
     processor = PerceptioProcessor.from_pretrained(source, **revision)
-    _check_codes(arguments, config, source)
+    _check_codes(arguments, source)
     datasets, weights = load_tasks(arguments.tasks, arguments.data_folder)
     if arguments.eval_tasks:
         load_tasks(arguments.eval_tasks, arguments.data_folder)
@@ -201,19 +200,12 @@ def plan_training(recipe: "Recipe", source: str, revision: Mapping[str, str], la
     )
 
 
-def _check_codes(arguments: "RecipeArguments", config: PerceptioConfig, source: str) -> None:
+def _check_codes(arguments: "RecipeArguments", source: str) -> None:
     """ValueError for labels in the codes of another codec than the model's; that of a repository, which is not here
     yet, is compared when training starts."""
-    tasks, prefix = [*arguments.tasks, *arguments.eval_tasks], "depth_model."
-    if not any("labels" in task for task in tasks) or not os.path.isdir(source):
-        return
-    own = {name[len(prefix) :]: value for name, value in read_tensors(source).items() if name.startswith(prefix)}
-    codec = DepthVQVAE(config.depth_config)
-    try:
-        codec.load_state_dict(own)
-    except RuntimeError as error:
-        raise ValueError(f"{source}: its depth codec cannot be read ({' '.join(str(error).split())[:200]}).") from None
-    check_label_codecs(tasks, arguments.data_folder, codec)
+    tasks = [*arguments.tasks, *arguments.eval_tasks]
+    if any("labels" in task for task in tasks) and os.path.isdir(source):
+        check_label_codecs(tasks, arguments.data_folder, load_depth_codec(source))
 
 
 def _some(dataset: "Dataset | IterableDataset") -> list[dict]:
