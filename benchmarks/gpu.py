@@ -48,6 +48,7 @@ ORDER = (
     "masks",
     "codec",
     "labels",
+    "compiled_tiny",
     "compiled",
     "fsdp",
     "device_map",

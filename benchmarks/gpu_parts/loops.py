@@ -1,6 +1,7 @@
 """The same generation by other means: static caches, compiled graphs, attention kernels, parts on the host."""
 
 import tempfile
+from contextlib import nullcontext
 
 import torch
 from speed import SHARE, converging, counted_passes, prompts, tiny
@@ -10,6 +11,7 @@ import perceptio_hf
 
 from .tools import part, perceptio_config, question, random_model, release, seconds_of
 
+GRAPHS = [(decoding, way) for decoding in ("parallel", "sequential") for way in ("dynamic", "static, CUDA graphs")]
 DYNAMIC = {"cache_implementation": "dynamic"}
 STATIC = {"cache_implementation": "static"}
 
@@ -32,13 +34,16 @@ def _ways(setup) -> dict[str, dict]:
     }
 
 
-def measure_ways(setup, record, model, config, dtype, plan: list[tuple[str, str]]) -> None:
-    """plan: (decoding, way) -> first and later calls, graphs made, whether the ids are those of the dynamic cache."""
-    inputs, ways = question(setup, config, 1, dtype), _ways(setup)
+def measure_ways(setup, record, model, inputs, plan: list[tuple[str, str]], *, trained: bool = False) -> None:
+    """plan: (decoding, way) -> first and later calls, graphs made, whether the ids are those of the dynamic cache.
+
+    The spans of a model that is not `trained` are made to converge as those of trained ones do, see `converging`.
+    """
+    ways, dtype = _ways(setup), inputs["pixel_values"].dtype
     length = model.spatial_vocabulary().span_length + setup.size(30, 2)
     options = {"spatial": "depth", "do_sample": False, "max_new_tokens": length}
     first = model.generate(**inputs, **options, spatial_decoding="sequential")
-    with converging(first, SHARE):
+    with nullcontext() if trained else converging(first, SHARE):
         expected = {
             decoding: model.generate(**inputs, **options, spatial_decoding=decoding, **DYNAMIC)
             for decoding in dict(plan)
@@ -79,11 +84,20 @@ def compiled(setup, record):
     }
     for dtype, plan in plans.items():
         model = random_model(setup, config, dtype)
-        measure_ways(setup, record, model, config, dtype, plan[setup.size(slice(None), slice(2, 3))])
+        chosen = plan[setup.size(slice(None), slice(2, 3))]
+        measure_ways(setup, record, model, question(setup, config, 1, dtype), chosen)
         del model
         release()
         if setup.quick:
             break
+
+
+@part(seconds=45)
+def compiled_tiny(setup, record):
+    """The embedded checkpoint, one question: its layers compile in seconds, and it takes nothing but launches."""
+    model, processor = tiny(setup.device)
+    inputs = prompts(processor, 0, 1, setup.device)
+    measure_ways(setup, record, model, inputs, GRAPHS[: setup.size(4, 2)], trained=True)
 
 
 @part(seconds=80)
@@ -91,9 +105,7 @@ def compiled_1b(setup, record):
     """All layers of the 1B shape, with CUDA graphs."""
     config = perceptio_config(setup, side=512)
     model = random_model(setup, config, torch.bfloat16)
-    plan = [("parallel", "dynamic"), ("parallel", "static, CUDA graphs")]
-    plan += [("sequential", "dynamic"), ("sequential", "static, CUDA graphs")]
-    measure_ways(setup, record, model, config, torch.bfloat16, plan[: setup.size(4, 1)])
+    measure_ways(setup, record, model, question(setup, config, 1, torch.bfloat16), GRAPHS[: setup.size(4, 1)])
 
 
 @part(seconds=20)

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from .checkpoints import check_device
+
 
 def ablate(
     start: Annotated[
@@ -38,6 +40,9 @@ def ablate(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
     variants: Annotated[str, typer.Option(help="Names with commas between, or `all`.", show_default=True)] = "all",
     processes: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
+    device: Annotated[
+        str, typer.Option(help="`cuda`: all runs on one GPU, which a dozen of models this small can share.")
+    ] = "cpu",
 ) -> None:
     """Train variants of the objectives from one base, evaluate them, and write one table with mean and spread."""
     if not (start / "config.json").is_file():
@@ -58,20 +63,23 @@ def ablate(
     if unknown:
         raise ValueError(f"Unknown variants {', '.join(unknown)}; use {', '.join(VARIANTS)}.")
     recipe = AblationRecipe.read(find_recipe(config))
+    check_device(device)
     with in_use(out, "perceptio ablate"):
-        base = train_base(recipe, start, out, sight=tiny_checkpoint() if sight == "tiny" else sight)
+        base = train_base(recipe, start, out, sight=tiny_checkpoint() if sight == "tiny" else sight, device=device)
         scores: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
         runs = [(name, seed) for seed, name in itertools.product(range(seeds), names)]
-        for (name, seed), figures in _run_all(runs, recipe, base, out, processes):
+        for (name, seed), figures in _run_all(runs, recipe, base, out, processes, device):
             scores[name][seed] = figures
             done = {variant: [found[key] for key in sorted(found)] for variant, found in scores.items() if found}
             seen = f" --sight {sight}" if sight else ""
+            where = "" if device == "cpu" else f" --device {device} --processes {processes}"
             command = f"perceptio ablate --start {start}{seen} --config {config} --seeds {seeds} --variants {variants}"
+            command += where
             write_report(summarise(done), results or out, command=command)
     print(f"The table is {(results or out) / 'ablation.md'}")
 
 
-def _run_all(runs: list[tuple[str, int]], recipe, base: Path, out: Path, processes: int):
+def _run_all(runs: list[tuple[str, int]], recipe, base: Path, out: Path, processes: int, device: str):
     """((variant, seed), scores) of every run as they finish."""
     from tqdm.auto import tqdm
 
@@ -83,10 +91,10 @@ def _run_all(runs: list[tuple[str, int]], recipe, base: Path, out: Path, process
         ProcessPoolExecutor(processes, mp_context=context, initializer=_quiet) as pool,
         tqdm(total=len(runs), desc="runs") as bar,
     ):
-        waiting = {
-            pool.submit(run_variant, name, seed, recipe, base, out, position=1 + index % processes): (name, seed)
-            for index, (name, seed) in enumerate(runs)
-        }
+        waiting = {}
+        for index, run in enumerate(runs):
+            where = {"device": device, "position": 1 + index % processes}
+            waiting[pool.submit(run_variant, *run, recipe, base, out, **where)] = run
         for finished in as_completed(waiting):
             bar.update()
             yield waiting[finished], finished.result()

@@ -124,8 +124,11 @@ def _from_scratch(config: Path, out: Path, processes: int | None, workers: int |
     from perceptio_hf.files import in_use
     from perceptio_hf.lab.lessons.stages import TinyRecipe, train_tiny
 
+    from .checkpoints import check_device
+
     _silence()
     recipe = TinyRecipe.read(config)
+    check_device(device)
     shares = processes or (2 if device == "cpu" else 1)
     with in_use(out, "perceptio train"):
         done = train_tiny(recipe, out, processes=shares, workers=1 if workers is None else workers, device=device)

@@ -48,7 +48,7 @@ def answer_closest(
     """
     texts, codes = [], []
     for start in progress(range(0, len(sets), batch_size)):
-        inputs = _inputs(processor, sets[start : start + batch_size])
+        inputs = _inputs(processor, sets[start : start + batch_size]).to(model.device)
         inputs.pop("mask_pixel_values")  # the answers have no masks
         out = model.generate(**inputs, do_sample=False, spatial=spatial, return_dict_in_generate=True)
         answers = processor.post_process_spatial(out)
@@ -92,11 +92,11 @@ def token_replacement(
         chunk = sets[start : start + batch_size]
         codes = {name: spans[REPLACEMENTS[name]][start:][:batch_size] for name in replacements if name != "oracle"}
         if "oracle" in replacements:
-            codes["oracle"] = _true_codes(model, chunk).numpy()
+            codes["oracle"] = _true_codes(model, chunk).cpu().numpy()
         texts = answers_with_codes(
             model,
             processor,
-            _inputs(processor, chunk),
+            _inputs(processor, chunk).to(model.device),
             [[]] * len(chunk),
             codes,
             spatial="depth",
@@ -116,4 +116,4 @@ def _inputs(processor: "PerceptioProcessor", sets: Sequence[FairSet]) -> "BatchF
 def _true_codes(model: "PerceptioForConditionalGeneration", sets: Sequence[FairSet]) -> Tensor:
     inverse = 1 / torch.from_numpy(np.stack([render_scene(item.seed).depth for item in sets]))
     far, near = inverse.amin((1, 2), keepdim=True), inverse.amax((1, 2), keepdim=True)
-    return model.depth_model.encode((inverse - far) / (near - far))
+    return model.depth_model.encode(((inverse - far) / (near - far)).to(model.depth_model.device))

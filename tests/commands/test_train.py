@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor, PerceptioSFTConfig
+from perceptio_hf.commands import checkpoints
 from perceptio_hf.commands.main import run
 from perceptio_hf.data.keys import check_keys
 from perceptio_hf.data.sources import write_samples
@@ -202,6 +203,9 @@ def test_tiny_recipes_still_train_from_scratch(tmp_path, monkeypatch, fails):
     assert run(["train", "--config", str(path), "--out", str(tmp_path / "out"), "--workers", "0"]) == 0
     assert called == [(path, tmp_path / "out", {"processes": 2, "workers": 0, "device": "cpu"})]
     called.clear()
+    assert "--device nowhere cannot be used here" in fails("--config", path, "--device", "nowhere")
+    assert not called
+    monkeypatch.setattr(checkpoints, "check_device", lambda device: None)
     assert run(["train", "--config", str(path), "--out", str(tmp_path / "out"), "--device", "cuda"]) == 0
     assert called == [(path, tmp_path / "out", {"processes": 1, "workers": 1, "device": "cuda"})]
     assert "Unknown options --max_steps 3" in fails("--config", path, "--max_steps", "3")

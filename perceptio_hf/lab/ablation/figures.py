@@ -146,5 +146,6 @@ def spans_without_grammar(
     """
     asked = [item for item in items if item.question.kind == "depth"]
     chosen = [asked[index % len(asked)] for index in range(count)]
-    batches = (encode_items(processor, chosen[start : start + batch_size]) for start in range(0, count, batch_size))
+    encoded = (encode_items(processor, chosen[start : start + batch_size]) for start in range(0, count, batch_size))
+    batches = (inputs.to(model.device) for inputs in encoded)
     return sample_spans(model, batches, seed=seed)

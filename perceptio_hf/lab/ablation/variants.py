@@ -32,6 +32,7 @@ from perceptio_hf.training.losses import LossWeights, mask_loss, score_loss
 from .figures import METRICS, evaluate
 
 _SPAN_ALIGNMENT = 4.0  # weight of taught attention while the base learns to write spans
+_SHOWN_EVERY = 10  # steps between two looks at the losses, which a GPU has to be waited for
 _REVISED = 4  # spans per step that are also asked about without their pictures
 # Of the scenes that the two parts of the base and the variants are trained on.
 _WORDS_SEED, _SPANS_SEED, _FIRST_SEED = 190_000_000, 195_000_000, 200_000_000
@@ -116,11 +117,19 @@ class AblationRecipe:
         return cls(**values)
 
 
-def train_base(recipe: AblationRecipe, start: str | Path, out: str | Path, *, sight: str | Path | None = None) -> Path:
+def train_base(
+    recipe: AblationRecipe,
+    start: str | Path,
+    out: str | Path,
+    *,
+    sight: str | Path | None = None,
+    device: str | torch.device = "cpu",
+) -> Path:
     """Train the base from the checkpoint `start`; returns its folder, `out`/base, which is not made twice.
 
     Args:
         sight: a checkpoint whose vision tower and SAM2 take the place of the start's.
+        device: where it is trained.
 
     Raises:
         ValueError: if `out` holds the base of another recipe or start, or `sight` is of another shape or codec.
@@ -133,14 +142,15 @@ def train_base(recipe: AblationRecipe, start: str | Path, out: str | Path, *, si
         model, processor = _load(start)
         if sight is not None:
             _take_sight(model, sight)
-        lesson = _lesson(model, processor, _WORDS_BASE, revise=_REVISED)  # lest the look-ups the start knows be lost
+        # Revised, lest the look-ups that the start knows be lost.
+        lesson = _lesson(model, processor, _WORDS_BASE, device, revise=_REVISED)
         settings = replace(recipe, learning_rate=recipe.words_learning_rate)
         _train(lesson, _WORDS_BASE, settings, recipe.words_steps, seed=0, first_seed=_WORDS_SEED, name="base, words")
         return model, processor
 
     def learn_spans() -> tuple[PerceptioForConditionalGeneration, PerceptioProcessor]:
         model, processor = _load(words)
-        lesson = _lesson(model, processor, _SPANS_BASE, revise=_REVISED, alignment=_SPAN_ALIGNMENT)
+        lesson = _lesson(model, processor, _SPANS_BASE, device, revise=_REVISED, alignment=_SPAN_ALIGNMENT)
         settings = replace(recipe, learning_rate=recipe.spans_learning_rate)
         _train(lesson, _SPANS_BASE, settings, recipe.spans_steps, seed=0, first_seed=_SPANS_SEED, name="base, spans")
         return model, processor
@@ -167,11 +177,19 @@ def _made_once(
 
 
 def run_variant(
-    name: str, seed: int, recipe: AblationRecipe, start: str | Path, out: str | Path, *, position: int = 0
+    name: str,
+    seed: int,
+    recipe: AblationRecipe,
+    start: str | Path,
+    out: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    position: int = 0,
 ) -> dict[str, float]:
     """Train one variant from the checkpoint `start` and evaluate it; the scores are kept in `out`/NAME-SEED.json.
 
-    A run whose scores are there already is not repeated, one that was trained is only evaluated.
+    A run whose scores are there already is not repeated, one that was trained is only evaluated, whichever `device` did
+    so.
 
     Raises:
         ValueError: if `out` holds the scores of another recipe or start, or the name is unknown.
@@ -189,19 +207,20 @@ def run_variant(
     model, processor = _load(start)
     variant, weights = VARIANTS[name], path.with_suffix(".pt")
     if weights.exists():
-        kept = torch.load(weights, weights_only=True)
+        kept = torch.load(weights, weights_only=True, map_location="cpu")
         if kept["recipe"] != claim:
             raise ValueError(f"{weights} was trained by another recipe; choose another folder.")
         model.load_state_dict(kept["model"])
     else:
-        lesson = _lesson(model, processor, variant, revise=_REVISED if variant.form.depth and variant.form.words else 0)
+        revise = _REVISED if variant.form.depth and variant.form.words else 0
+        lesson = _lesson(model, processor, variant, device, revise=revise)
         first_seed = _FIRST_SEED + seed * 10_000_000
         label = f"{name} {seed}"
         _train(lesson, variant, recipe, recipe.steps, seed=seed, first_seed=first_seed, name=label, position=position)
         with replacing(weights) as partial:
             torch.save({"recipe": claim, "model": model.state_dict()}, partial)
     scores = evaluate(
-        model.eval(),
+        model.to(device).eval(),
         processor,
         form=variant.form,
         closest=recipe.closest,
@@ -244,14 +263,16 @@ def _lesson(
     model: PerceptioForConditionalGeneration,
     processor: PerceptioProcessor,
     variant: Variant,
+    device: str | torch.device,
     *,
     revise: int,
     alignment: float = 1.0,
 ) -> LanguageLesson:
+    nearness = nearness_of_codes(model.depth_model)  # of rendered scenes, which lie on the host
     return LanguageLesson(
-        model,
+        model.to(device),
         processor,
-        nearness_of_codes(model.depth_model),
+        nearness,
         weights=variant.weights,
         plain=variant.plain,
         alignment=alignment,
@@ -272,6 +293,7 @@ def _train(
     position: int = 0,
 ) -> None:
     torch.manual_seed(seed)
+    device = lesson.model.device
     progress = tqdm(total=steps, desc=name, position=position, leave=False)
     parameters = _trainable(lesson.model)
     optimizer = adamw(lesson.model, parameters)
@@ -285,15 +307,16 @@ def _train(
     )
     for step, scenes in enumerate(islice(batches, steps)):
         set_rate(optimizer, recipe.learning_rate * schedule(step, steps, warmup=20))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss, parts = _loss(lesson, scenes, recipe)
-        if not torch.isfinite(loss):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=device.type == "cpu"):  # see lessons.stages
+            loss, parts = _loss(lesson, scenes.to(device), recipe)
+        if step % _SHOWN_EVERY == 0 and not torch.isfinite(loss):  # weights that were lost stay so
             raise RuntimeError(f"step {step}: the loss is {loss.item()}.")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        progress.set_postfix({name: f"{value.item():.2f}" for name, value in parts.items()}, refresh=False)
+        if step % _SHOWN_EVERY == 0:
+            progress.set_postfix({name: f"{value.item():.2f}" for name, value in parts.items()}, refresh=False)
         progress.update()
     progress.close()
 

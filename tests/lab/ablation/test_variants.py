@@ -102,6 +102,9 @@ def test_unknown_variants_are_named(start, tmp_path, capsys):
     assert "fuller" in capsys.readouterr().err
     assert run(["ablate", "--start", str(start), "--sight", str(tmp_path)]) == 2
     assert "--sight" in capsys.readouterr().err
+    assert run(["ablate", "--start", str(start), "--out", str(tmp_path / "out"), "--device", "nowhere"]) == 2
+    assert "--device nowhere cannot be used here" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     assert run(["ablate", "--start", str(tmp_path)]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
 
