@@ -92,7 +92,7 @@ def compiled(setup, record):
             break
 
 
-@part(seconds=45)
+@part(seconds=30)
 def compiled_tiny(setup, record):
     """The embedded checkpoint, one question: its layers compile in seconds, and it takes nothing but launches."""
     model, processor = tiny(setup.device)
