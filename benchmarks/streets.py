@@ -6,8 +6,8 @@ FOLDER/train and FOLDER/val hold NAME.jpg and NAME.label.png (8 bits, the class 
 OUT becomes a folder of samples, which recipes read.
 """
 
+import argparse
 import random
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,4 +129,8 @@ def usual_places(streets: list[Street], size: tuple[int, int]) -> dict[int, np.n
 
 
 if __name__ == "__main__":
-    write_streets(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    write_streets(options.folder, options.out)
