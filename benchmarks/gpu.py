@@ -6,7 +6,8 @@
 Parts run one after another in the order of their value, each in a process of its own, which is stopped when it takes
 far too long; one that fails is recorded with its error and hinders no other. A part that no longer fits into
 `--minutes` is recorded as left out. `DIR/gpu.json` is written anew after every part and holds, for every part, its
-cases, its seconds and its state: done, failed, stopped or left out; a table of them is printed at the end.
+cases, its seconds and its state: done, failed, stopped or left out; a table of them is printed at the end. The cases of
+the part that is running are in `DIR/PART.partial.json`.
 
 `memory` and `trainer` need TRL and datasets. `memory` predicts what `training` finds, needs no GPU and can be run
 elsewhere:
@@ -129,12 +130,14 @@ def run_all(names: list[str], setup: Setup, minutes: float, out: Path, broken: l
             elif not setup.quick and left < PARTS[name].seconds:
                 found = {"state": "left out", "seconds_expected": PARTS[name].seconds, "seconds_left": round(left, 1)}
             else:
-                path, log, begun = Path(scratch, f"{name}.json"), Path(scratch, f"{name}.log"), time.monotonic()
+                # In `out`, so that the cases of a part stay when all of this is killed.
+                path, log, begun = out / f"{name}.partial.json", Path(scratch, f"{name}.log"), time.monotonic()
                 expected = 2.5 * PARTS[name].seconds + SLACK
                 limit = (min(left, expected) if len(names) > 1 else left) + GRACE  # one alone may take all there is
                 state = in_process(name, setup, path, log, limit)
                 found = {"state": state, "seconds": round(time.monotonic() - begun, 2)}
                 found["cases"] = json.loads(path.read_text()) if path.exists() else {}
+                path.unlink(missing_ok=True)
                 if state != "done":
                     found["log"] = log.read_text(errors="replace")[-3000:].splitlines() if log.exists() else []
             document["parts"][name] = found

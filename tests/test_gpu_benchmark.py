@@ -39,6 +39,7 @@ def run(out: Path, *options: str) -> dict:
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     document = json.loads((out / "gpu.json").read_text())
+    assert [path.name for path in out.iterdir()] == ["gpu.json"]
     assert all(name in done.stdout for name in document["parts"]), "the table names every part"
     return document
 
@@ -77,6 +78,8 @@ def test_parts_that_fail_or_hang_or_no_longer_fit_hinder_no_other(tmp_path, gpu,
         import time
 
         record.add("before", value=2)
+        assert (tmp_path / "hangs.partial.json").exists()
+        record.add("kept", value=3)
         time.sleep(60)
 
     from gpu_parts.tools import PARTS, Part, Setup
@@ -102,7 +105,8 @@ def test_parts_that_fail_or_hang_or_no_longer_fit_hinder_no_other(tmp_path, gpu,
     }
     assert found["fails"]["cases"]["good"]["value"] == 1 and "no such kernel" in found["fails"]["cases"]["bad"]["error"]
     assert "the device is gone" in "\n".join(found["fails"]["log"]) and found["unknown"]["log"] == ["its traceback"]
-    assert found["hangs"]["cases"] == {"before": {"value": 2}}
+    assert found["hangs"]["cases"] == {"before": {"value": 2}, "kept": {"value": 3}}, "they lie in OUT while it runs"
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
     assert json.loads((tmp_path / "gpu.json").read_text()) == document
     assert "the device is gone" in gpu.table(document)
 
