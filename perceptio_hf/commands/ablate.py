@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .checkpoints import check_device
+from .checkpoints import check_device, quieten
 
 
 def ablate(
@@ -88,7 +88,7 @@ def _run_all(runs: list[tuple[str, int]], recipe, base: Path, out: Path, process
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes started here
     context = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(processes, mp_context=context, initializer=_quiet) as pool,
+        ProcessPoolExecutor(processes, mp_context=context, initializer=quieten) as pool,
         tqdm(total=len(runs), desc="runs") as bar,
     ):
         waiting = {}
@@ -98,10 +98,3 @@ def _run_all(runs: list[tuple[str, int]], recipe, base: Path, out: Path, process
         for finished in as_completed(waiting):
             bar.update()
             yield waiting[finished], finished.result()
-
-
-def _quiet() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import checkpoints
+
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
@@ -124,11 +126,9 @@ def _from_scratch(config: Path, out: Path, processes: int | None, workers: int |
     from perceptio_hf.files import in_use
     from perceptio_hf.lab.lessons.stages import TinyRecipe, train_tiny
 
-    from .checkpoints import check_device
-
-    _silence()
+    checkpoints.quieten()
+    checkpoints.check_device(device)
     recipe = TinyRecipe.read(config)
-    check_device(device)
     shares = processes or (2 if device == "cpu" else 1)
     with in_use(out, "perceptio train"):
         done = train_tiny(recipe, out, processes=shares, workers=1 if workers is None else workers, device=device)
@@ -151,7 +151,7 @@ def _fine_tune(config: Path, out: Path | None, overrides: Sequence[str], kind: s
         overrides = [*overrides, "--output_dir", str(Path("runs", config.stem))]
     recipe = read_recipe(config, overrides) if kind == SFT else read_reward_recipe(kind, config, overrides)
     folder = Path(recipe.settings.output_dir)
-    _silence()  # not before: the settings take it for a wish to see no progress bar
+    checkpoints.quieten()  # not before: the settings take it for a wish to see no progress bar
     first = recipe.settings.process_index == 0  # of several that train together
     with in_use(folder, "perceptio train") if first else nullcontext():
         _train_into(folder, recipe)
@@ -170,7 +170,7 @@ def _plan(config: Path, overrides: Sequence[str], measure: int | None, launch: P
 
     layout = layout_of_environment() if launch is None else layout_of_file(find_recipe(launch, "accelerate"))
     recipe = read_recipe(config, [*overrides, "--output_dir", "planned"])
-    _silence()
+    checkpoints.quieten()
     source, revision = _source(recipe.arguments)
     _check_kind(source, revision)
     plan = plan_training(recipe, source, revision, layout)
@@ -210,13 +210,6 @@ def _train_into(folder: Path, recipe: "Recipe") -> None:
     _run(trainer, folder, resume)
     if merges and trainer.is_world_process_zero():
         _save_merged(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, folder / "merged")
-
-
-def _silence() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()  # that of loading weights
 
 
 def _where_to_resume(recipe: "Recipe", folder: Path) -> Path | str | None:
