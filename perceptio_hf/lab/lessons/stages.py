@@ -66,7 +66,7 @@ _RENDEZVOUS = ".rendezvous"  # where the processes find one another
 
 @dataclass
 class TinyRecipe:
-    """Settings of the tiny training; `recipes/tiny.yaml` holds those of the shipped checkpoint.
+    """Settings of the tiny training; `recipes/tiny.yaml` holds those of a checkpoint like the shipped one.
 
     Steps are what makes a run repeatable. Learning rates are peaks of a warm-up and cosine schedule.
     """
