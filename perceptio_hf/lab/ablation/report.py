@@ -57,7 +57,7 @@ def markdown(table: Table, command: str) -> str:
     lines = [
         "# Ablation on held-out rendered scenes",
         "",
-        f"Made by `{command}`. Mean ± standard deviation over seeds.",
+        f"Made by `{command}`. Mean ± standard deviation over seeds; one seed has no ±.",
         "",
     ]
     for title, metrics in (("Answers", METRICS[:6]), ("Spans, masks, words", METRICS[6:13]), ("Replaced spans", _TRT)):
@@ -71,7 +71,9 @@ def markdown(table: Table, command: str) -> str:
 
 
 def _cell(figure: dict[str, float] | None) -> str:
-    return "" if figure is None else f"{figure['mean']:.3f} ± {figure['std']:.3f}"
+    if figure is None:
+        return ""
+    return f"{figure['mean']:.3f} ± {figure['std']:.3f}" if figure["n"] > 1 else f"{figure['mean']:.3f}"
 
 
 def _contrasts(table: Table) -> list[str]:

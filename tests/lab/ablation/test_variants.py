@@ -122,6 +122,7 @@ def test_summary_and_report(tmp_path):
     assert json.loads((tmp_path / "results" / "ablation.json").read_text()) == table
     text = (tmp_path / "results" / "ablation.md").read_text()
     assert "0.600 ± 0.141" in text and "+35.0 points" in text and "+60.0 points" in text
+    assert "| answers_only: answers only |  |  |  | 0.250 |" in text, "the spread of one seed is not zero"
     assert (tmp_path / "results" / "ablation.png").read_bytes().startswith(b"\x89PNG")
 
 
