@@ -137,7 +137,8 @@ def run_all(names: list[str], setup: Setup, minutes: float, out: Path, broken: l
                 state = in_process(name, setup, path, log, limit)
                 found = {"state": state, "seconds": round(time.monotonic() - begun, 2)}
                 found["cases"] = json.loads(path.read_text()) if path.exists() else {}
-                path.unlink(missing_ok=True)
+                for left_behind in out.glob(f"{name}.partial.*"):
+                    left_behind.unlink()
                 if state != "done":
                     found["log"] = log.read_text(errors="replace")[-3000:].splitlines() if log.exists() else []
             document["parts"][name] = found

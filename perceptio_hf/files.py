@@ -66,7 +66,7 @@ def out_file(path: str) -> Path:
 
 
 def write_picture(path: str | os.PathLike, picture: Image.Image) -> None:
-    """A PNG. Pillow's own level of compression takes four times as long for files a sixth smaller."""
+    """A PNG; Pillow's own level of compression takes several times as long for files that are little smaller."""
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG", compress_level=3)
 

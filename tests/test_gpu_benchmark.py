@@ -61,6 +61,7 @@ def test_every_part_runs(tmp_path, gpu):
     assert tiny["float32, prompts one by one"]["same"] == tiny["float32, prompts one by one"]["of"] == 1
     ways = parts["compiled"]["cases"]
     assert all(case["same_ids"] for case in ways.values())
+    assert all(case["same_ids"] for case in parts["compiled_tiny"]["cases"].values())
     assert ways["bfloat16, parallel, static, CUDA graphs"]["graphs_after_the_second_call"] == 0
     assert all(case["same_ids"] for case in parts["device_map"]["cases"].values())
     assert parts["fsdp"]["cases"]["full, bfloat16, float32 weights"]["sharded"] > 0

@@ -71,10 +71,9 @@ def ablate(
         for (name, seed), figures in _run_all(runs, recipe, base, out, processes, device):
             scores[name][seed] = figures
             done = {variant: [found[key] for key in sorted(found)] for variant, found in scores.items() if found}
-            seen = f" --sight {sight}" if sight else ""
-            where = "" if device == "cpu" else f" --device {device} --processes {processes}"
-            command = f"perceptio ablate --start {start}{seen} --config {config} --seeds {seeds} --variants {variants}"
-            command += where
+            command = f"perceptio ablate --start {start}" + (f" --sight {sight}" if sight else "")
+            command += f" --config {config} --seeds {seeds} --variants {variants}"
+            command += f" --device {device} --processes {processes}" if device != "cpu" else ""
             write_report(summarise(done), results or out, command=command)
     print(f"The table is {(results or out) / 'ablation.md'}")
 

@@ -309,13 +309,14 @@ def _train(
         set_rate(optimizer, recipe.learning_rate * schedule(step, steps, warmup=20))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=device.type == "cpu"):  # see lessons.stages
             loss, parts = _loss(lesson, scenes.to(device), recipe)
-        if step % _SHOWN_EVERY == 0 and not torch.isfinite(loss):  # weights that were lost stay so
+        looked_at = step % _SHOWN_EVERY == 0 or step + 1 == steps  # weights that are lost stay so
+        if looked_at and not torch.isfinite(loss):
             raise RuntimeError(f"step {step}: the loss is {loss.item()}.")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        if step % _SHOWN_EVERY == 0:
+        if looked_at:
             progress.set_postfix({name: f"{value.item():.2f}" for name, value in parts.items()}, refresh=False)
         progress.update()
     progress.close()
