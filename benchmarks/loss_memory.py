@@ -3,9 +3,10 @@
 python benchmarks/loss_memory.py --out benchmarks/results/loss_memory.json
 
 One row of 1,024 positions and 151,674 words, of which 160 positions carry labels, a span of 100 codes among them. The
-plain way computes all logits and passes over them three times: cross-entropy of text and markers, cross-entropy of the
-codes renormalised to their ids, and the softmax that counts codes. Reconstruction and masks are left out: they cost the
-same on both sides.
+head is trained, or fixed, or fixed but for the rows of the spatial tokens, as `lora_config` has it. The plain way
+computes all logits and passes over them three times: cross-entropy of text and markers, cross-entropy of the codes
+renormalised to their ids, and the softmax that counts codes. Reconstruction and masks are left out: they cost the same
+on both sides.
 
 Each side runs in a process of its own, one thread. Memory is the peak of the resident set during forward and backward
 above what was resident before (inputs and the head's weights), as Linux reports it after its counter was reset; the
@@ -39,22 +40,40 @@ VOCABULARY = SpatialVocabulary(
 )
 
 
-def step_inputs(frozen_head: bool) -> tuple[Tensor, nn.Linear, Tensor]:
+class Words(nn.Module):
+    """A model as PEFT wants it: with a layer that can be adapted."""
+
+    def __init__(self, head: nn.Linear):
+        super().__init__()
+        self.lm_head, self.other = head, nn.Linear(1, 1)
+
+
+def adapted(head: nn.Linear) -> nn.Module:
+    """The head with the rows of the spatial tokens trained by PEFT, all others fixed."""
+    from peft import LoraConfig, get_peft_model
+
+    rows = {"lm_head": list(range(FIRST, WORDS))}
+    config = LoraConfig(r=1, target_modules=["other"], trainable_token_indices=rows)
+    return get_peft_model(Words(head), config).base_model.model.lm_head
+
+
+def step_inputs(kind: str) -> tuple[Tensor, nn.Module, Tensor]:
     """Random states (1, L, d), a head and the labels of one response at the end of the row."""
     torch.manual_seed(0)
     states = torch.randn(1, POSITIONS, HIDDEN, requires_grad=True)
     head = nn.Linear(HIDDEN, WORDS, bias=False)
     nn.init.normal_(head.weight, std=0.02)
-    head.requires_grad_(not frozen_head)
+    head.requires_grad_(kind == "head_trained")
     codes = torch.randint(FIRST + 2, WORDS - 1, (SPAN,))
     markers = torch.tensor([FIRST + 1]), torch.tensor([WORDS - 1])
     text = torch.randint(FIRST, (LABELLED - SPAN - 3,))
     response = torch.cat([torch.tensor([FIRST]), markers[0], codes, markers[1], text])
     unlearnt = torch.full((POSITIONS - LABELLED,), -100)
-    return states, head, torch.cat([unlearnt, response])[None]
+    labels = torch.cat([unlearnt, response])[None]
+    return states, adapted(head) if kind == "head_rows" else head, labels
 
 
-def plain_loss(states: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+def plain_loss(states: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
     """All logits, three separate passes; text and marker + token + count, each its own mean."""
     logits = head(states)[0, :-1]  # (L - 1, V)
     targets, code_ids = labels[0, 1:], torch.tensor(VOCABULARY.codes)
@@ -68,12 +87,12 @@ def plain_loss(states: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
     return words + token + F.smooth_l1_loss(error, torch.zeros_like(error))
 
 
-def our_loss(states: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+def our_loss(states: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
     return composite_loss(states, head, labels, VOCABULARY)[0]
 
 
 SIDES = {"plain": plain_loss, "ours": our_loss}
-HEADS = {"head_trained": False, "head_frozen": True}  # frozen: as with LoRA
+HEADS = ("head_trained", "head_frozen", "head_rows")
 
 
 def reset_peak() -> None:
@@ -88,11 +107,11 @@ def resident(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
-def measure(side: str, repeats: int, frozen_head: bool) -> dict:
+def measure(side: str, repeats: int, kind: str) -> dict:
     """One side in this process: MiB above what was there before, seconds, loss and a sample of the gradients."""
     torch.set_num_threads(1)
-    states, head, labels = step_inputs(frozen_head)
-    leaves = [states] if frozen_head else [states, head.weight]
+    states, head, labels = step_inputs(kind)
+    leaves = [states, *(parameter for parameter in head.parameters() if parameter.requires_grad)]
     # A small step first: what libraries allocate for themselves at their first use is no part of the loss.
     F.cross_entropy(nn.Linear(8, 8)(torch.randn(4, 8)), torch.zeros(4, dtype=torch.long)).backward()
     reset_peak()
@@ -114,16 +133,15 @@ def measure(side: str, repeats: int, frozen_head: bool) -> dict:
     }
 
 
-def measure_apart(side: str, repeats: int, frozen_head: bool) -> dict:
-    command = [sys.executable, __file__, "--side", side, "--repeats", str(repeats)]
-    command += ["--frozen-head"] if frozen_head else []
+def measure_apart(side: str, repeats: int, kind: str) -> dict:
+    command = [sys.executable, __file__, "--side", side, "--head", kind, "--repeats", str(repeats)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 
-def compare(repeats: int, frozen_head: bool) -> dict:
+def compare(repeats: int, kind: str) -> dict:
     """Both sides, with the ratios ours / plain; the values must agree."""
-    plain, ours = (measure_apart(side, repeats, frozen_head) for side in ("plain", "ours"))
+    plain, ours = (measure_apart(side, repeats, kind) for side in ("plain", "ours"))
     torch.testing.assert_close(ours["loss"], plain["loss"], rtol=1e-5, atol=0)
     for pair in zip(ours.pop("gradient"), plain.pop("gradient"), strict=True):
         one, other = map(torch.tensor, pair)
@@ -141,16 +159,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=out_file, help="JSON file to write")
     parser.add_argument("--side", choices=SIDES, help="measure one side in this process and print JSON")
-    parser.add_argument("--frozen-head", action="store_true", help="with --side: the head is not trained, as with LoRA")
+    parser.add_argument("--head", choices=HEADS, default=HEADS[0], help="with --side: what of the head is trained")
     options = parser.parse_args()
     if options.side:
-        print(json.dumps(measure(options.side, options.repeats, options.frozen_head)))
+        print(json.dumps(measure(options.side, options.repeats, options.head)))
         return
     sizes = {"words": WORDS, "hidden": HIDDEN, "positions": POSITIONS, "labelled": LABELLED, "codes": SPAN}
     result = {"command": f"python benchmarks/loss_memory.py --repeats {options.repeats}", **sizes, "threads": 1}
     result |= {"most_memory": MOST_MEMORY, "most_time": MOST_TIME}
-    for name, frozen in HEADS.items():
-        result[name] = compare(options.repeats, frozen)
+    for name in HEADS:
+        result[name] = compare(options.repeats, name)
         memory, seconds = result[name]["memory_ratio"], result[name]["time_ratio"]
         print(f"{name}: {memory:.3f} of the memory (at most {MOST_MEMORY}), {seconds:.3f} of the time ({MOST_TIME})")
     print(json.dumps(result, indent=2))

@@ -2,8 +2,9 @@
 
 Of the n x V logits three things are needed: the log of the normaliser, the logit of the target, the logits of the
 codes. At 1,500 tokens and 152,000 words logits and their gradient would take 1.8 GB; here the head's last product is
-computed a few rows at a time, and once more for the gradient. Values and gradients, those of the head's weights
-included, are the same but for the order in which numbers are added.
+computed a few rows at a time. Where the head's weights are trained it is computed once more for the gradient; where
+they are fixed, but for single rows that PEFT trains, all that the gradient needs of it is taken along. Values and
+gradients are the same but for the order in which numbers are added.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 WHOLE = 2**25  # logits that may stand at once, 134 MB in float32; up to so many nothing is computed twice
 _WIDENED = 2**21  # logits of half precision that are widened at once
@@ -30,8 +32,8 @@ def read_head(
     """Call the head once with (n, d) states and read what the losses need; float32 or finer.
 
     The head is called as a whole, so that whatever wraps it (adapters, offloading, sharding) does its part; only the
-    product of the states with a (V, d) matrix is taken over from it. A head that ends in something else gives all
-    logits.
+    product of the states with a (V, d) matrix is taken over from it. A head that does not end with it, e.g. one with
+    LoRA of its own, gives all logits.
 
     Args:
         check: called with V before targets (n,) and codes (K,) are looked up.
@@ -49,23 +51,74 @@ def read_head(
 
 
 class _Reader(TorchFunctionMode):
-    """Watches a head for the product that makes logits of `states`, and reads it in parts where it is large."""
+    """Watches a head for the product that makes logits of `states`, and reads it in parts.
+
+    In the place of the logits stands a vector, the log of their normaliser. Should the head go on with it, it gets the
+    logits after all.
+    """
 
     def __init__(self, states: Tensor, targets: Tensor, code_ids: Tensor, check: Callable[[int], None]):
         super().__init__()
         self.states, self.targets, self.code_ids, self.check = states, targets, code_ids, check
         self.readings: Readings | None = None
+        self.product: tuple[Tensor, Tensor, Tensor | None] | None = None  # what the logits are made of
+        self.standing_in: list[Tensor] = []
+        self.trained_rows: tuple[Tensor, Tensor, Tensor] | None = None  # a matrix, its rows that are trained, and which
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is not F.linear or self.readings is not None:
+        if self.product is not None:
+            return self._behind(func, args, kwargs)
+        if func is Tensor.index_copy:
+            return self._note_rows(func(*args, **kwargs), *args, **kwargs)
+        if func is not F.linear:
             return func(*args, **kwargs)
         states, weight, bias = _linear_arguments(*args, **kwargs)
-        if states is not self.states or len(states) * len(weight) <= WHOLE:
+        fixed, index, rows = self._fixed(weight, bias)
+        large = len(states) * len(weight) > WHOLE
+        if states is not self.states or not len(states) or not (fixed or large):
             return func(*args, **kwargs)
         self.check(len(weight))
-        self.readings = _PartsOfHead.apply(states, weight, bias, self.targets, self.code_ids, _computes_in(states))
+        self.product = states, weight, bias
+        common = self.targets, self.code_ids, _computes_in(states)
+        if fixed:
+            learns = torch.is_grad_enabled()
+            self.readings = _FixedHead.apply(states, weight.detach(), bias, rows, index, *common, learns)
+        else:
+            self.readings = _PartsOfHead.apply(states, weight, bias, *common)
+        self.standing_in.append(self.readings[0])
         return self.readings[0]
+
+    def _behind(self, func: Callable, args: tuple, kwargs: dict):
+        """What the head does once its product has been taken over: hooks may look at it and move it."""
+        given = tree_leaves((args, kwargs))
+        if self.readings is None or not any(item is stand_in for item in given for stand_in in self.standing_in):
+            return func(*args, **kwargs)
+        if func is Tensor.to or getattr(func, "__name__", "") == "__get__":
+            result = func(*args, **kwargs)
+            self.standing_in += [result] if isinstance(result, Tensor) else []
+            return result
+        self.readings, logits = None, F.linear(*self.product)
+
+        def real(item):
+            return logits if any(item is stand_in for stand_in in self.standing_in) else item
+
+        args, kwargs = tree_map(real, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _note_rows(self, matrix: Tensor, whole: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+        """PEFT's trainable tokens are copied into the fixed matrix at every call."""
+        if dim == 0 and not whole.requires_grad:
+            self.trained_rows = matrix, index, source
+        return matrix
+
+    def _fixed(self, weight: Tensor, bias: Tensor | None) -> tuple[bool, Tensor | None, Tensor | None]:
+        """Whether all of a head but single rows is fixed, and which rows are not."""
+        if bias is not None and bias.requires_grad:
+            return False, None, None
+        if self.trained_rows is not None and weight is self.trained_rows[0]:
+            return True, *self.trained_rows[1:]
+        return not weight.requires_grad, None, None
 
 
 def _linear_arguments(
@@ -142,6 +195,75 @@ class _PartsOfHead(torch.autograd.Function):
                 if wants_bias:
                     of_bias += part.sum(0)
         return of_states, of_weight, of_bias, None, None, None
+
+
+class _FixedHead(torch.autograd.Function):
+    """The readings of a head of which at most the rows `index` (r,) are trained, `rows` (r, d) of its matrix.
+
+    By the log of the normaliser, a token's state has the gradient p @ weight with p (V,) its probabilities. It is
+    computed with the logits, so that nothing of the size of the vocabulary is left for later. Target and codes are left
+    out of p there, and their share added in the end: it nearly cancels against their own gradient in what is learnt
+    well, which half precision must not see.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor | None,
+        index: Tensor | None,
+        targets: Tensor,
+        code_ids: Tensor,
+        dtype: torch.dtype,
+        learns: bool,
+    ) -> Readings:
+        wants_states, wants_rows = learns and ctx.needs_input_grad[0], learns and ctx.needs_input_grad[3]
+        parts, others, of_rows = [], [], []
+        with torch.autocast(states.device.type, enabled=False):
+            own, head, offset = states.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+            for part in _parts(len(states), len(weight), WHOLE):
+                logits = F.linear(own[part], head, offset)
+                parts.append(_readings(logits, targets[part], code_ids))
+                if wants_states or wants_rows:
+                    shares = logits.to(parts[-1][0].dtype).sub_(parts[-1][0][:, None]).exp_()
+                if wants_rows:
+                    of_rows.append(shares[:, index])
+                if wants_states:
+                    shares.scatter_(1, targets[part, None], 0).index_fill_(1, code_ids, 0)
+                    others.append(shares.to(dtype) @ head)
+        readings = tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        ctx.save_for_backward(
+            torch.cat(others) if wants_states else None,
+            *((head[targets], head[code_ids]) if wants_states else (None, None)),
+            *((own, torch.cat(of_rows), index) if wants_rows else (None, None, None)),
+            targets,
+            code_ids,
+            *readings,
+        )
+        ctx.dtypes = states.dtype, None if rows is None else rows.dtype
+        return readings
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_normaliser: Tensor, of_target: Tensor, of_codes: Tensor):
+        others, target_rows, code_rows, own, row_shares, index, targets, code_ids, *readings = ctx.saved_tensors
+        normaliser, target_logits, code_logits = readings
+        of_states = of_rows = None
+        if row_shares is not None:
+            given = (targets[:, None] == index) * of_target[:, None]
+            given += of_codes @ (code_ids[:, None] == index).to(of_codes.dtype)
+            of_rows = ((row_shares * of_normaliser[:, None] + given).to(own.dtype).T @ own).to(ctx.dtypes[1])
+        if others is not None:
+            is_target = targets[:, None] == code_ids  # (n, K); one that is a code counts among the codes
+            share = (target_logits - normaliser).exp() * of_normaliser + of_target
+            shares = (code_logits - normaliser[:, None]).exp() * of_normaliser[:, None] + of_codes
+            shares += is_target * of_target[:, None]
+            share = share.masked_fill(is_target.any(1), 0)
+            of_states = others * of_normaliser[:, None] + target_rows * share[:, None]
+            of_states = (of_states + shares.to(code_rows.dtype) @ code_rows).to(ctx.dtypes[0])
+        return of_states, None, None, of_rows, *[None] * 5
 
 
 def _add_product(total: Tensor, part: Tensor, states: Tensor) -> None:

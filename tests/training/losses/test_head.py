@@ -5,6 +5,8 @@ import torch
 from loss_batches import SIZE, VOCABULARY, WORDS, loss_codec, padded
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from perceptio_hf.training.losses import LossWeights, composite_loss
 from perceptio_hf.training.losses import head as loss_head
@@ -50,13 +52,13 @@ def test_parts_give_the_whole(monkeypatch, kind, over):
     head, codec = head_of(kind), loss_codec().double()
     torch.manual_seed(7)
     states = torch.randn(3, LABELS.shape[1], HIDDEN, dtype=torch.float64, requires_grad=True)
-    found = {}
-    for most in (2**25, 3 * VOCABULARY):
-        monkeypatch.setattr(loss_head, "WHOLE", most)
-        loss, parts = losses(head, codec, states, token_over=over)
+    monkeypatch.setattr(loss_head, "WHOLE", 3 * VOCABULARY)
+    found = []
+    for head_or_logits in (lambda chosen: head(1 * chosen), head):  # the first gives all logits: the states are others
+        loss, parts = losses(head_or_logits, codec, states, token_over=over)
         assert {"text", "marker", "token", "count", "reconstruction"} == set(parts)
-        found[most] = {"loss": loss} | parts | gradients(head, states, loss)
-    whole, divided = found.values()
+        found.append({"loss": loss} | parts | gradients(head, states, loss))
+    whole, divided = found
     assert len(whole) == {"plain": 8, "bias": 9, "frozen": 7, "rows": 8}[kind]
     for name in whole:
         torch.testing.assert_close(divided[name], whole[name], msg=lambda text, name=name: f"{name}: {text}")
@@ -106,3 +108,85 @@ def test_a_head_that_ends_otherwise_gives_all_logits(monkeypatch):
     doubled, _ = losses(lambda chosen: head(2 * chosen), None, states)
     expected, _ = losses(head, None, 2 * states)
     torch.testing.assert_close(doubled, expected)
+
+
+class Capped(nn.Module):
+    """A head that does something to its logits."""
+
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        self.head = head
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return 3 * torch.tanh(self.head(states) / 3)
+
+
+@pytest.mark.parametrize("kind", ["plain", "frozen", "lora"])
+def test_a_head_that_goes_on_behind_its_product_has_its_logits(monkeypatch, kind):
+    """Capped logits, as Gemma has them, and LoRA on the head: what is done to the logits counts."""
+    head = head_of("plain")
+    if kind == "lora":
+        adapted = get_peft_model(Wrapped(head), LoraConfig(r=2, target_modules=["lm_head"])).base_model.model.lm_head
+        nn.init.normal_(adapted.lora_B["default"].weight)
+        head = adapted.double()
+    else:
+        head = Capped(head.requires_grad_(kind == "plain"))
+    torch.manual_seed(7)
+    states = torch.randn(3, LABELS.shape[1], HIDDEN, dtype=torch.float64, requires_grad=True)
+    logits = head(states)
+    expected, _ = losses(lambda chosen: chosen, None, logits)
+    monkeypatch.setattr(loss_head, "WHOLE", 3 * VOCABULARY)
+    calls = []
+    head.register_forward_hook(lambda module, inputs, output: calls.append(tuple(output.shape)))
+    loss, _ = losses(head, None, states)
+    torch.testing.assert_close(loss, expected)
+    wanted = gradients(head, states, expected)
+    for name, value in gradients(head, states, loss).items():
+        torch.testing.assert_close(value, wanted[name], msg=lambda text, name=name: f"{name}: {text}")
+    assert calls == [(19, VOCABULARY)]
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the shapes that operations give."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        self.seen |= {tuple(item.shape) for item in tree_leaves(result) if isinstance(item, torch.Tensor)}
+        return result
+
+
+@pytest.mark.parametrize("kind", ["plain", "frozen", "rows"])
+def test_a_fixed_head_leaves_nothing_as_large_as_the_vocabulary_for_later(kind):
+    """Neither logits nor the gradient of all weights: the backward pass knows the 3 trained rows alone."""
+    head = head_of(kind)
+    states = torch.randn(3, LABELS.shape[1], HIDDEN, dtype=torch.float64, requires_grad=True)
+    loss, _ = losses(head, None, states)
+    with Shapes() as shapes:
+        loss.backward()
+    assert (19, HIDDEN) in shapes.seen
+    assert any(VOCABULARY in shape for shape in shapes.seen) == (kind == "plain")
+
+
+def test_what_is_learnt_well_has_its_small_gradient_in_bfloat16():
+    """Where the target has nearly all probability, it and the rest of the softmax nearly cancel."""
+    torch.manual_seed(0)
+    head = nn.Linear(64, 4096, bias=False).to(torch.bfloat16).requires_grad_(False)
+    targets, code_ids = torch.arange(40, 56), torch.arange(8)
+    values = (27 * nn.functional.normalize(head.weight[targets].float())).bfloat16()
+    found = []
+    for dtype, at_once in ((torch.float64, True), (torch.bfloat16, True), (torch.bfloat16, False)):
+        own, states = nn.Linear(64, 4096, bias=False, dtype=dtype).requires_grad_(False), values.to(dtype, copy=True)
+        own.weight.copy_(head.weight)
+        states.requires_grad_()
+        called = (lambda chosen, own=own: own(1 * chosen)) if at_once else own  # other states: gives all logits
+        normaliser, of_target, _ = loss_head.read_head(called, states, targets, code_ids)
+        assert 0.95 < (of_target - normaliser).exp().mean() < 0.995
+        (normaliser - of_target).sum().backward()
+        found.append(states.grad.double())
+    exact, whole, divided = found
+    print((divided - exact).norm(), (whole - exact).norm(), exact.norm())
+    assert (divided - exact).norm() < 1.2 * (whole - exact).norm() < 0.2 * exact.norm()
