@@ -18,6 +18,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 WHOLE = 2**25  # logits that may stand at once, 134 MB in float32; up to so many nothing is computed twice
 _WIDENED = 2**21  # logits of half precision that are widened at once
 
+# What hooks do with any output: they move it, or have backward passes call them.
+_PASSING = (
+    Tensor.to,
+    Tensor.register_hook,
+    Tensor.device.__get__,
+    Tensor.requires_grad.__get__,
+    Tensor.grad_fn.__get__,
+    Tensor.is_leaf.__get__,
+)
+
 Readings = tuple[Tensor, Tensor, Tensor]  # (n,) log of the normaliser, (n,) target's logits, (n, K) codes' logits
 
 
@@ -39,13 +49,14 @@ def read_head(
         check: called with V before targets (n,) and codes (K,) are looked up.
     """
     if torch.compiler.is_compiling():
-        logits, reader = lm_head(states), None
+        logits = lm_head(states)
     else:
-        reader = _Reader(states, targets, code_ids, check)
-        with reader:
+        with _Reader(states, targets, code_ids, check) as reader:
             logits = lm_head(states)
-    if reader is not None and reader.readings is not None:
-        return reader.readings
+        if any(logits is stand_in for stand_in in reader.standing_in):
+            return reader.readings
+        if reader.standing_in and logits.ndim == 1:  # something between that no mode can see has wrapped it
+            logits = lm_head(states)
     check(logits.shape[-1])
     return _Readout.apply(logits, targets.to(logits.device), code_ids.to(logits.device))
 
@@ -53,15 +64,17 @@ def read_head(
 class _Reader(TorchFunctionMode):
     """Watches a head for the product that makes logits of `states`, and reads it in parts.
 
-    In the place of the logits stands a vector, the log of their normaliser. Should the head go on with it, it gets the
-    logits after all.
+    In the place of the logits stands a vector, the log of their normaliser. Whatever is done with it, behind the
+    product or by hooks, is done with the logits instead; the head ends with the product where it gives the vector back.
     """
 
     def __init__(self, states: Tensor, targets: Tensor, code_ids: Tensor, check: Callable[[int], None]):
         super().__init__()
         self.states, self.targets, self.code_ids, self.check = states, targets, code_ids, check
         self.readings: Readings | None = None
+        self.learns = torch.is_grad_enabled()
         self.product: tuple[Tensor, Tensor, Tensor | None] | None = None  # what the logits are made of
+        self.logits: Tensor | None = None  # where they were asked for
         self.standing_in: list[Tensor] = []
         self.trained_rows: tuple[Tensor, Tensor, Tensor] | None = None  # a matrix, its rows that are trained, and which
 
@@ -71,7 +84,7 @@ class _Reader(TorchFunctionMode):
             return self._behind(func, args, kwargs)
         if func is Tensor.index_copy:
             return self._note_rows(func(*args, **kwargs), *args, **kwargs)
-        if func is not F.linear:
+        if func is not F.linear or torch.is_grad_enabled() != self.learns:  # the latter inside of autograd functions
             return func(*args, **kwargs)
         states, weight, bias = _linear_arguments(*args, **kwargs)
         fixed, index, rows = self._fixed(weight, bias)
@@ -82,29 +95,27 @@ class _Reader(TorchFunctionMode):
         self.product = states, weight, bias
         common = self.targets, self.code_ids, _computes_in(states)
         if fixed:
-            learns = torch.is_grad_enabled()
-            self.readings = _FixedHead.apply(states, weight.detach(), bias, rows, index, *common, learns)
+            self.readings = _FixedHead.apply(states, weight.detach(), bias, rows, index, *common, self.learns)
         else:
             self.readings = _PartsOfHead.apply(states, weight, bias, *common)
         self.standing_in.append(self.readings[0])
         return self.readings[0]
 
     def _behind(self, func: Callable, args: tuple, kwargs: dict):
-        """What the head does once its product has been taken over: hooks may look at it and move it."""
-        given = tree_leaves((args, kwargs))
-        if self.readings is None or not any(item is stand_in for item in given for stand_in in self.standing_in):
+        """What is done once the product has been taken over."""
+        if not any(self._stands_in(item) for item in tree_leaves((args, kwargs))):
             return func(*args, **kwargs)
-        if func is Tensor.to or getattr(func, "__name__", "") == "__get__":
+        if func in _PASSING:
             result = func(*args, **kwargs)
             self.standing_in += [result] if isinstance(result, Tensor) else []
             return result
-        self.readings, logits = None, F.linear(*self.product)
-
-        def real(item):
-            return logits if any(item is stand_in for stand_in in self.standing_in) else item
-
-        args, kwargs = tree_map(real, (args, kwargs))
+        if self.logits is None:
+            self.logits = F.linear(*self.product)
+        args, kwargs = tree_map(lambda item: self.logits if self._stands_in(item) else item, (args, kwargs))
         return func(*args, **kwargs)
+
+    def _stands_in(self, item) -> bool:
+        return any(item is stand_in for stand_in in self.standing_in)
 
     def _note_rows(self, matrix: Tensor, whole: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
         """PEFT's trainable tokens are copied into the fixed matrix at every call."""

@@ -102,8 +102,7 @@ def supervised_tokens(
             f"`labels` has shape {tuple(labels.shape)} and the states {tuple(hidden_states.shape)}; expected (batch, "
             "sequence) and (batch, sequence, size)."
         )
-    if layout is None:
-        layout = read_labels(labels.to(hidden_states.device), vocabulary)
+    layout = (layout or read_labels(labels, vocabulary)).to(hidden_states.device)
     states = hidden_states[layout.rows, layout.columns]  # (n, d)
     code_ids = torch.tensor(vocabulary.codes, device=states.device)
     check = partial(_check_ids, layout, vocabulary)

@@ -80,10 +80,10 @@ def test_no_more_logits_stand_than_asked_for(monkeypatch):
     for name in ("_readings", "_logit_gradient"):
         monkeypatch.setattr(loss_head, name, _noting(getattr(loss_head, name), seen))
     head, calls = head_of("plain"), []
-    head.register_forward_hook(lambda module, inputs, output: calls.append(tuple(output.shape)))
+    head.register_forward_hook(lambda module, inputs, output: calls.append(output.requires_grad))
     states = torch.randn(3, LABELS.shape[1], HIDDEN, dtype=torch.float64, requires_grad=True)
     losses(head, None, states)[0].backward()
-    assert seen == 2 * [3, 3, 3, 3, 3, 3, 1] and calls == [(19,)]
+    assert seen == 2 * [3, 3, 3, 3, 3, 3, 1] and calls == [True]
 
 
 def test_autocast_computes_as_it_would(monkeypatch):
@@ -146,6 +146,48 @@ def test_a_head_that_goes_on_behind_its_product_has_its_logits(monkeypatch, kind
     assert calls == [(19, VOCABULARY)]
 
 
+@pytest.mark.parametrize("kind", ["plain", "frozen", "rows"])
+def test_hooks_see_the_logits(monkeypatch, kind):
+    """As a debugger's that looks for values that are not finite; what they return counts."""
+    head = head_of(kind)
+    states = torch.randn(3, LABELS.shape[1], HIDDEN, dtype=torch.float64, requires_grad=True)
+    expected, _ = losses(lambda chosen: head(1 * chosen), None, states)
+    monkeypatch.setattr(loss_head, "WHOLE", 3 * VOCABULARY)
+    seen = []
+    looking = head.register_forward_hook(lambda module, inputs, output: seen.append(output.detach().abs().max(-1)))
+    torch.testing.assert_close(losses(head, None, states)[0], expected)
+    assert seen[0].values.shape == (19,)
+    looking.remove()
+    head.register_forward_hook(lambda module, inputs, output: output - output.mean(-1, keepdim=True))
+    torch.testing.assert_close(losses(head, None, states)[0], expected)
+
+
+class Multiplied(torch.autograd.Function):
+    """A product of its own, as quantised layers have it."""
+
+    @staticmethod
+    def forward(ctx, states, weight):
+        ctx.save_for_backward(weight)
+        return nn.functional.linear(states, weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ ctx.saved_tensors[0], None
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_product_inside_an_autograd_function_is_left_to_it(learns):
+    head = head_of("frozen")
+    states = torch.randn(3, LABELS.shape[1], HIDDEN, dtype=torch.float64, requires_grad=True)
+    with torch.set_grad_enabled(learns):
+        loss, _ = losses(lambda chosen: Multiplied.apply(chosen, head.weight), None, states)
+        expected, _ = losses(head, None, states)
+    torch.testing.assert_close(loss, expected)
+    if learns:
+        wanted = torch.autograd.grad(expected, states)
+        torch.testing.assert_close(torch.autograd.grad(loss, states), wanted)
+
+
 class Shapes(TorchDispatchMode):
     """Notes the shapes that operations give."""
 
@@ -188,5 +230,4 @@ def test_what_is_learnt_well_has_its_small_gradient_in_bfloat16():
         (normaliser - of_target).sum().backward()
         found.append(states.grad.double())
     exact, whole, divided = found
-    print((divided - exact).norm(), (whole - exact).norm(), exact.norm())
     assert (divided - exact).norm() < 1.2 * (whole - exact).norm() < 0.2 * exact.norm()
