@@ -73,7 +73,10 @@ def evaluate(
         ),
     ] = None,
     oracle_unit: Annotated[
-        str | None, typer.Option(help="Of that folder: mm, m, disparity or relative.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Of that folder, or of a model that does not say it: mm, m, disparity or relative.", show_default=False
+        ),
     ] = None,
     unit: Annotated[
         str | None,

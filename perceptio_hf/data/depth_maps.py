@@ -28,6 +28,7 @@ from .arrays import read_array
 UNITS = ("mm", "m", "disparity", "relative")
 SUFFIXES = (".png", ".tif", ".tiff", ".npy", ".npz")
 MAX_PIXELS = 80_000_000
+_TRANSPOSED = 0.05  # relative difference of side ratios up to which a depth map counts as lying on its side
 _FORMATS = ("PNG", "TIFF")
 _FLOAT32 = np.finfo(np.float32)
 _DEEP_COLOUR = ("RGB;16", "RGBA;16", "LA;16")  # how Pillow names what it shortens to 8 bits when it reads
@@ -52,6 +53,20 @@ class DepthMap:
         """Wrap distances in metres. Arguments and errors as `relative_from_metric`."""
         depth_m, valid = _checked_metric(depth_m, valid)
         return cls(relative_from_metric(depth_m, valid), valid, np.where(valid, depth_m, 0.0).astype(np.float32))
+
+    def check_orientation(self, picture: tuple[int, int]) -> None:
+        """Compare with the (width, height) of the picture as it is shown.
+
+        Raises:
+            ValueError: where the map lies while the picture stands: it was not turned with it. Any other size is fine.
+        """
+        height, width = self.relative.shape
+        mirrored = height / width * (picture[1] / picture[0])
+        if abs(mirrored - 1) < _TRANSPOSED and abs(height / width - 1) > 2 * _TRANSPOSED:
+            raise ValueError(
+                f"its depth map is {width} x {height} and its picture, shown upright, {picture[0]} x {picture[1]}; "
+                "turn the depth map as well."
+            )
 
 
 def relative_from_metric(depth_m: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:

@@ -46,7 +46,6 @@ _SPAN = re.compile(r"<DEPTH_START>((?:<DEPTH_\d+>)*)<DEPTH_END>")
 _DEPTH_TOKEN = re.compile(r"<DEPTH_(?:START|END|\d+)>")
 _SEG_OR_SPAN = re.compile(re.escape(SEG_TOKEN) + "|" + _SPAN.pattern)
 _SPATIAL = re.compile(rf"(?P<mark>{PICTURE_MARK.pattern})|{_SEG_OR_SPAN.pattern}")
-_TRANSPOSED = 0.05  # relative difference of side ratios up to which a depth map counts as lying on its side
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,15 +150,10 @@ def _depth(source: Any, unit: str, valid: Any) -> DepthMap:
 
 
 def _check_orientation(depth: DepthMap, picture: Image.Image) -> None:
-    """A depth map may have any size, but one that lies while its picture stands was not turned with it."""
-    height, width = depth.relative.shape
-    mirrored = height / width * (picture.height / picture.width)
-    if abs(mirrored - 1) < _TRANSPOSED and abs(height / width - 1) > 2 * _TRANSPOSED:
-        raise SampleError(
-            f"its depth map is {width} x {height} and its picture, shown upright, {picture.width} x {picture.height}; "
-            "turn the depth map as well.",
-            "depth",
-        )
+    try:
+        depth.check_orientation(picture.size)
+    except ValueError as error:
+        raise SampleError(str(error), "depth") from None
 
 
 def _check_codes(codes: Sequence[int], num_depth_tokens: int, num_depth_codes: int) -> None:

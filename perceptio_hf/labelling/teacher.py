@@ -33,11 +33,12 @@ class TeacherInfo:
     unit: str
 
 
-def teacher_info(name: str, unit: str | None = None) -> TeacherInfo:
+def teacher_info(name: str, unit: str | None = None, *, option: str = "--teacher") -> TeacherInfo:
     """Read a teacher's configuration.
 
     Args:
         unit: what the user says its numbers are.
+        option: of the command that names the teacher, for what is said; the unit's has "-unit" behind it.
 
     Raises:
         ValueError: it cannot be found, is no depth-estimation model, does not say its unit, or says another.
@@ -46,28 +47,26 @@ def teacher_info(name: str, unit: str | None = None) -> TeacherInfo:
     from transformers.models.auto.modeling_auto import MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES as KNOWN
 
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
-        raise ValueError(f"--teacher {name} has no config.json, so it is no saved model; name the folder that does.")
+        raise ValueError(f"{option} {name} has no config.json, so it is no saved model; name the folder that does.")
     try:
         config = AutoConfig.from_pretrained(name)
     except Exception as error:  # whatever transformers or the Hub raise
         reason = " ".join(str(error).split()).split(". ")[0]
         where = "" if os.path.isdir(name) else "it is no folder here, and the Hub does not give it. "
-        raise ValueError(f"--teacher {name} cannot be loaded: {where}{reason}") from None
+        raise ValueError(f"{option} {name} cannot be loaded: {where}{reason}") from None
     if config.model_type not in KNOWN:
         raise ValueError(
-            f"--teacher {name} is a {config.model_type!r} model, which says no depth; expected a depth-estimation "
+            f"{option} {name} is a {config.model_type!r} model, which says no depth; expected a depth-estimation "
             f"model of transformers: {', '.join(KNOWN)}."
         )
     own = _OF_TYPE.get(getattr(config, "depth_estimation_type", None)) or _KNOWN_UNITS.get(config.model_type)
     if unit is None and own is None:
         raise ValueError(
-            f"--teacher {name}: a {config.model_type!r} model does not say what its numbers are; give --teacher-unit: "
+            f"{option} {name}: a {config.model_type!r} model does not say what its numbers are; give {option}-unit: "
             "disparity (larger = nearer, as MiDaS's), m (distance in metres), mm or relative."
         )
     if None not in (unit, own) and unit != own:
-        raise ValueError(
-            f"--teacher-unit {unit}, but {name} says in its config.json that it gives {own}; leave it out."
-        )
+        raise ValueError(f"{option}-unit {unit}, but {name} says in its config.json that it gives {own}; leave it out.")
     assert (unit or own) in UNITS
     return TeacherInfo(name, config.model_type, unit or own)
 
@@ -78,12 +77,13 @@ class Teacher:
     Args:
         device: where it computes; default: the GPU where there is one.
         dtype: as torch names it, or "auto": as it was saved.
+        option: see `teacher_info`.
 
     Raises:
         ValueError: its weights or image processor cannot be loaded.
     """
 
-    def __init__(self, info: TeacherInfo, device: str | None = None, dtype: str = "auto"):
+    def __init__(self, info: TeacherInfo, device: str | None = None, dtype: str = "auto", *, option: str = "--teacher"):
         from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
         self.info = info
@@ -95,10 +95,10 @@ class Teacher:
             self.processor = AutoImageProcessor.from_pretrained(info.name)
         except Exception as error:  # whatever transformers, safetensors or the Hub raise
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"--teacher {info.name} cannot be loaded: {reason}") from None
+            raise ValueError(f"{option} {info.name} cannot be loaded: {reason}") from None
         if found["missing_keys"]:
             first = sorted(found["missing_keys"])[0]
-            raise ValueError(f"--teacher {info.name} lacks weights such as {first}; download it again.")
+            raise ValueError(f"{option} {info.name} lacks weights such as {first}; download it again.")
         self.model.eval().to(device)
         parameters = inspect.signature(self.processor.post_process_depth_estimation).parameters
         self._needs_source = "source_sizes" in parameters

@@ -6,6 +6,7 @@ Listing a benchmark decodes no picture: pictures and depth maps are sources, ope
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,12 +50,14 @@ class PictureSource:
             raise ValueError(f"{self.name}: {error}") from None
 
     def size(self) -> tuple[int, int]:
-        """(width, height) of the upright picture, read from its header.
+        """(width, height) of the upright picture, of a file read from its header.
 
         Raises:
             ValueError: naming a picture whose header cannot be read.
         """
         content = self.content() if callable(self.content) else self.content
+        if not isinstance(content, (bytes, str, os.PathLike)):
+            return load_picture(open_encoded(content)).size
         try:
             with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as picture:
                 turned = picture.getexif().get(_ORIENTATION, 1) > 4

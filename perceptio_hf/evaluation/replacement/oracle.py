@@ -5,11 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from perceptio_hf.data.depth_maps import SUFFIXES, UNITS, DepthMap, read_depth, relative_from_disparity
+from perceptio_hf.data.depth_maps import SUFFIXES, UNITS, DepthMap, depth_from_values, read_depth
 from perceptio_hf.evaluation.benchmarks.sample import Sample
+from perceptio_hf.labelling.teacher import Teacher, teacher_info
 
 if TYPE_CHECKING:
     from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
@@ -23,7 +23,7 @@ def open_oracle(name: str | None, unit: str | None, samples: list[Sample], devic
     Args:
         name: a folder of depth maps, named as the pictures are; the folder or Hub name of a depth estimation model, the
             teacher; None for the depth that comes with the benchmark.
-        unit: of the folder's maps (see `perceptio_hf.data.depth_maps`).
+        unit: of the folder's maps, or of a teacher that does not say it (see `perceptio_hf.data.depth_maps`).
         samples: that depth will be asked for.
         device: where the teacher goes.
 
@@ -34,15 +34,13 @@ def open_oracle(name: str | None, unit: str | None, samples: list[Sample], devic
         lacking = lacks_depth(samples)
         if lacking is not None:
             raise ValueError(f"The replacement `oracle` cannot be had: {lacking}")
-        return lambda sample: sample.depth.open()
+        return lambda sample: _upright(sample.depth.open(), sample)
     folder = Path(name).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
         return _folder_oracle(folder, unit, samples)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--oracle {name} is a file; name a folder of depth maps or a depth estimation model.")
-    if unit is not None:
-        raise ValueError("--oracle-unit is for a folder of depth maps; a teacher gives inverse depth.")
-    return _teacher_oracle(name, device)
+    return _teacher_oracle(name, unit, device)
 
 
 def lacks_depth(samples: list[Sample]) -> str | None:
@@ -68,7 +66,12 @@ def _folder_oracle(folder: Path, unit: str | None, samples: list[Sample]) -> Dep
     paths = {
         sample.id: _depth_path(folder, sample, alone=shared[Path(sample.picture.name).stem] == 1) for sample in samples
     }
-    return lambda sample: read_depth(paths[sample.id], unit)
+    return lambda sample: _upright(read_depth(paths[sample.id], unit), sample)
+
+
+def _upright(depth: DepthMap, sample: Sample) -> DepthMap:
+    depth.check_orientation(sample.picture.size())
+    return depth
 
 
 def _depth_path(folder: Path, sample: Sample, *, alone: bool) -> Path:
@@ -83,19 +86,12 @@ def _depth_path(folder: Path, sample: Sample, *, alone: bool) -> Path:
     return found
 
 
-def _teacher_oracle(name: str, device: str) -> DepthOf:
-    from transformers import AutoImageProcessor, AutoModelForDepthEstimation
+def _teacher_oracle(name: str, unit: str | None, device: str) -> DepthOf:
+    teacher = Teacher(teacher_info(name, unit, option="--oracle"), device, option="--oracle")
 
-    try:
-        processor = AutoImageProcessor.from_pretrained(name)
-        model = AutoModelForDepthEstimation.from_pretrained(name).eval().to(device)
-    except Exception as error:  # whatever transformers or the Hub raise: the user named no such model
-        raise ValueError(f"--oracle {name} is neither a folder of depth maps nor a depth model: {error}") from error
-
-    @torch.no_grad()
     def estimate(sample: Sample) -> DepthMap:
-        inputs = processor(images=sample.picture.open(), return_tensors="pt").to(device)
-        disparity = model(**inputs).predicted_depth[0].float().cpu().numpy()  # (h, w), larger = nearer
-        return DepthMap(relative_from_disparity(disparity), np.isfinite(disparity))
+        picture = sample.picture.open()
+        seen = teacher.look(teacher.prepare(picture), [(picture.height, picture.width)])[0]
+        return depth_from_values(seen.numpy(), teacher.info.unit)
 
     return estimate

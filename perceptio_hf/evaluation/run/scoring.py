@@ -158,7 +158,10 @@ def _score_masks(sample: Sample, answer: "SpatialAnswer") -> Record:
 def _score_depth(sample: Sample, answer: "SpatialAnswer") -> Record:
     if sample.depth is None:
         raise ValueError("the sample has no depth to compare with.")
-    figures = depth_figures(answer.depth, sample.depth.open())
+    truth = sample.depth.open()
+    if answer.depth is not None:
+        truth.check_orientation(answer.depth.shape[::-1])  # an answer has the size of its picture, shown upright
+    figures = depth_figures(answer.depth, truth)
     return {"metrics": figures, "score": figures.get("delta1", 1.0 - figures["relative_mae"])}
 
 

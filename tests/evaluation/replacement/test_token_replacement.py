@@ -6,6 +6,8 @@ import benchmark_helpers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from perceptio_hf.data.depth_maps import write_depth_png
 from perceptio_hf.evaluation.replacement.oracle import encode_oracle, open_oracle
@@ -94,7 +96,9 @@ def test_true_depth_from_the_benchmark_or_none(samples):
         open_oracle(None, None, samples, "cpu")
 
 
-def test_true_depth_from_a_teacher(tmp_path):
+@pytest.mark.parametrize("kind", ["relative", "metric"])
+def test_true_depth_from_a_teacher(tmp_path, kind):
+    """Distances of a metric teacher are turned into inverse depth."""
     from transformers import (
         AutoImageProcessor,
         DepthAnythingConfig,
@@ -113,10 +117,17 @@ def test_true_depth_from_a_teacher(tmp_path):
         reshape_hidden_states=False,
     )
     config = DepthAnythingConfig(
-        backbone_config=backbone, reassemble_hidden_size=16, neck_hidden_sizes=[8] * 4, fusion_hidden_size=8
+        backbone_config=backbone,
+        reassemble_hidden_size=16,
+        neck_hidden_sizes=[8] * 4,
+        fusion_hidden_size=8,
+        depth_estimation_type=kind,
+        max_depth=20,
     )
     torch.manual_seed(0)
     teacher = DepthAnythingForDepthEstimation(config).eval()
+    for parameter in teacher.parameters():  # so that more than rounding tells pixels apart
+        parameter.data.mul_(10 if parameter.ndim > 1 else 1)
     teacher.head.conv3.bias.data.fill_(1.0)  # inverse depth is not negative
     teacher.save_pretrained(tmp_path)
     processor = DPTImageProcessor(size={"height": 28, "width": 42}, ensure_multiple_of=14)
@@ -126,11 +137,20 @@ def test_true_depth_from_a_teacher(tmp_path):
     except ImportError:
         pytest.skip("this release of transformers needs torchvision for AutoImageProcessor")
     sample = benchmark_helpers.points(1).samples[0]
-    found = open_oracle(str(tmp_path), None, [sample], "cpu")(sample)
+    found, picture = open_oracle(str(tmp_path), None, [sample], "cpu")(sample), sample.picture.open()
     with torch.no_grad():
-        inverse = teacher(**processor(images=sample.picture.open(), return_tensors="pt")).predicted_depth[0].numpy()
+        seen = teacher(**processor(images=picture, return_tensors="pt"))
+    sizes = [(picture.height, picture.width)]
+    values = processor.post_process_depth_estimation(seen, target_sizes=sizes)[0]["predicted_depth"].numpy()
+    inverse = 1 / values if kind == "metric" else values
     expected = (inverse - inverse.min()) / (inverse.max() - inverse.min())
-    assert np.abs(found.relative - expected).max() < 1e-5 and found.metric is None
+    assert np.abs(found.relative - expected).max() < 1e-4 and (found.metric is None) == (kind == "relative")
+    with pytest.raises(ValueError, match=r"--oracle-unit mm, but .* gives"):
+        open_oracle(str(tmp_path), "mm", [sample], "cpu")
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({key: value for key, value in weights.items() if "head" not in key}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"--oracle .* lacks weights such as head"):
+        open_oracle(str(tmp_path), None, [sample], "cpu")
 
 
 def test_what_is_no_place_for_depth_is_refused(tmp_path, samples, tiny_folder):
@@ -139,10 +159,19 @@ def test_what_is_no_place_for_depth_is_refused(tmp_path, samples, tiny_folder):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is a file"):
         open_oracle(str(tmp_path / "file"), "mm", samples, "cpu")
-    with pytest.raises(ValueError, match="neither a folder of depth maps nor a depth model"):
+    with pytest.raises(ValueError, match=r"--oracle .* is a 'perceptio' model, which says no depth"):
         open_oracle(str(tiny_folder), None, samples, "cpu")
-    with pytest.raises(ValueError, match="--oracle-unit is for a folder"):
-        open_oracle(str(tiny_folder), "mm", samples, "cpu")
+
+
+def test_maps_that_were_not_turned_with_their_pictures_are_refused(tmp_path, samples):
+    picture = Image.new("RGB", (40, 30))
+    picture.getexif()[0x0112] = 6  # shown, it stands
+    turned = tmp_path / "0.jpg"
+    picture.save(turned, exif=picture.getexif())
+    write_depth_png(tmp_path / "0.png", np.linspace(0, 1, 40 * 30, dtype=np.float32).reshape(30, 40))
+    sample = replace(samples[0], picture=replace(samples[0].picture, name="0.jpg", content=turned), id="turned")
+    with pytest.raises(ValueError, match=r"depth map is 40 x 30 and its picture, shown upright, 30 x 40"):
+        open_oracle(str(tmp_path), "relative", [sample], "cpu")(sample)
 
 
 def record(index: int | str, score: int, read: str | None = "A") -> dict:

@@ -176,3 +176,13 @@ def test_nothing_answered_has_no_scores():
     sample = replace(benchmark_helpers.depths(1).samples[0], depth=None)
     with pytest.raises(ValueError, match=r"depth 0: .*no depth"):
         score_answer("depth", sample, answered())
+
+
+def test_depth_that_was_not_turned_with_its_picture_is_refused():
+    """The answer stands as the picture is shown, 30 x 40; the map lies as the sensor stored it."""
+    truth = DepthMap.from_metric(1 + np.arange(30 * 40, dtype=np.float32).reshape(30, 40))
+    sample = benchmark_helpers.depths(1).samples[0]
+    lying = replace(sample, depth=replace(sample.depth, content=lambda: truth))
+    with pytest.raises(ValueError, match=r"depth 0: its depth map is 40 x 30 and its picture, shown upright, 30 x 40"):
+        score_answer("depth", lying, answered(depth=np.rot90(truth.relative).copy(), codes=[1]))
+    assert score_answer("depth", lying, answered(depth=truth.relative, codes=[1]))["score"] == 1
