@@ -191,7 +191,7 @@ def mapped_once(
     with FileLock(f"{copy}.lock"):
         if _stamp_of(copy) != stamp:
             _write(rows(), place.name, stamp, copy)
-    return datasets.Dataset.from_file(str(copy))
+        return datasets.Dataset.from_file(str(copy))
 
 
 def _stamp(files: Sequence[Path]) -> bytes:

@@ -21,6 +21,10 @@ _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
 _DARK, _BRIGHT = 63, 192  # what 0 and 255 become at the most when they are stored with loss
 
 
+class EmptyMask(ValueError):
+    """Polygons that hold no pixel."""
+
+
 def mask_of(source: Any, size: tuple[int, int] | None = None) -> np.ndarray:
     """A mask in any of its forms (see `perceptio_hf.data.samples.Sample`), its bytes decoded.
 
@@ -201,7 +205,8 @@ def draw_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) 
         (height, width) bool.
 
     Raises:
-        ValueError: for a polygon with half a point or far outside of the picture, or where no pixel is inside.
+        ValueError: for a polygon with half a point or far outside of the picture.
+        EmptyMask: where no pixel is inside.
     """
     mask = np.zeros(height * width + 1, bool)
     for polygon in polygons:
@@ -214,7 +219,7 @@ def draw_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) 
         if corners.size >= 6:
             mask |= _inside(corners.reshape(-1, 2), height, width)
     if not mask.any():
-        raise ValueError("its polygons hold no pixel of the picture; they are x0, y0, x1, y1, ... in pixels")
+        raise EmptyMask("its polygons hold no pixel of the picture; they are x0, y0, x1, y1, ... in pixels")
     return mask[:-1].reshape(height, width, order="F")
 
 

@@ -257,7 +257,7 @@ def _file(source: Any) -> dict[str, Any]:
         return {"bytes": None, "path": path if "://" in path else os.path.abspath(os.path.expanduser(path))}
     picture = source if isinstance(source, Image.Image) else load_picture(source)
     if picture.mode not in _PNG_MODES:
-        picture = picture.convert("RGB")
+        picture = load_picture(picture)  # scales what has more than 8 bits, where `convert` would cut it off
     file = io.BytesIO()
     picture.save(file, format="PNG", exif=picture.getexif())
     return {"bytes": file.getvalue(), "path": None}

@@ -13,10 +13,12 @@ import torch
 from helpers import picture
 from PIL import Image
 
-from perceptio_hf.data.rows import as_rows, dataset_of, sample_features
+from perceptio_hf.data.encoded import open_encoded
+from perceptio_hf.data.rows import as_rows, dataset_of, sample_features, to_row
 from perceptio_hf.data.sources import depth_folder, load_samples, write_samples
 from perceptio_hf.data.world_samples import WORLD_TASKS, iter_world_samples, world_dataset
 from perceptio_hf.extras import how_to_install
+from perceptio_hf.processing.pictures import load_picture
 from perceptio_hf.training.collator import PerceptioDataCollator
 from perceptio_hf.world import HELD_OUT_SEED
 
@@ -92,6 +94,16 @@ def test_embedded_pictures_stay_encoded(collator, tmp_path):
         assert collator([good])["pixel_values"].shape[0] == 1
         with pytest.raises(ValueError, match=r"b\.png is damaged"):
             collator([bad])
+    turned = Image.effect_noise((30, 20), 60).convert("CMYK")
+    turned.getexif()[0x0112] = 6
+    for deep in (
+        Image.fromarray(np.linspace(0, 1, 600, dtype=np.float32).reshape(20, 30)),
+        Image.fromarray((np.arange(600) * 109).astype(">u2").reshape(20, 30)),
+        turned,
+    ):
+        given = load_picture(deep)
+        kept = load_picture(open_encoded(to_row({"images": [deep], "messages": chat})["images"][0]))
+        assert (np.asarray(kept) == np.asarray(given)).all() and np.asarray(kept).std() > 30
     unnamed = datasets.Dataset.from_list([{"images": [picture()], "messages": chat}])
     assert collator([as_rows(unnamed)[0]])["pixel_values"].shape[0] == 1
 

@@ -230,7 +230,7 @@ def test_command_eval(folder, capsys):
     assert "AbsRel" in capsys.readouterr().out
 
 
-def test_command_encode(folder, capsys, tmp_path):
+def test_command_encode(folder, capsys, tmp_path, monkeypatch):
     codec, files = DepthVQVAE.from_pretrained(folder / "codec").eval(), [str(folder / "00.png"), str(folder / "03.png")]
     arguments = ["codebook", "encode", str(folder / "codec"), *files, "--unit", "relative"]
     assert run([*arguments, "--json", "--out", str(tmp_path / "out")]) == 0
@@ -242,6 +242,8 @@ def test_command_encode(folder, capsys, tmp_path):
         assert row["codes"] == codes.tolist()
         written = read_depth(tmp_path / "out" / row["file"].split("/")[-1], "relative").relative
         np.testing.assert_allclose(written, codec.decode(codes, size=(40, 40)).detach(), atol=1e-4)
+    monkeypatch.delattr(DepthVQVAE, "decode")  # what nobody writes is not decoded
+    assert run(arguments) == 0 and json.loads(capsys.readouterr().out) == rows
 
 
 @pytest.mark.parametrize(

@@ -56,16 +56,17 @@ def encode(
     names = _distinct_names(files)
     _check_apart(files, out)
     model = load_codec(codec)
-    rows, decoded = [], []
+    rows, shapes = [], []
     for path in files:
         item = read_depth(path, unit)
         codes = model.encode(torch.from_numpy(item.relative), torch.from_numpy(item.valid))
         rows.append({"file": str(path), "codes": codes.tolist()})
-        decoded.append(model.decode(codes, size=item.relative.shape).detach().numpy())
-    if out is not None:
+        shapes.append(item.relative.shape)
+    if out is not None:  # once all could be read; one map at a time, since thousands would not fit
         out.mkdir(parents=True, exist_ok=True)
-        for name, depth in zip(names, decoded, strict=True):
-            write_depth_png(out / name, depth)
+        for name, row, shape in zip(names, rows, shapes, strict=True):
+            depth = model.decode(torch.tensor(row["codes"]), size=shape)
+            write_depth_png(out / name, depth.detach().numpy())
         write_json(out / "codes.json", rows)
     if as_json or out is None:
         print(json.dumps(rows))

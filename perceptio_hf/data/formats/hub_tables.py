@@ -8,10 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from perceptio_hf.extras import missing
 from perceptio_hf.files import files_below
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _SAVED = ("dataset_info.json", "dataset_dict.json")
 _ALIASES = {"val": ("val", "validation"), "validation": ("validation", "val")}
@@ -142,6 +145,8 @@ class _SavedTable(HubTable):
             raise ValueError(f"{path} cannot be read as a saved data set ({error}).") from None
         if isinstance(dataset, datasets.DatasetDict):
             dataset = dataset[_split_in(list(dataset), split, path)]
+        elif dataset.split is not None:  # one part of a data set, saved by itself, that knows which
+            _split_in([split_name(dataset)], split, path)
         self._data = dataset.data  # memory-mapped; pictures in it are not decoded
         self.columns = dataset.column_names
         size = sum(Path(file["filename"]).stat().st_size for file in dataset.cache_files)
@@ -155,6 +160,11 @@ class _SavedTable(HubTable):
 
     def place(self, row: int) -> str:
         return f"{self._name}, row {row}"
+
+
+def split_name(dataset: "Dataset") -> str:
+    """Which split a data set is (of), without the range that was taken: "train" for "train[:1000]"."""
+    return str(dataset.split).partition("[")[0]
 
 
 def _is_parquet(path: Path) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perceptio_hf.data.formats.coco_annotations import PICTURES, Annotations, first_existing, read_annotations
+from perceptio_hf.data.masks import EmptyMask, as_polygons, draw_polygons
 
 from .listing import listed, published_mask
 from .referring import held_out_files, held_out_pictures
@@ -23,6 +24,8 @@ from .wording import conversation, name_turn, rng_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_SMALL = 2  # pixels of a box's shorter side below which its polygons are looked at
 
 
 def coco_instances(
@@ -63,6 +66,7 @@ def coco_instances(
     kept_back = [] if held_out is None else held_out_files(held_out)
     samples = functools.partial(_samples, file, seen_at, most_masks, absent, kept_back)
     options = (split, most_masks, absent, os.path.abspath(first_existing(seen_at, PICTURES)))
+    options += tuple(map(os.path.abspath, kept_back))
     return listed(place, [file, *kept_back], samples, missing=missing, options=options)
 
 
@@ -93,7 +97,7 @@ def _of_picture(
     picture, size = annotations.picture(number)
     rng = rng_of("coco", number)
     masks, turns = [], []
-    for name, things in _asked(items, annotations.names, most_masks, absent, rng):
+    for name, things in _asked(items, size, annotations.names, most_masks, absent, rng):
         turns.append(name_turn(rng, name, len(things)))
         for item in things:
             try:
@@ -105,18 +109,38 @@ def _of_picture(
 
 
 def _asked(
-    items: list[dict], names: Mapping[int, str], most_masks: int, absent: int, rng: random.Random
+    items: list[dict],
+    size: Sequence[int],
+    names: Mapping[int, str],
+    most_masks: int,
+    absent: int,
+    rng: random.Random,
 ) -> list[tuple[str, list[dict]]]:
-    """(name, its things from left to right), in random order, without names whose things are not told one by one."""
+    """(name, its things from left to right), in random order, without names whose things are not told one by one, or of
+    which one has no mask."""
     things: dict[int, list[dict]] = defaultdict(list)
     for item in items:
         things[item["category_id"]].append(item)
     asked = [
         (names[kind], sorted(found, key=lambda item: item.get("bbox", [0])[0]))
         for kind, found in things.items()
-        if len(found) <= most_masks and not any(item.get("iscrowd") for item in found)
+        if len(found) <= most_masks and not any(item.get("iscrowd") or _holds_no_pixel(item, size) for item in found)
     ]
     others = sorted(name for kind, name in names.items() if kind not in things)
     asked += [(name, []) for name in rng.sample(others, min(absent, len(others)))]
     rng.shuffle(asked)
     return asked
+
+
+def _holds_no_pixel(item: dict, size: Sequence[int]) -> bool:
+    """Whether an object is too small for its polygons to hold a pixel's centre; COCO has a few that are."""
+    polygons = item.get("segmentation")
+    if not isinstance(polygons, list) or not polygons or min(item.get("bbox", (0,))[2:], default=0) >= _SMALL:
+        return False
+    try:
+        draw_polygons(as_polygons(polygons), *size)
+    except EmptyMask:
+        return True
+    except ValueError:  # damage is told when the mask is opened
+        return False
+    return False

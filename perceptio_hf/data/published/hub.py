@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from perceptio_hf.data.formats.hub_tables import split_name
 from perceptio_hf.data.rows import as_rows, import_datasets
 
 from .listing import checked_pictures
@@ -57,6 +58,8 @@ def _opened(
             dataset = datasets.load_from_disk(str(folder))
             if isinstance(dataset, datasets.DatasetDict):
                 dataset = dataset[split]
+            elif dataset.split is not None and split_name(dataset) != split:
+                raise ValueError(f"it is the split {split_name(dataset)!r}, saved by itself; ask for that one")
             return dataset.to_iterable_dataset() if streaming else dataset
         place = str(folder) if folder.is_dir() else name
         return datasets.load_dataset(place, subset, split=split, revision=revision, streaming=streaming)

@@ -50,6 +50,11 @@ def labels(
             where pictures are missing, or where none is COCO's and some are to be held out.
     """
     place = Path(folder).expanduser()
+    if maps and part != "spans":
+        raise ValueError(
+            f"{place}: maps: true goes with part: spans; the spans of {part!r} are the codes that were labelled. Leave "
+            "maps out."
+        )
     about = read_label_metadata(place)
     found = _spans(place, about, maps) if part == "spans" else _questions(place, part)
     return with_pictures(found if held_out is None else _without_tested(found, place, held_out), place, missing)
@@ -160,7 +165,7 @@ def check_codec(folder: str | os.PathLike, fingerprint: str, num_tokens: int, nu
         raise ValueError(
             f"The labels in {folder} are codes of the codec {wrote}, {codec.get('fingerprint')}; the model's own is "
             f"{fingerprint} ({num_tokens} codes of {num_codes}), which reads them as something else. Label with the "
-            "model's codec, or learn from the maps (maps: true) where there are some."
+            "model's codec, or, of part: spans, learn from the maps (maps: true) where there are some."
         )
 
 

@@ -77,7 +77,7 @@ def referring(
     kept_back = [] if held_out is None else held_out_files(held_out)
     samples = functools.partial(_samples, name, refs, place, split, seen_at, turns, kept_back)
     folder = first_existing(picture_places(refs, place, seen_at), PICTURES)
-    options = (name, split, turns, os.path.abspath(folder))
+    options = (name, split, turns, os.path.abspath(folder), *map(os.path.abspath, kept_back))
     return listed(place, [refs, annotations_file, *kept_back], samples, missing=missing, options=options)
 
 

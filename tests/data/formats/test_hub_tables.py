@@ -101,6 +101,12 @@ def test_missing_columns_splits_and_files(tmp_path, scenes):
     saved(rows, tmp_path / "divided", "val")
     with pytest.raises(ValueError, match="has no split 'testB'; it has val"):
         open_benchmark("refcoco", tmp_path / "divided", split="testB")
+    datasets.Dataset.from_list(rows, split="validation").cast_column("image", datasets.Image()).save_to_disk(
+        tmp_path / "part"
+    )
+    assert open_benchmark("refcoco", tmp_path / "part", split="val").samples
+    with pytest.raises(ValueError, match="has no split 'testB'; it has validation"):
+        open_benchmark("refcoco", tmp_path / "part", split="testB")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "val-0.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match=r"val-0\.parquet: not a \.parquet file that can be read"):

@@ -139,6 +139,8 @@ def test_parts_and_pictures_that_are_not_there(scenes, tmp_path):
     write_labels(tmp_path, scenes)
     with pytest.raises(ValueError, match="has no part 'objects'; it has spans, questions, closest, order"):
         load(tmp_path, part="objects")
+    with pytest.raises(ValueError, match="maps: true goes with part: spans"):
+        load(tmp_path, part="closest", maps=True)
     (tmp_path / "pictures" / "0.png").unlink()
     with pytest.raises(ValueError, match=r"1 pictures are missing, .*0\.png"):
         load(tmp_path)

@@ -175,7 +175,13 @@ def test_what_was_read_once_is_read_again_where_pictures_moved_or_more_are_held_
     write_instances(tmp_path / "coco", scenes)
     write_refcoco(tmp_path / "refs", scenes[:1])
     tasks = [{"refcoco": "refcoco", "held_out": "refs"}, {"coco_instances": "coco", "held_out": "refs"}]
+    written = []
+    monkeypatch.setattr(lines, "_write", lambda *given, real=lines._write: written.append(1) or real(*given))
     before = [len(load(task, tmp_path)) for task in tasks]
+    for _ in range(2):  # a recipe beside it that holds nothing out has a copy of its own
+        without = [len(load({key: task[key] for key in task if key != "held_out"}, tmp_path)) for task in tasks]
+        assert [len(load(task, tmp_path)) for task in tasks] == before
+    assert without == [count + 1 for count in before] and len(written) == 4
     tested = {"ref_id": 0, "ann_id": 1, "image_id": 2, "split": "test", "sentences": []}
     (tmp_path / "refs" / "refs(google).p").write_bytes(pickle.dumps([tested]))  # as in the published archive: not asked
     assert [len(load(task, tmp_path)) for task in tasks] == before
@@ -235,6 +241,19 @@ def test_crowds_and_too_many_things_are_not_asked_for(scenes, tmp_path):
     assert not any("ball" in question for question in questions(first))
     few = load({"coco_instances": str(tmp_path), "absent": 0, "most_masks": 1})
     assert all(answer.count("[SEG]") == 1 for row in few for answer in answers(row))
+
+
+def test_a_name_with_a_speck_that_holds_no_pixel_is_not_asked_for(scenes, tmp_path):
+    """COCO's train split has a few; their polygons lie between the pixels."""
+    document = write_instances(tmp_path, scenes)
+    one = next(item for item in document["annotations"] if item["image_id"] == 1)
+    speck = {"segmentation": [[3.6, 3.6, 4.2, 3.6, 4.2, 4.2, 3.6, 4.2]], "bbox": [3.6, 3.6, 0.6, 0.6]}
+    document["annotations"].append(one | speck | {"id": 9999, "category_id": 3})
+    document["annotations"][-1]["category_id"] = 3
+    (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(document))
+    first = load({"coco_instances": str(tmp_path), "absent": 5})[0]
+    assert questions(first) and not any("zebra" in question for question in questions(first))
+    loaded(first)
 
 
 @pytest.mark.parametrize(
@@ -361,6 +380,8 @@ def test_a_data_set_of_the_hub_s_library(scenes, tmp_path):
     assert answers(next(iter(stream))) == ["Number 0."]
     dataset.save_to_disk(str(tmp_path / "saved"))
     assert list(load({"hub": str(tmp_path / "saved")})) == list(dataset)
+    with pytest.raises(ValueError, match=r"saved \(split 'validation'\) cannot be had: it is the split 'train'"):
+        load({"hub": str(tmp_path / "saved"), "split": "validation"})
     with pytest.raises(ValueError, match=r"has no column 'photo'; it has picture, chat, note"):
         load({"hub": str(tmp_path / "set"), "columns": {"images": "photo"}})
     with pytest.raises(ValueError, match="has the columns picture, chat, note; a sample needs `messages`"):
