@@ -16,7 +16,7 @@ from PIL import Image
 
 from perceptio_hf.data.encoded import open_encoded
 from perceptio_hf.data.lines import SCHEMES
-from perceptio_hf.files import files_below
+from perceptio_hf.files import expanded, files_below
 from perceptio_hf.processing.pictures import load_picture
 
 from .archives import PARQUET_SUFFIX, TAR_SUFFIX, Place, TarMember, parquet_rows, saved_rows, tar_members
@@ -144,9 +144,9 @@ def _of_file(word: str) -> Iterable[dict[str, Any]]:
     """One file: of many pictures, or a picture."""
     kind = os.path.splitext(word)[1].lower()
     if kind == LINES_SUFFIX:
-        return _of_lines(Path(word).expanduser())
+        return _of_lines(expanded(word))
     if kind == LIST_SUFFIX:
-        return _of_list(Path(word).expanduser())
+        return _of_list(expanded(word))
     if kind == TAR_SUFFIX:
         return _of_tar(os.path.expanduser(word))
     return _of_parquet(os.path.expanduser(word)) if kind == PARQUET_SUFFIX else [_of_path(word, word)]
@@ -212,9 +212,9 @@ def _of_list(file: Path) -> Iterator[dict[str, Any]]:
     """One path or address a line, relative ones as seen from the folder of the list."""
     if not file.is_file():
         raise ValueError(f"There is no file {file}; check the path.")
-    with open(file, encoding="utf-8", errors="surrogateescape") as lines:
+    with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
         for line in filter(None, (line.strip() for line in lines)):
-            yield _of_path(line, line if SCHEMES.match(line) else str(file.parent / Path(line).expanduser()))
+            yield _of_path(line, line if SCHEMES.match(line) else str(file.parent / expanded(line)))
 
 
 def _of_lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -253,7 +253,7 @@ def _of_line(line: bytes, place: str, folder: Path) -> dict[str, Any]:
     picture = values.pop(key)
     if not isinstance(picture, str) or not picture:
         raise ValueError(f"`{key}` is {picture!r:.60}; it must be the path or address of a picture.")
-    located = picture if SCHEMES.match(picture) else str(folder / Path(picture).expanduser())
+    located = picture if SCHEMES.match(picture) else str(folder / expanded(picture))
     return _of_path(place, located) | _own(values)
 
 

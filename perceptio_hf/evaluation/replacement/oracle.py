@@ -10,6 +10,7 @@ import torch
 
 from perceptio_hf.data.depth_maps import SUFFIXES, UNITS, DepthMap, read_depth, relative_from_disparity
 from perceptio_hf.evaluation.benchmarks.sample import Sample
+from perceptio_hf.files import expanded
 
 if TYPE_CHECKING:
     from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
@@ -35,7 +36,7 @@ def open_oracle(name: str | None, unit: str | None, samples: list[Sample], devic
         if lacking is not None:
             raise ValueError(f"The replacement `oracle` cannot be had: {lacking}")
         return lambda sample: sample.depth.open()
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         return _folder_oracle(folder, unit, samples)
     if folder.exists() and not folder.is_dir():
