@@ -15,6 +15,12 @@ from PIL import Image
 from safetensors import SafetensorError
 
 
+def expanded(path: str | os.PathLike) -> Path:
+    """The path with `~` and `~user` as home folders. A name that only begins like one, such as ~1.jpg, is left alone;
+    pathlib's own way ends in a RuntimeError."""
+    return Path(os.path.expanduser(path))
+
+
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well it takes the place of `path`, else it is removed.
@@ -87,7 +93,7 @@ def new_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
         ValueError: `path` is a file, or a folder that is not empty and may not be replaced.
         OSError: It may not be written there.
     """
-    path = Path(os.path.realpath(Path(path).expanduser()))
+    path = Path(os.path.realpath(expanded(path)))
     check_new_folder(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
@@ -119,7 +125,7 @@ def check_new_folder(path: str | os.PathLike, overwrite: bool = False) -> None:
     Raises:
         ValueError: as `new_folder`.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.exists():
         return
     if not path.is_dir():
@@ -152,7 +158,7 @@ def find_recipe(name: str | os.PathLike, below: str = "") -> Path:
     Raises:
         ValueError: there is neither; those that come with the package are named.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.exists():
         return path
     package = Path(__file__).resolve().parent

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from perceptio_hf.files import files_below, out_file, replacing, write_json, write_picture
+import perceptio_hf
+from perceptio_hf.files import expanded, files_below, out_file, replacing, write_json, write_picture
 
 
 def test_a_failure_leaves_the_old_file_and_no_rest(tmp_path):
@@ -44,6 +45,14 @@ def test_links_to_folders_are_followed_once(tmp_path):
     (tmp_path / "refs" / "again").symlink_to(tmp_path / "refs" / "own")
     (tmp_path / "refs" / "own" / "later").symlink_to(tmp_path / "refs" / "refcoco")
     assert sorted(path.name for path in files_below(tmp_path / "refs")) == ["a", "b", "c"]
+
+
+def test_a_name_that_only_begins_like_a_home_folder_is_a_name(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/somebody")
+    assert expanded("~/a.png") == Path("/home/of/somebody/a.png")
+    assert expanded("~1.jpg") == Path("~1.jpg")  # pathlib raises RuntimeError: there is no such user
+    sources = Path(perceptio_hf.__file__).parent.rglob("*.py")
+    assert [str(path) for path in sources if ".expanduser()" in path.read_text(encoding="utf-8")] == []
 
 
 def test_the_folder_of_a_result_is_there_before_the_work(tmp_path):

@@ -5,13 +5,17 @@ Each is found by a small place that any process can open again; nothing is unpac
 
 import os
 import tarfile
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from perceptio_hf.data.rows import import_datasets
+from perceptio_hf.data.rows import import_datasets, without_decoding
 from perceptio_hf.extras import missing
+
+from .order import WINDOW
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -21,6 +25,7 @@ TAR_SUFFIX, PARQUET_SUFFIX = ".tar", ".parquet"
 _NAMED = ("picture", "image", "images")  # columns that hold pictures
 _PLAIN = ("string", "large_string", "bool", "int32", "int64", "float32", "float64")  # columns that are carried along
 _ROWS = 1000  # of a table's plain columns at a time
+_MOST_BYTES = 1 << 29  # of pictures of row groups that are held
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,7 @@ class ParquetRow:
 
     def encoded(self) -> Any:
         """As `TarMember.encoded`, or a path."""
-        return _only(_pictures_of_group(self.file, self.group)[self.place].as_py())
+        return _only(_groups.pictures(self.file, self.group)[self.place].as_py())
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +154,44 @@ def _opened_parquet(file: str) -> "tuple[pq.ParquetFile, str]":
     return table, found[0]
 
 
-@lru_cache(maxsize=2)
-def _pictures_of_group(file: str, group: int) -> Any:
-    """A row group's pictures, encoded, as an Arrow column; rows are asked for in their order, more or less."""
-    table, column = _opened_parquet(file)
-    fresh = type(table)(file)  # one that is shared between threads is not safe to read from
-    return fresh.read_row_group(group, columns=[column]).column(0)
+class _Groups:
+    """The row groups that were used last. Rows are asked for in any order within windows, by several threads.
+
+    Held are two groups at least, and more up to the rows of two windows, as long as all take no more than `most` bytes.
+    """
+
+    def __init__(self, most: int = _MOST_BYTES):
+        self.most = most
+        self._held: OrderedDict[tuple[str, int], Any] = OrderedDict()  # the one that was used last is at the end
+        self._lock = threading.Lock()
+
+    def pictures(self, file: str, group: int) -> Any:
+        """A group's pictures, encoded, as an Arrow column."""
+        key = file, group
+        with self._lock:  # also while it is read: threads miss a group together
+            if key not in self._held:
+                self._held[key] = self._read(file, group)
+                self._let_go()
+            self._held.move_to_end(key)
+            return self._held[key]
+
+    @staticmethod
+    def _read(file: str, group: int) -> Any:
+        table, column = _opened_parquet(file)
+        fresh = type(table)(file)  # one that is shared between threads is not safe to read from
+        return fresh.read_row_group(group, columns=[column]).column(0)
+
+    def _let_go(self) -> None:
+        rows, size = (sum(sizes) for sizes in zip(*((len(c), c.nbytes) for c in self._held.values()), strict=True))
+        while len(self._held) > 2:
+            oldest = next(iter(self._held.values()))
+            if size <= self.most and rows - len(oldest) < 2 * WINDOW:
+                return
+            rows, size = rows - len(oldest), size - oldest.nbytes
+            self._held.popitem(last=False)
+
+
+_groups = _Groups()
 
 
 def saved_rows(folder: str) -> Iterator[tuple[SavedRow, dict[str, Any]]]:
@@ -175,14 +212,19 @@ def opened_dataset(folder: str) -> "tuple[Dataset, str]":
     """A saved data set whose pictures stay encoded, and the column that holds them; errors as `saved_rows`."""
     datasets = import_datasets()
     try:
-        dataset = datasets.load_from_disk(folder)
+        dataset = datasets.load_from_disk(folder).with_format(None)  # it may have been saved as tensors
     except Exception as error:  # pyarrow's and others' own kinds
         raise ValueError(f"{folder} is a data set that cannot be read: {error}") from None
     named = [name for name in _NAMED if name in dataset.features]
-    typed = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    typed = [name for name, feature in dataset.features.items() if _is_of_pictures(feature)]
     if not named + typed:
         raise ValueError(f"{folder} has the columns {', '.join(dataset.features)}; one must be called `image`.")
     column = (named + typed)[0]
-    if isinstance(dataset.features[column], datasets.Image):
-        dataset = dataset.cast_column(column, datasets.Image(decode=False))
-    return dataset, column
+    encoded = without_decoding(dataset.features[column])
+    return (dataset if encoded == dataset.features[column] else dataset.cast_column(column, encoded)), column
+
+
+def _is_of_pictures(feature: Any) -> bool:
+    """Whether a column holds pictures, or lists of them."""
+    datasets = import_datasets()
+    return isinstance(feature.feature if isinstance(feature, datasets.List) else feature, datasets.Image)

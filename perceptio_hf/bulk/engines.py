@@ -29,7 +29,8 @@ class Result:
     Args:
         record: its line in the journal, with the item's "id".
         files: {path below the folder of the results: content}. They come back from a worker with the record, so that
-            machines need no disk in common, and are on the disk before the line is.
+            machines need no disk in common, and are written before the line is. Whole, but the disk is not waited for:
+            that would cost every picture, where a line's wait is a batch's. Only a power cut can tell.
     """
 
     record: dict[str, Any]
@@ -131,7 +132,7 @@ def fill_journal(
 
     Args:
         batches: all of the journal's items in its order, done or not.
-        watch: given the new results of every batch, when they are on the disk.
+        watch: given the new results of every batch, when they are written.
         folder: of the results' files; default: the journal's.
 
     Returns:

@@ -8,15 +8,16 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from perceptio_hf.data.encoded import open_encoded
+from perceptio_hf.data.encoded import local, open_encoded
 from perceptio_hf.data.lines import SCHEMES
-from perceptio_hf.files import files_below
+from perceptio_hf.files import expanded, files_below
+from perceptio_hf.processing.picture_sources import find_picture
 from perceptio_hf.processing.pictures import load_picture
 
 from .archives import PARQUET_SUFFIX, TAR_SUFFIX, Place, TarMember, parquet_rows, saved_rows, tar_members
@@ -31,8 +32,22 @@ _WANTED = {
     TAR_SUFFIX: f"a shard holds pictures ({', '.join(PICTURE_SUFFIXES)}).",
 }
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_WEB = re.compile(r"https?://", re.IGNORECASE)
+_FIRST_MAGIC = re.compile(r"[*?[{]")
+_NAMED = 3  # missing files that an error names
 _HEAD = 1 << 17  # bytes of a picture in a shard that tell its size: JPEG's header with EXIF and a colour profile
 _ORIENTATION = 0x0112  # EXIF tag; values above 4 exchange width and height
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A picture of another machine, fetched."""
+
+    address: str
+    data: bytes
+
+    def encoded(self) -> dict[str, Any]:
+        return {"bytes": self.data, "path": self.address}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +59,7 @@ class Item:
         id: as the line says; else its path below the folder, the place of its line, or the row of its data set.
         picture: what to call it: a path or an address.
         source: where it is: an absolute path or an address; a place in a larger file; None where a line names none.
-        question: "" where the item has none of its own.
+        question: "" where the item has none of its own. Whether it is a text is for those to check who ask it.
         spatial: as in `model.generate`; None where the item does not say.
         extra: what else the line or row says, carried along.
         error: why it cannot be used, where that is known already.
@@ -53,9 +68,9 @@ class Item:
     index: int
     id: str
     picture: str | None
-    source: str | Place | None
-    question: str = ""
-    spatial: str | None = None
+    source: str | Place | Fetched | None
+    question: Any = ""
+    spatial: Any = None
     extra: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
 
@@ -75,13 +90,41 @@ class Item:
             raise ValueError(f"{self.picture}: {error}") from None
 
     def encoded(self) -> dict[str, Any]:
-        """The picture as `datasets.Image` keeps it: a file by its path, one out of a larger file by its bytes."""
+        """The picture as `datasets.Image` keeps it: a file by its path, one on another machine by its address, one out
+        of a larger file or a data: URL by its bytes.
+
+        Raises:
+            ValueError: where there is none.
+        """
         content = self.source if isinstance(self.source, str) else self.source.encoded()
-        if isinstance(content, dict) and content.get("bytes") is not None:
+        if isinstance(content, dict) and content.get("bytes") is None:
+            content = content.get("path")
+        if isinstance(content, dict):
             return content
         if isinstance(content, bytes):  # of a column of plain bytes
             return {"bytes": content, "path": None}
-        return {"bytes": None, "path": _absolute(content["path"] if isinstance(content, dict) else content)}
+        if not isinstance(content, str):
+            raise ValueError(f"{self.picture}: it has no picture, but {content!r:.40}.")
+        if content[:5].lower() == "data:":
+            return {"bytes": find_picture(content)[0].getvalue(), "path": None}
+        return {"bytes": None, "path": _absolute(local(content))}
+
+    def fetched(self) -> "Item":
+        """The item with its picture in memory, where that is on another machine; else the item itself.
+
+        Raises:
+            ValueError: naming an address that cannot be fetched.
+        """
+        if self.error is not None or isinstance(self.source, TarMember | Fetched):
+            return self
+        try:
+            content = {"path": self.source} if isinstance(self.source, str) else self.encoded()
+        except (ValueError, OSError):  # opening it says why, and of which picture
+            return self
+        address = content["path"] if content.get("bytes") is None else None
+        if address is None or not _WEB.match(address):
+            return self
+        return replace(self, source=Fetched(address, find_picture(address)[0].getvalue()))
 
     def size(self) -> tuple[int, int] | None:
         """(width, height) as seen, read from the header; None where that cannot be read, or not without the network."""
@@ -115,38 +158,43 @@ def is_collection(word: str) -> bool:
     return not SCHEMES.match(word) and not os.path.exists(word) and (glob.has_magic(word) or bool(_RANGE.search(word)))
 
 
-def list_items(words: Sequence[str]) -> list[Item]:
+def list_items(words: Sequence[str], leave_out: str | os.PathLike | None = None) -> list[Item]:
     """The items that collections, and pictures among them, stand for, in order; those of a folder by name.
 
     A line or row that cannot be used becomes an item with an `error`.
 
+    Args:
+        leave_out: a folder that results are written to. What folders and patterns find there is no item, so that the
+            same command finds the same pictures when it is given again; those that lie below it themselves find all.
+
     Raises:
         ValueError: for a collection that does not exist, cannot be read, or holds nothing.
     """
+    out = None if leave_out is None else os.path.realpath(leave_out)
     items: list[Item] = []
     for word in words:
         start = len(items)
-        items += [Item(start + place, **fields) for place, fields in enumerate(_fields(word))]
+        items += [Item(start + place, **fields) for place, fields in enumerate(_fields(word, out))]
         if len(items) == start:
             raise ValueError(f"{word} is empty; {_WANTED.get(os.path.splitext(word)[1].lower(), 'it needs pictures.')}")
     return items
 
 
-def _fields(word: str) -> Iterable[dict[str, Any]]:
+def _fields(word: str, out: str | None) -> Iterable[dict[str, Any]]:
     if os.path.isdir(word):
         is_saved = os.path.isfile(os.path.join(word, "dataset_info.json"))
-        return _of_dataset(word) if is_saved else _of_folder(word)
+        return _of_dataset(word) if is_saved else _of_folder(word, out)
     is_pattern = is_collection(word) and not os.path.exists(word) and (glob.has_magic(word) or _RANGE.search(word))
-    return _of_pattern(word) if is_pattern else _of_file(word)
+    return _of_pattern(word, out) if is_pattern else _of_file(word)
 
 
 def _of_file(word: str) -> Iterable[dict[str, Any]]:
     """One file: of many pictures, or a picture."""
     kind = os.path.splitext(word)[1].lower()
     if kind == LINES_SUFFIX:
-        return _of_lines(Path(word).expanduser())
+        return _of_lines(expanded(word))
     if kind == LIST_SUFFIX:
-        return _of_list(Path(word).expanduser())
+        return _of_list(expanded(word))
     if kind == TAR_SUFFIX:
         return _of_tar(os.path.expanduser(word))
     return _of_parquet(os.path.expanduser(word)) if kind == PARQUET_SUFFIX else [_of_path(word, word)]
@@ -154,13 +202,22 @@ def _of_file(word: str) -> Iterable[dict[str, Any]]:
 
 def _of_path(name: str, path: str) -> dict[str, Any]:
     """A picture by its path or address."""
-    try:
-        path.encode("utf-8")
-    except UnicodeEncodeError:  # a file's name may be any bytes, a line of results is UTF-8
-        shown, name = (text.encode("utf-8", "backslashreplace").decode() for text in (path, name))
-        why = f"{shown} is not UTF-8, so it cannot be written into a result; rename it."
-        return {"id": name, "picture": shown, "source": None, "error": why}
-    return {"id": name, "picture": path, "source": _absolute(path)}
+    return _fields_of(name, path, _absolute(path))
+
+
+def _fields_of(name: str, shown: str, source: str | Place) -> dict[str, Any]:
+    """Fields of an item; with an error where its names are not UTF-8: a file's may be any bytes, results are text."""
+    names = [name, shown, *([source] if isinstance(source, str) else [])]
+    wrong = [text for text in names if _spelled(text) != text]
+    if not wrong:
+        return {"id": name, "picture": shown, "source": source}
+    why = f"{_spelled(wrong[-1])} is not UTF-8, so it cannot be written into a result; rename it."
+    return {"id": _spelled(name), "picture": _spelled(shown), "source": None, "error": why}
+
+
+def _spelled(text: str) -> str:
+    """Text in UTF-8: bytes of a file's name that are none as \\udcXX."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _absolute(path: str) -> str:
@@ -168,15 +225,18 @@ def _absolute(path: str) -> str:
     return path if SCHEMES.match(path) else os.path.abspath(os.path.expanduser(path))
 
 
-def _of_folder(folder: str) -> Iterable[dict[str, Any]]:
+def _of_folder(folder: str, out: str | None) -> Iterable[dict[str, Any]]:
     if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
         parts = ", ".join(sorted(name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name))))
         raise ValueError(f"{folder} holds several data sets; name one of them: {parts}.")
-    found = [str(path) for path in files_below(folder) if _is_picture_name(path.name)]
+    pictures = [str(path) for path in files_below(folder) if _is_picture_name(path.name)]
+    found = _outside(pictures, folder, out)
     if not found:
         shards = sorted(glob.glob(os.path.join(glob.escape(folder), "*")))
         shards = [path for path in shards if path.lower().endswith((TAR_SUFFIX, PARQUET_SUFFIX))]
+        shards = _outside(shards, folder, out)
         if not shards:
+            _check_not_results(pictures, folder, out)
             raise ValueError(
                 f"{folder} is a folder without pictures ({', '.join(PICTURE_SUFFIXES)}) or shards of them "
                 f"({TAR_SUFFIX}, {PARQUET_SUFFIX}); name another one."
@@ -189,12 +249,50 @@ def _is_picture_name(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(PICTURE_SUFFIXES)
 
 
-def _of_pattern(pattern: str) -> list[dict[str, Any]]:
-    whole = [path for part in _ranged(os.path.expanduser(pattern)) for path in glob.glob(part, recursive=True)]
-    found = sorted(path for path in whole if os.path.isfile(path))
-    if not found:
+def _of_pattern(pattern: str, out: str | None) -> list[dict[str, Any]]:
+    files, absent = [], []
+    for part in _ranged(os.path.expanduser(pattern)):
+        if os.path.isfile(part):  # of whatever name
+            files.append(part)
+        elif glob.has_magic(part):
+            files += filter(os.path.isfile, glob.glob(part, recursive=True))
+        else:
+            absent.append(part)
+    if not files:
         raise ValueError(f"No file matches {pattern}; check the pattern.")
+    if absent:
+        named = ", ".join(absent[:_NAMED]) + (", ..." if len(absent) > _NAMED else "")
+        raise ValueError(
+            f"Of the {len(files) + len(absent)} files that {pattern} names, {len(absent)} are not there: {named}; "
+            "complete them, or name a smaller range."
+        )
+    found = _outside(sorted(files), os.path.dirname(_FIRST_MAGIC.split(os.path.expanduser(pattern))[0]), out)
+    if not found:
+        _check_not_results(files, pattern, out)
     return [fields for path in found for fields in _of_file(path)]
+
+
+def _outside(paths: Sequence[str], searched: str, out: str | None) -> Sequence[str]:
+    """The paths that do not lie in `out`, the real path of the folder of results, or below it.
+
+    Args:
+        searched: the folder in which they were found; where it was chosen below `out`, so were they.
+    """
+    chosen = Path(os.path.realpath(searched))
+    if out is None or (chosen.is_relative_to(out) and chosen != Path(out)):
+        return paths
+    folders = {os.path.dirname(path) for path in paths}
+    inside = {folder for folder in folders if Path(os.path.realpath(folder)).is_relative_to(out)}
+    return [path for path in paths if os.path.dirname(path) not in inside]
+
+
+def _check_not_results(left_out: Sequence[str], word: str, out: str | None) -> None:
+    """Raises ValueError where all that was found lies in the folder of results."""
+    if left_out:
+        raise ValueError(
+            f"All {len(left_out)} files that {word} stands for, such as {left_out[0]}, lie in {out}, which is for the "
+            f"results; name another --out, or leave {word} out."
+        )
 
 
 def _ranged(pattern: str) -> Iterator[str]:
@@ -212,9 +310,9 @@ def _of_list(file: Path) -> Iterator[dict[str, Any]]:
     """One path or address a line, relative ones as seen from the folder of the list."""
     if not file.is_file():
         raise ValueError(f"There is no file {file}; check the path.")
-    with open(file, encoding="utf-8", errors="surrogateescape") as lines:
+    with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
         for line in filter(None, (line.strip() for line in lines)):
-            yield _of_path(line, line if SCHEMES.match(line) else str(file.parent / Path(line).expanduser()))
+            yield _of_path(line, line if SCHEMES.match(line) else str(file.parent / expanded(line)))
 
 
 def _of_lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -229,7 +327,7 @@ def _of_lines(file: Path) -> Iterator[dict[str, Any]]:
                 fields = _of_line(line, f"line {number}", file.parent)
                 usable = True
             except ValueError as error:
-                why = f"{file}, line {number}: {error}"
+                why = _spelled(f"{file}, line {number}: {error}")
                 first_error = first_error or why
                 fields = {"id": f"line {number}", "picture": None, "source": None, "error": why}
             yield fields
@@ -253,24 +351,17 @@ def _of_line(line: bytes, place: str, folder: Path) -> dict[str, Any]:
     picture = values.pop(key)
     if not isinstance(picture, str) or not picture:
         raise ValueError(f"`{key}` is {picture!r:.60}; it must be the path or address of a picture.")
-    located = picture if SCHEMES.match(picture) else str(folder / Path(picture).expanduser())
+    values.pop("error", None)  # of the list of failures that an earlier run wrote
+    located = picture if SCHEMES.match(picture) else str(folder / expanded(picture))
     return _of_path(place, located) | _own(values)
 
 
 def _own(values: dict[str, Any]) -> dict[str, Any]:
     """What a line or row says beside its picture."""
-    fields: dict[str, Any] = {}
-    for key in ("question", "spatial"):
-        value = values.pop(key, None)
-        if value is not None:
-            if not isinstance(value, str):
-                raise ValueError(f"`{key}` is {value!r:.60}; it must be a text.")
-            fields[key] = value
-    identity = values.pop("id", None)
-    if identity is not None:
-        fields["id"] = str(identity)
-    values.pop("error", None)  # of the list of failures that an earlier run wrote
-    return fields | {"extra": values}
+    fields = {key: values.pop(key) for key in ("question", "spatial", "id") if values.get(key) is not None}
+    if "id" in fields:
+        fields["id"] = str(fields["id"])
+    return fields | {"extra": {key: value for key, value in values.items() if key not in ("question", "spatial", "id")}}
 
 
 def _of_dataset(folder: str) -> Iterator[dict[str, Any]]:
@@ -285,11 +376,8 @@ def _of_parquet(file: str) -> Iterator[dict[str, Any]]:
 
 
 def _of_row(name: str, shown: str, place: Place, values: dict[str, Any]) -> dict[str, Any]:
-    fields = {"id": name, "picture": shown, "source": place}
-    try:
-        return fields | _own({key: value for key, value in values.items() if _is_worth_keeping(value)})
-    except ValueError as error:
-        return fields | {"error": f"{shown}: {error}"}
+    own = _own({key: value for key, value in values.items() if _is_worth_keeping(value)})
+    return _fields_of(name, shown, place) | own
 
 
 def _of_tar(file: str) -> Iterator[dict[str, Any]]:
@@ -297,7 +385,7 @@ def _of_tar(file: str) -> Iterator[dict[str, Any]]:
     name = os.path.basename(file)
     for place in tar_members(os.path.abspath(file)):
         if _is_picture_name(os.path.basename(place.name)):
-            yield {"id": f"{name}/{place.name}", "picture": f"{file}, {place.name}", "source": place}
+            yield _fields_of(f"{name}/{place.name}", f"{file}, {place.name}", place)
 
 
 def _is_worth_keeping(value: Any) -> bool:

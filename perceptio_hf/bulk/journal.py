@@ -60,6 +60,13 @@ class Journal:
         assert record["id"] == self.ids[place], "results come in the order of the items"
         try:
             return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        except UnicodeEncodeError as error:
+            place = max(0, error.start - 30)
+            text = error.object[place : error.end + 30].encode("utf-8", "backslashreplace").decode()
+            name = record["id"].encode("utf-8", "backslashreplace").decode()
+            raise ValueError(
+                f"The result of {name} holds text that is not UTF-8: ...{text}... Rename or mend what it comes from."
+            ) from None
         except ValueError:
             raise ValueError(
                 f"The result of {record['id']} holds a number that is not finite: {_short(repr(record))} Look at this "

@@ -8,7 +8,7 @@ from typing import Any
 
 from perceptio_hf.files import write_text
 
-_WINDOW = 512  # items that are ordered among themselves: results come near the order of the input
+WINDOW = 512  # items that are ordered among themselves: results come near the order of the input
 
 
 def order_by_size(sizes: Sequence[int], groups: Sequence[Hashable]) -> list[int]:
@@ -19,8 +19,8 @@ def order_by_size(sizes: Sequence[int], groups: Sequence[Hashable]) -> list[int]
         groups: items of different groups cannot share a batch.
     """
     order: list[int] = []
-    for start in range(0, len(sizes), _WINDOW):
-        window = range(start, min(start + _WINDOW, len(sizes)))
+    for start in range(0, len(sizes), WINDOW):
+        window = range(start, min(start + WINDOW, len(sizes)))
         order += sorted(window, key=lambda place: (str(groups[place]), -sizes[place], place))
     return order
 

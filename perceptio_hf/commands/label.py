@@ -90,7 +90,7 @@ def label(
     from . import checkpoints
 
     checkpoints.quieten()
-    items = list_items(pictures)  # before what takes longer
+    items = list_items(pictures, out)  # before what takes longer
     opened = open_engine(engine, address, workers)
     if device is not None:
         checkpoints.check_device(device)

@@ -100,8 +100,9 @@ def predict(
     load = partial(checkpoints.load, os.path.abspath(name) if os.path.isdir(name) else name, device, dtype, load_in)
     if many:
         claim = {"model": checkpoints.fingerprint(name), "dtype": dtype, "load_in": load_in}
+        items = list_items(pictures, out)
         summary = _predict_many(
-            list_items(pictures), question, out, opened, load, claim, spatial, batch_size, max_new_tokens, overwrite
+            items, question, out, opened, load, claim, spatial, batch_size, max_new_tokens, overwrite
         )
         _print_summary(summary, note, as_json)
         return
@@ -253,7 +254,7 @@ def _predict_many(
 
     from . import checkpoints
 
-    if question is None and not any(item.question.strip() for item in items):
+    if question is None and not any(str(item.question).strip() for item in items):
         raise ValueError("Nothing is asked: add a question as the last word, or `question` to the lines of the list.")
     asked = predictions.ask_of_all(items, question, spatial)
     with in_use(out, "perceptio predict"):

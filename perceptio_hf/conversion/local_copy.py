@@ -4,6 +4,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from perceptio_hf.files import expanded
+
 WEIGHTS_AND_CONFIG = ("*.json", "*.safetensors")
 
 
@@ -16,7 +18,7 @@ def local_copy(source: str | os.PathLike, patterns: Sequence[str] = WEIGHTS_AND_
     Raises:
         ValueError: There is no such file or folder, and it is no name of a repository that can be fetched.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.exists():
         return path
     name = str(source)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perceptio_hf.files import expanded
+
 SAFETENSORS, PICKLED = (".safetensors",), (".pt", ".pth", ".bin")
 WRAPPERS = ("model", "state_dict", "weights")  # where training code keeps a model's tensors in a .pt
 # In the order transformers looks for them.
@@ -38,7 +40,7 @@ def read_tensors(
         ValueError: Nothing is there, it is damaged or incomplete, it holds something else than tensors, or it would
             run code.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.is_dir():
         tensors = _read_folder(path)
     elif path.is_file():

@@ -207,7 +207,7 @@ def _url(value: Any) -> Any:
 def check_here(picture: Any) -> None:
     """Raises SampleError for an address elsewhere: it would be asked for again in every epoch, by every process."""
     if isinstance(picture, Mapping):
-        picture = picture.get("path")
+        picture = None if picture.get("bytes") is not None else picture.get("path")
     if isinstance(picture, str) and picture[:8].lower().startswith(("http://", "https://")):
         raise SampleError(
             f"its picture {picture[:80]} lies elsewhere; download it, and give its path or a data: URL.", "picture"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perceptio_hf import __version__
-from perceptio_hf.files import replacing
+from perceptio_hf.files import expanded, replacing
 
 from .form import CONVERSATIONS, PART_KEYS
 from .rows import as_batches, dataset_of_batches, import_datasets, sample_features, to_row
@@ -132,7 +132,7 @@ def _parts(messages: Any) -> Iterator[dict]:
 def _located(value: Any, folder: Path) -> Any:
     """File names in `value` (one, a list of them, or other things) with the folder in front."""
     if isinstance(value, str):
-        return value if SCHEMES.match(value) else str(folder / Path(value).expanduser())
+        return value if SCHEMES.match(value) else str(folder / expanded(value))
     if isinstance(value, Mapping) and isinstance(value.get("path"), str) and value.get("bytes") is None:
         return {**value, "path": _located(value["path"], folder)}
     if isinstance(value, Mapping) and isinstance(value.get("url"), str):  # of OpenAI's parts

@@ -213,16 +213,17 @@ def _undecoded(dataset: "Dataset | IterableDataset") -> "Dataset | IterableDatas
     """The same data set, giving files instead of decoded pictures."""
     features = dataset.features or {}
     for column in _ENCODED_COLUMNS:
-        if column in features and (feature := _without_decoding(features[column])) != features[column]:
+        if column in features and (feature := without_decoding(features[column])) != features[column]:
             dataset = dataset.cast_column(column, feature)
     return dataset
 
 
-def _without_decoding(feature: Any) -> Any:
+def without_decoding(feature: Any) -> Any:
+    """The type of a column that gives files instead of decoded pictures, also where it holds lists of them."""
     datasets = import_datasets()
     if isinstance(feature, datasets.Image):
         return datasets.Image(decode=False)
-    return datasets.List(_without_decoding(feature.feature)) if isinstance(feature, datasets.List) else feature
+    return datasets.List(without_decoding(feature.feature)) if isinstance(feature, datasets.List) else feature
 
 
 def _message(message: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perceptio_hf.data.published.listing import checked_pictures
-from perceptio_hf.files import new_folder
+from perceptio_hf.files import expanded, new_folder
 from perceptio_hf.tokens import DEPTH_END_TOKEN, DEPTH_START_TOKEN
 from perceptio_hf.world.questions import DEPTH_QUESTIONS
 
@@ -53,7 +53,7 @@ def load_samples(source: str | os.PathLike, *, streaming: bool = False) -> "Data
         ImportError: where `datasets` is not installed.
     """
     datasets = import_datasets()
-    path = Path(source).expanduser()
+    path = expanded(source)
     if (path / "dataset_info.json").is_file():
         dataset = as_rows(datasets.load_from_disk(str(path)), str(path))
         return _stream_of(dataset) if streaming else dataset
@@ -79,8 +79,8 @@ def load_llava(
         ValueError: as `load_samples`; for a file or folder that does not exist, and for pictures that are missing or
             not as many as their conversations show (counted, some named).
     """
-    file = Path(file).expanduser()
-    folder = file.parent if images is None else Path(images).expanduser()
+    file = expanded(file)
+    folder = file.parent if images is None else expanded(images)
     if not file.is_file() or not folder.is_dir():
         raise ValueError(f"There is no {'file ' + str(file) if not file.is_file() else 'folder ' + str(folder)}.")
     dataset = _loaded([(file, folder)], streaming)
@@ -147,7 +147,7 @@ def depth_folder(
     """
     if unit not in UNITS:
         raise ValueError(f"Unknown depth unit {unit!r}; say which one the files hold: {', '.join(UNITS)}.")
-    pairs = paired_files(Path(folder).expanduser(), pictures, depths)
+    pairs = paired_files(expanded(folder), pictures, depths)
     said = DEPTH_START_TOKEN + DEPTH_END_TOKEN + answer
     return dataset_of(
         {
@@ -189,7 +189,7 @@ def write_samples(folder: str | os.PathLike, samples: Iterable[Mapping[str, Any]
     Raises:
         ValueError: for a folder that exists, or a sample without the form of one.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists already; choose a new folder, or remove it first.")
     with new_folder(folder) as fresh:

@@ -88,7 +88,9 @@ def _load_task(task: Mapping[str, Any], kind: str, place: str, data_folder: str 
 def _placed(value: Any, hint: Any, folder: str) -> Any:
     """A place on disk as seen from `folder`; other values as they are."""
     is_place = os.PathLike in typing.get_args(hint)
-    return str(Path(folder).expanduser() / Path(value).expanduser()) if is_place and value is not None else value
+    if not is_place or value is None:
+        return value
+    return str(Path(os.path.expanduser(folder)) / os.path.expanduser(value))
 
 
 def _part_of(dataset, task: Mapping[str, Any], place: str):

@@ -12,6 +12,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 
 from perceptio_hf.conversion.tensors import read_json, read_tensors
+from perceptio_hf.files import expanded
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
 from perceptio_hf.modeling.remote_code import write_code
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
@@ -73,7 +74,7 @@ def plan_upload(
         ValueError: a name the Hub does not know; a folder that is no Perceptio, lacks its processor, or whose weights
             are incomplete or damaged; a card that cannot be read.
     """
-    folder, facts = Path(folder).expanduser(), facts or CardFacts()
+    folder, facts = expanded(folder), facts or CardFacts()
     check_repo_name(repo)
     if "/" not in repo:
         raise ValueError(f"{repo!r} names no owner; a repository is owner/name, e.g. me/{repo}.")

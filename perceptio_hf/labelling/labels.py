@@ -20,7 +20,7 @@ from perceptio_hf.data.rows import import_datasets
 from perceptio_hf.files import replacing, write_json
 
 from .shards import label_features, write_dataset
-from .worker import DEPTH_FOLDER, Load, open_labeller
+from .worker import DEPTH_FOLDER, FETCHED_FOLDER, Load, open_labeller
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,7 +65,7 @@ def label_items(
         ValueError: results of other items, another teacher or codec; no picture could be labelled.
         OSError: where it cannot be written.
     """
-    what = digest([item.id, item.picture, item.extra] for item in items)
+    what = digest([item.id, item.picture, _said(item)] for item in items)
     order = read_order(folder / JOURNAL_FOLDER / _ORDER_FILE, what) or _order(items)
     batches = [[items[place] for place in batch] for batch in cut(order, [None] * len(items), batch_size)]
     ids = [items[place].id for place in order]
@@ -81,6 +81,7 @@ def label_items(
     fresh = fill_journal(journal, engine, partial(open_labeller, load, about["maps"]), batches, told, folder)
     if not is_complete(folder):
         _write_rows(items, folder, about)
+    shutil.rmtree(folder / FETCHED_FOLDER, ignore_errors=True)  # it is in the rows
     document = read_label_metadata(folder)
     if not document["rows"]:
         raise ValueError(f"no picture could be labelled; {folder / FAILURES_FILE} says why of each.")
@@ -145,12 +146,19 @@ def _rows(items: Sequence[Item], folder: Path, failures: list[dict[str, Any]]) -
             place = item.source if isinstance(item.source, str) else item.picture
             failures.append({"id": item.id, "picture": place, "error": record["error"]})
             continue
+        fetched, said = record.get("fetched"), _said(item)
         yield {
             "id": item.id,
-            "image": item.encoded(),
+            "image": item.encoded() | ({} if fetched is None else {"bytes": (folder / fetched).read_bytes()}),
             **{key: record[key] for key in ("width", "height", "codes", "depth")},
-            "extra": json.dumps(item.extra, ensure_ascii=False) if item.extra else None,
+            "extra": json.dumps(said, ensure_ascii=False) if said else None,
         }
+
+
+def _said(item: Item) -> dict[str, Any]:
+    """What a list or table says about a picture; nobody asks its question here."""
+    asked = {"question": item.question, "spatial": item.spatial}
+    return {key: value for key, value in asked.items() if value not in ("", None)} | item.extra
 
 
 def _in_order(lines: Path) -> Iterator[dict[str, Any]]:
@@ -176,7 +184,7 @@ def _check_own(folder: Path) -> None:
 
 def _remove_results(folder: Path) -> None:
     """What an earlier run left beside lines that are written anew."""
-    for name in (ROWS_FOLDER, DEPTH_FOLDER, QUESTIONS_FOLDER):
+    for name in (ROWS_FOLDER, DEPTH_FOLDER, QUESTIONS_FOLDER, FETCHED_FOLDER):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in (ABOUT_FILE, FAILURES_FILE, REPORT_FILE):
         (folder / name).unlink(missing_ok=True)

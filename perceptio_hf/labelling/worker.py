@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from perceptio_hf.bulk.engines import Result, readers
-from perceptio_hf.bulk.items import Item
+from perceptio_hf.bulk.items import Fetched, Item
 from perceptio_hf.data.depth_maps import DepthMap, depth_from_values, depth_picture
 from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE, prepare_depth
 
 from .teacher import Teacher
 
-DEPTH_FOLDER = "depth"
+DEPTH_FOLDER, FETCHED_FOLDER = "depth", "journal/fetched"
 _IN_A_FOLDER = 1000  # files; more of them make some file systems slow
 Load = Callable[[], "tuple[Teacher, DepthVQVAE]"]
 
@@ -30,11 +30,13 @@ class Seen:
         pixels: {item's index: (1, 3, h, w), as the teacher sees it}.
         sizes: {item's index: (height, width) of the picture}.
         errors: {item's index: why it cannot be used}.
+        fetched: {item's index: the picture's file, where it came from another machine}.
     """
 
     pixels: dict[int, Tensor]
     sizes: dict[int, tuple[int, int]]
     errors: dict[int, str]
+    fetched: dict[int, bytes]
 
 
 class Labeller:
@@ -49,10 +51,13 @@ class Labeller:
         self._pool = ThreadPoolExecutor(readers(), thread_name_prefix="maps")
 
     def read(self, batch: Sequence[Item]) -> Seen:
-        seen = Seen({}, {}, {})
+        seen = Seen({}, {}, {}, {})
         for item in batch:
             try:
-                picture = item.open()
+                here = item.fetched()
+                picture = here.open()
+                if isinstance(here.source, Fetched):
+                    seen.fetched[item.index] = here.source.data
                 seen.pixels[item.index] = self.teacher.prepare(picture)
                 seen.sizes[item.index] = picture.size[::-1]
             except (ValueError, MemoryError) as error:
@@ -71,7 +76,7 @@ class Labeller:
         return [
             Result({"id": item.id, "index": item.index, "error": errors[item.index]})
             if item.index in errors
-            else self._labelled(item, read.sizes[item.index], codes[item.index], found[item.index][1])
+            else self._labelled(item, read, codes[item.index], found[item.index][1])
             for item in batch
         ]
 
@@ -103,10 +108,16 @@ class Labeller:
         codes = self.codec.encode(torch.cat(ready).to(self.codec.device))
         return dict(zip(maps, codes.tolist(), strict=True))
 
-    def _labelled(self, item: Item, size: tuple[int, int], codes: list[int], png: bytes | None) -> Result:
+    def _labelled(self, item: Item, read: Seen, codes: list[int], png: bytes | None) -> Result:
+        height, width = read.sizes[item.index]
         name = map_name(item.index) if self.maps else None
-        record: dict[str, Any] = {"id": item.id, "index": item.index, "width": size[1], "height": size[0]}
-        return Result(record | {"codes": codes, "depth": name}, {} if name is None else {name: png})
+        record: dict[str, Any] = {"id": item.id, "index": item.index, "width": width, "height": height}
+        record |= {"codes": codes, "depth": name}
+        files = {} if name is None else {name: png}
+        if item.index in read.fetched:
+            record["fetched"] = _numbered(FETCHED_FOLDER, item.index)
+            files[record["fetched"]] = read.fetched[item.index]
+        return Result(record, files)
 
 
 def open_labeller(load: Load, maps: bool) -> Labeller:
@@ -116,7 +127,11 @@ def open_labeller(load: Load, maps: bool) -> Labeller:
 
 def map_name(index: int) -> str:
     """Where the map of the picture with this index lies, below the folder of the labels."""
-    return f"{DEPTH_FOLDER}/{index // _IN_A_FOLDER:03d}/{index:06d}.png"
+    return f"{_numbered(DEPTH_FOLDER, index)}.png"
+
+
+def _numbered(folder: str, index: int) -> str:
+    return f"{folder}/{index // _IN_A_FOLDER:03d}/{index:06d}"
 
 
 def _alike(pixels: dict[int, Tensor]) -> list[list[int]]:

@@ -31,7 +31,7 @@ from perceptio_hf.data.keys import check_keys, check_value
 from perceptio_hf.data.mixture import mix_tasks
 from perceptio_hf.data.published.labels import check_codec
 from perceptio_hf.data.tasks import SOURCES, load_tasks
-from perceptio_hf.files import read_yaml
+from perceptio_hf.files import expanded, read_yaml
 from perceptio_hf.modeling.codec_identity import codec_fingerprint
 from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
 
@@ -164,7 +164,7 @@ def check_label_codecs(tasks: Sequence[dict], data_folder: str | None, codec: De
     wanted = [task for task in tasks if "labels" in task and not task.get("maps")]
     own = codec_fingerprint(codec) if wanted else ""
     for task in wanted:
-        place = Path(data_folder or "").expanduser() / Path(task["labels"]).expanduser()
+        place = expanded(data_folder or "") / expanded(task["labels"])
         check_codec(place, own, codec.config.num_tokens, codec.config.num_codes)
 
 

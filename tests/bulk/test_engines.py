@@ -88,6 +88,15 @@ def test_a_run_goes_on_with_whole_batches(tmp_path, done):
     assert [worker.worked for worker in opened] == ([3 - done // 2] if done < 5 else [])
 
 
+def test_text_that_no_line_can_hold_is_named(tmp_path):
+    journal = Journal(tmp_path / "r.jsonl", {"x": 1}, ["a", "b"])
+    with pytest.raises(ValueError, match=r"result of a holds text that is not UTF-8: .*caf\\udce9\.png"):
+        journal.append({"id": "a", "name": "caf\udce9.png"})
+    with pytest.raises(ValueError, match="result of a holds a number that is not finite"):
+        journal.append({"id": "a", "score": float("nan")})
+    assert journal.done == 0
+
+
 def test_large_pictures_come_first_within_a_window_and_groups_share_no_batch():
     sizes = [index % 13 for index in range(1100)]
     groups = ["seg" if index % 3 else "depth" for index in range(1100)]

@@ -1,15 +1,19 @@
 """Folders, patterns, lists and data sets as items; what cannot be used is an item that says why."""
 
+import base64
 import io
 import json
 import os
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers import picture
 from PIL import Image
 
+from perceptio_hf.bulk import archives
 from perceptio_hf.bulk.items import is_collection, list_items
+from perceptio_hf.bulk.order import order_by_size
 from perceptio_hf.data.rows import import_datasets
 
 
@@ -64,7 +68,6 @@ LINES = {
     '{"question": "What?"}': "it has question, but no `picture`",
     '{"picture": 7}': "`picture` is 7",
     '{"picture": ""}': "`picture` is ''",
-    '{"picture": "a.png", "question": ["What?"]}': "`question` is",
     '{"picture": "a.png", "score": NaN}': "not JSON compliant",
     r'{"picture": "a.png", "question": "\ud800"}': "it is not text in UTF-8",
 }
@@ -80,6 +83,15 @@ def test_a_line_that_cannot_be_used_says_why_and_the_others_go_on(tmp_path):
         with pytest.raises(ValueError, match=f"line {number}"):
             item.open()
     assert items[-1].id == "7" and items[-1].error is None and items[-1].extra == {}
+
+
+def test_what_a_line_asks_is_taken_as_it_is(tmp_path):
+    """`predict` says that it must be a text; `label` does not ask it."""
+    line = {"picture": "a.png", "question": ["What?"], "spatial": 3, "error": "e", "id": None, "more": None}
+    (tmp_path / "l.jsonl").write_text(json.dumps(line))
+    (item,) = list_items([str(tmp_path / "l.jsonl")])
+    assert (item.question, item.spatial, item.error, item.extra) == (["What?"], 3, None, {"more": None})
+    assert item.id == "line 1"
 
 
 @pytest.mark.parametrize(
@@ -116,6 +128,75 @@ def test_a_name_that_is_not_utf_8_is_an_error_of_its_own(tmp_path):
     good, bad = list_items([str(tmp_path)])
     assert good.error is None and "caf\\udce9.png is not UTF-8" in bad.error
     json.dumps([bad.id, bad.picture], ensure_ascii=False).encode()
+
+
+def test_every_file_of_a_range_must_be_there(tmp_path):
+    save(tmp_path / "p-0.png")
+    save(tmp_path / "p-2.png")
+    save(tmp_path / "odd[1]" / "p-1.png")
+    for word, says in (
+        ("p-{0..2}.png", r"Of the 3 files that .*\{0\.\.2\}\.png names, 1 are not there: [^,]*p-1\.png; complete them"),
+        ("p-{0..9}.png", r"8 are not there: [^,]*p-1\.png, [^,]*p-3\.png, [^,]*p-4\.png, \.\.\.; "),
+        ("q-{0..9}.png", "No file matches"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            list_items([str(tmp_path / word)])
+    assert len(list_items([str(tmp_path / "p-{0..9}*.png")])) == 2, "a pattern is what matches"
+    assert len(list_items([str(tmp_path / "odd[1]" / "p-{1..1}.png")])) == 1, "a name is a name"
+
+
+def test_results_are_no_pictures(tmp_path, monkeypatch):
+    """So that a command finds the same pictures when it is given again."""
+    photos, out = tmp_path / "photos", tmp_path / "photos" / "out"
+    for name in ("a.png", "more/b.png", "out/depth/0.png", "out/1.png", "outer/c.png"):
+        save(photos / name)
+    (photos / "link").symlink_to(out / "depth")
+    expected = ["a.png", "more/b.png", "outer/c.png"]
+    assert [item.id for item in list_items([str(photos)], out)] == expected
+    found = list_items([str(photos / "**" / "*.png")], out)
+    assert [item.id for item in found] == [str(photos / name) for name in expected]
+    monkeypatch.chdir(photos)
+    assert [item.id for item in list_items(["."], "out")] == expected
+    assert [item.id for item in list_items(["**/*.png"], "out")] == expected
+    for word in ("out", "out/**/*.png"):
+        with pytest.raises(ValueError, match=f"All . files that {word[:3]}.* stands for, .*; name another --out"):
+            list_items([word], "out")
+    for word in ("more", "more/*.png", "more/b.png"):  # chosen inside of a folder whose results lie beside them
+        assert len(list_items([word], photos)) == 1
+    save(tmp_path / "a.png")
+    shard(tmp_path / "s.tar", ["a.png"])
+    (tmp_path / "a.png").unlink()
+    (item,) = list_items([str(tmp_path)], photos)
+    assert item.id == "s.tar/a.png", "its shards, as before there were results"
+
+
+def test_urls_of_data_and_of_files_are_kept_as_bytes_and_paths(tmp_path):
+    data = save(tmp_path / "a b.png").read_bytes()
+    url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    lines = [{"picture": url}, {"picture": f"file://{tmp_path}/a%20b.png"}, {"picture": "https://host/a.png"}]
+    (tmp_path / "l.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    first, second, third = list_items([str(tmp_path / "l.jsonl")])
+    assert first.encoded() == {"bytes": data, "path": None}
+    assert second.encoded() == {"bytes": None, "path": str(tmp_path / "a b.png")}
+    assert third.encoded() == {"bytes": None, "path": "https://host/a.png"}
+    assert first.fetched() is first and second.open().size == first.open().size == (8, 6)
+
+
+def test_a_saved_data_set_of_lists_of_pictures(tmp_path):
+    """As multimodal data sets have them; saved with a format, which gives rows as tensors."""
+    datasets = import_datasets()
+    data = save(tmp_path / "a.png").read_bytes()
+    rows = {"images": [[{"bytes": data, "path": "a.png"}], []], "label": [1, 2]}
+    features = {"images": datasets.List(datasets.Image()), "label": datasets.Value("int64")}
+    dataset = datasets.Dataset.from_dict(rows, features=datasets.Features(features)).with_format("torch")
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    dataset.rename_column("images", "views").save_to_disk(str(tmp_path / "named"))
+    for name in ("saved", "named"):
+        first, second = list_items([str(tmp_path / name)])
+        assert first.encoded() == {"bytes": data, "path": "a.png"} and first.size() == first.open().size == (8, 6)
+        assert json.dumps(first.extra) == '{"label": 1}'
+        with pytest.raises(ValueError, match="row 1: it has 0 pictures"):
+            second.open()
 
 
 def test_a_saved_data_set_is_its_rows(tmp_path):
@@ -169,6 +250,34 @@ def test_tar_shards_are_their_pictures(tmp_path):
         items[3].open()
 
 
+def test_a_name_in_a_shard_that_is_not_utf_8(tmp_path):
+    save(tmp_path / "a.png")
+    shard(tmp_path / "s.tar", ["a.png", "caf\udce9.png"])
+    good, bad = list_items([str(tmp_path / "s.tar")])
+    assert good.error is None and "s.tar, caf\\udce9.png is not UTF-8" in bad.error
+    json.dumps([bad.id, bad.picture, bad.error], ensure_ascii=False).encode()
+
+
+def test_row_groups_are_read_once_whatever_the_order_in_a_window(tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pictures, reads = [bytes([number % 256]) * 9 for number in range(2000)], []
+    pq.write_table(pa.table({"image": pictures}), tmp_path / "p.parquet", row_group_size=100)
+    places = [place for place, _ in archives.parquet_rows(str(tmp_path / "p.parquet"))]
+    read = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda *a, **k: reads.append(a[1]) or read(*a, **k))
+    order = order_by_size([number * 37 % 101 for number in range(2000)], [None] * 2000)
+    assert order[:100] != list(range(100))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda place: places[place].encoded(), order))
+    assert found == [pictures[place] for place in order]
+    assert sorted(reads) == list(range(20))
+    small = archives._Groups(most=2000)  # bytes; two groups are held at least
+    assert [len(small.pictures(place.file, place.group)) for place in places[::100]] == [100] * 20
+    assert list(small._held) == [(places[0].file, 18), (places[0].file, 19)]
+
+
 def test_parquet_is_its_rows_and_a_folder_its_shards(tmp_path):
     datasets = import_datasets()
     save(tmp_path / "a.png", 8, 6)
@@ -199,10 +308,12 @@ def test_columns_of_plain_bytes_and_of_paths(tmp_path, monkeypatch):
 
 def test_a_list_of_paths(tmp_path):
     save(tmp_path / "lists" / "a.png")
-    (tmp_path / "lists" / "l.txt").write_text("a.png\n\nhttps://host/b.png\n")
-    first, second = list_items([str(tmp_path / "lists" / "l.txt")])
+    text = "\ufeffa.png\n\nhttps://host/b.png\n~c.png\n"  # with the mark that editors of Windows begin with
+    (tmp_path / "lists" / "l.txt").write_text(text, encoding="utf-8")
+    first, second, third = list_items([str(tmp_path / "lists" / "l.txt")])
     assert first.source == str(tmp_path / "lists" / "a.png") and first.id == "a.png"
     assert second.source == "https://host/b.png"
+    assert third.source == str(tmp_path / "lists" / "~c.png"), "nobody's home"
 
 
 @pytest.mark.parametrize(

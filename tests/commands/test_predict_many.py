@@ -16,6 +16,7 @@ from PIL import Image
 
 from perceptio_hf.commands import main
 from perceptio_hf.data.run_length import decode_mask
+from perceptio_hf.evaluation.run import predictions
 
 QUESTION = "Which is closer, the red ball or the blue box?"
 
@@ -72,31 +73,44 @@ def test_a_list_has_its_own_questions_and_failures_are_listed(predict, photos, t
     rows[3]["picture"] = "photos/text.png"
     rows[4]["spatial"], rows[5]["spatial"] = "none", "deep"
     (photos / "text.png").write_text("no picture")
+    own = {"text": "mine", "index": 70, "masks": None, "extra": {"a": 1}}  # names that the results have too
+    rows[1] |= own
+    rows[6] |= own
+    rows.append({"picture": "photos/0.png", "question": ["What?"]})
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{\n")
     code, said, _ = predict(tmp_path / "list.jsonl", "--spatial", "depth", "--out", tmp_path / "out", "--json")
     assert code == 0
     assert json.loads(said) == {
         "answered": 3,
-        "failed": 5,
-        "fresh": 8,
+        "failed": 6,
+        "fresh": 9,
         "files": {name: str(tmp_path / "out" / f"{name}.jsonl") for name in ("results", "failures")},
     }
     found = {line["id"]: line for line in lines(tmp_path / "out")}
     assert [line["tag"] for line in found.values() if "error" not in line and line["spatial"] == "depth"] == [0, 1]
     assert found["line 1"]["question"] == "What is 0?" and found["line 1"]["depth"] == "depth/000000.png"
     assert found["line 5"]["depth"] is None and found["line 5"]["depth_codes"] is None
-    for number, why in ((7, "There is no picture"), (3, "question is empty"), (4, "is not a picture"), (6, "'deep'")):
+    for number, why in (
+        (7, "There is no picture"),
+        (3, "question is empty"),
+        (4, "is not a picture"),
+        (6, "'deep'"),
+        (8, "`question` is ['What?']; it must be a text"),
+        (9, "line 9: it is not JSON"),
+    ):
         assert why in found[f"line {number}"]["error"]
-    assert "line 8: it is not JSON" in found["line 8"]["error"]
+    assert found["line 2"]["extra"] == found["line 7"]["extra"] == own
+    assert found["line 2"]["index"] == 1 and found["line 2"]["text"] != "mine"
+    assert set(found["line 2"]) - {"tag"} <= set(predictions._OURS)
 
     # What was mended is asked again, and nothing else.
     failures = lines(tmp_path / "out", "failures.jsonl")
-    assert {line["id"] for line in failures} == {f"line {number}" for number in (3, 4, 6, 7, 8)}
+    assert {line["id"] for line in failures} == {f"line {number}" for number in (3, 4, 6, 7, 8, 9)}
     picture(9, 9).save(photos / "missing.png")
     code, said, _ = predict(tmp_path / "out" / "failures.jsonl", "--out", tmp_path / "again", "--json")
     assert code == 0 and json.loads(said)["answered"] == 1
     again = {line["id"]: line for line in lines(tmp_path / "again")}
-    assert again["line 7"]["tag"] == 6 and "error" not in again["line 7"]
+    assert again["line 7"]["tag"] == 6 and "error" not in again["line 7"] and again["line 7"]["extra"] == own
 
 
 def test_a_data_set_and_a_pattern(predict, photos, tmp_path):
@@ -114,6 +128,14 @@ def test_a_data_set_and_a_pattern(predict, photos, tmp_path):
     )
     assert predict(f"{photos}/[01].png", "What?", "--out", tmp_path / "b", "--spatial", "depth")[0] == 0
     assert len(lines(tmp_path / "b")) == 2
+
+
+def test_results_in_the_folder_of_the_pictures(predict, photos, monkeypatch):
+    monkeypatch.chdir(photos)
+    for fresh in (7, 0):
+        code, said, error = predict(".", QUESTION, "--spatial", "depth", "--json")
+        assert code == 0 and json.loads(said)["fresh"] == fresh, error
+    assert len(list((photos / "perceptio-out" / "depth").iterdir())) == 7
 
 
 KILLED = """

@@ -57,6 +57,11 @@ def test_every_line_is_in_one_shard(tmp_path, ending, start):
         assert [row for shard in shards for row in lines.rows_of_shards([shard])] == list(whole)
 
 
+def test_a_picture_whose_name_only_begins_like_a_home_folder(tmp_path):
+    (tmp_path / "samples.jsonl").write_text(line(0).replace("0.png", "~0.png"))
+    assert load_samples(tmp_path)[0]["images"][0]["path"] == str(tmp_path / "~0.png")
+
+
 def test_a_stream_is_shared_by_processes_and_workers(tmp_path):
     (tmp_path / "samples.jsonl").write_text(text_of(200))
     whole, stream = load_samples(tmp_path), load_samples(tmp_path, streaming=True)

@@ -1,5 +1,6 @@
 """`perceptio label`: rows equal the teacher's and codec's own, from every kind of collection; it goes on; bad input."""
 
+import base64
 import io
 import json
 import resource
@@ -8,7 +9,11 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +151,54 @@ def test_every_collection_gives_the_same_codes(label, labelled, parts, tmp_path)
         assert rows[0]["extra"] == (
             '{"caption": "noise"}' if name in ("lines", "parquet", "saved", "a folder of shards") else None
         )
+
+
+@contextmanager
+def served(folder: Path):
+    """The address of a server that has the files of a folder."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_what_a_list_says_comes_along_and_pictures_without_a_file_as_bytes(label, parts, tmp_path):
+    photos = parts / "photos"
+    data = [(photos / name).read_bytes() for name in ("0.jpg", "2.jpg")]
+    url = f"data:image/jpeg;base64,{base64.b64encode(data[1]).decode()}"
+    said = [{"question": ["no text"], "spatial": 7, "error": 1, "tag": "x"}, {"question": "What?"}, {}, {}]
+    with served(photos) as address:
+        pictures = [f"{address}/0.jpg", url, f"file://{photos}/4.jpg", f"{address}/gone.jpg"]
+        lines = [json.dumps({"picture": picture} | more) for picture, more in zip(pictures, said, strict=True)]
+        (tmp_path / "list.jsonl").write_text("\n".join(lines))
+        code, told, error = label(tmp_path / "list.jsonl", "--out", tmp_path / "out")
+    assert code == 0 and (told["labelled"], told["failed"]) == (3, 1), error
+    assert "gone.jpg cannot be fetched" in (tmp_path / "out" / "failures.jsonl").read_text()
+    rows = read_rows(tmp_path / "out")
+    kept = [row["image"] for row in rows]
+    assert kept == [
+        {"bytes": data[0], "path": f"{address}/0.jpg"},
+        {"bytes": data[1], "path": None},
+        {"bytes": None, "path": str(photos / "4.jpg")},
+    ]
+    extra = [json.loads(row["extra"] or "null") for row in rows]
+    assert extra == [{"question": ["no text"], "spatial": 7, "tag": "x"}, {"question": "What?"}, None]
+    assert not (tmp_path / "out" / "journal" / "fetched").exists()
+    for sample in load_tasks([{"labels": str(tmp_path / "out")}])[0]["out"]:
+        check_sample(sample, num_depth_tokens=16, num_depth_codes=16)
+
+
+def test_labels_in_the_folder_of_the_pictures(label, parts, tmp_path):
+    shutil.copytree(parts / "photos" / "more", tmp_path / "photos")
+    words = [tmp_path / "photos", "--maps", "--out", tmp_path / "photos" / "labels"]
+    assert label(*words)[1]["fresh"] == 4
+    code, said, error = label(*words)
+    assert code == 0 and (said["fresh"], said["labelled"]) == (0, 4), error
 
 
 def test_a_finished_run_does_nothing_and_other_labels_are_not_mixed(label, parts, tmp_path, capsys):

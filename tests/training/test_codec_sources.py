@@ -207,7 +207,11 @@ def test_the_command_trains_on_labels_and_on_pictures(recipe, tmp_path, capsys):
     assert run([*train, *given, "--out", str(tmp_path / "b")]) == 2
     assert "bad.png is not a picture" in capsys.readouterr().err
     (tmp_path / "photos" / "bad.png").unlink()
-    assert run([*train, *given, "--out", str(tmp_path / "b")]) == 0
+    earlier = tmp_path / "photos" / "b"  # beside the pictures lies what an earlier run drew
+    earlier.mkdir()
+    (earlier / "maps.png").write_text("no picture")
+    (earlier / "config.json").touch()
+    assert run([*train, *given, "--overwrite", "--out", str(earlier)]) == 0
     seen = json.loads(capsys.readouterr().out)["on_training_maps"]
     assert abs(seen["relative_mae"] - from_labels["relative_mae"]) < 0.02, "the same maps, but for 16 bits"
     for words, says in (

@@ -29,6 +29,7 @@ def depth_source(
     size: int,
     first_seed: int,
     teacher: "Teacher | None" = None,
+    leave_out: Path | None = None,
 ) -> "DepthSource":
     """The depth maps that a user names.
 
@@ -39,6 +40,7 @@ def depth_source(
         pattern: Which files of the folder; None takes every depth map.
         maps: The most maps to give; None: all, of the world `SCENES`.
         size: Side of the codec's square.
+        leave_out: A folder whose pictures are results, not data.
 
     Raises:
         ValueError: The source does not exist or is empty, or the unit is missing.
@@ -53,7 +55,7 @@ def depth_source(
     if teacher is not None:
         from perceptio_hf.bulk.items import list_items
 
-        return TeacherMaps(list_items([data])[:maps], teacher, size)
+        return TeacherMaps(list_items([data], leave_out)[:maps], teacher, size)
     if kind == "world":
         if start and not start.isdigit():
             raise ValueError(f"--data {data}: after `world:` comes the number of the first scene.")

@@ -84,7 +84,7 @@ def train(
     options = build_options(CodebookOptions, settings["options"], "options")
     accelerator = _accelerator(device)
     is_main = accelerator.is_main_process
-    whole = _source(settings, codec_config.image_size, str(accelerator.device))
+    whole = _source(settings, codec_config.image_size, str(accelerator.device), out)
     work = out.with_name(f"{out.name}.training")
     with in_use(work, "perceptio codebook train") if is_main else nullcontext():
         if overwrite and is_main:
@@ -116,8 +116,8 @@ def _accelerator(device: str | None) -> "Accelerator":
     return Accelerator(cpu=device == "cpu")
 
 
-def _source(settings: dict[str, Any], size: int, device: str) -> "DepthSource":
-    """All maps that the settings name."""
+def _source(settings: dict[str, Any], size: int, device: str, out: Path) -> "DepthSource":
+    """All maps that the settings name, without what an earlier run drew into `out`."""
     looking = None
     if settings["teacher"] is not None:
         from perceptio_hf.labelling.teacher import Teacher, teacher_info
@@ -126,7 +126,7 @@ def _source(settings: dict[str, Any], size: int, device: str) -> "DepthSource":
     elif settings["teacher_unit"] is not None:
         raise ValueError("--teacher-unit is for a --teacher; add it, or give --unit for a folder of maps.")
     places = [settings[key] for key in ("data", "unit", "pattern", "maps")]
-    return depth_source(*places, size, first_seed=0, teacher=looking)
+    return depth_source(*places, size, first_seed=0, teacher=looking, leave_out=out)
 
 
 def _trained(

@@ -109,7 +109,7 @@ def read_json(file: Path) -> Any:
         ValueError: naming a file that is none.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not JSON ({error}); copy or download it again.") from None
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from perceptio_hf.data.formats.coco_annotations import first_existing
 from perceptio_hf.data.run_length import encode_mask
+from perceptio_hf.files import expanded
 
 from .listing import listed
 from .wording import conversation, names_turn, rng_of
@@ -52,7 +53,7 @@ def ade20k(
     """
     if names < 1 or not 0 <= least < 1:
         raise ValueError(f"names is {names} and least {least}; expected 1 or more, and a share below 1.")
-    place = Path(folder).expanduser()
+    place = expanded(folder)
     listing = first_existing([place / NAMES_FILE], NAMES_FILE)
     labels = first_existing([place / "annotations" / split], f"folder annotations/{split}")
     pictures = first_existing([place / "images" / split], f"folder images/{split}")
@@ -72,7 +73,7 @@ def read_names(file: Path) -> list[str]:
     Raises:
         ValueError: for a table of another form.
     """
-    with open(file, encoding="utf-8", newline="") as lines:
+    with open(file, encoding="utf-8-sig", newline="") as lines:
         rows = list(csv.DictReader(lines, delimiter="\t"))
     if not rows or not all(row.get("Name") and row.get("Idx", "").strip() == str(n) for n, row in enumerate(rows, 1)):
         raise ValueError(f"{file} is no table with the columns Idx (1, 2, ...) and Name; take it as published.")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from perceptio_hf.data.formats.coco_annotations import PICTURES, Annotations, first_existing, read_annotations
 from perceptio_hf.data.masks import EmptyMask, as_polygons, draw_polygons
+from perceptio_hf.files import expanded
 
 from .listing import listed, published_mask
 from .referring import held_out_files, held_out_pictures
@@ -56,13 +57,13 @@ def coco_instances(
     """
     if most_masks < 1 or absent < 0:
         raise ValueError(f"most_masks is {most_masks} and absent {absent}; expected 1 or more, and 0 or more.")
-    place = Path(folder).expanduser()
+    place = expanded(folder)
     name = f"instances_{split}.json"
     places = [place / "annotations" / name, place / name, place / "instances.json"]
     file = place if place.is_file() else first_existing(places, name)
     base = file.parent if place.is_file() else place
     folders = [base / split, base / "images" / split, base.parent / split, base.parent / "images" / split]
-    seen_at = folders if pictures is None else [Path(pictures).expanduser()]
+    seen_at = folders if pictures is None else [expanded(pictures)]
     kept_back = [] if held_out is None else held_out_files(held_out)
     samples = functools.partial(_samples, file, seen_at, most_masks, absent, kept_back)
     options = (split, most_masks, absent, os.path.abspath(first_existing(seen_at, PICTURES)))

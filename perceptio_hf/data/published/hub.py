@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from perceptio_hf.data.formats.hub_tables import split_name
 from perceptio_hf.data.rows import as_rows, import_datasets
+from perceptio_hf.files import expanded
 
 from .listing import checked_pictures
 
@@ -52,7 +53,7 @@ def _opened(
     name: str, split: str, subset: str | None, revision: str | None, streaming: bool
 ) -> "Dataset | IterableDataset":
     datasets = import_datasets()
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     try:
         if any((folder / file).is_file() for file in _SAVED):
             dataset = datasets.load_from_disk(str(folder))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from perceptio_hf.data.formats.coco_annotations import read_json
 from perceptio_hf.data.rows import as_batches, as_rows, dataset_of_batches, import_datasets, sample_features, to_row
 from perceptio_hf.data.sources import DEPTH_ANSWER
+from perceptio_hf.files import expanded
 from perceptio_hf.tokens import DEPTH_END_TOKEN, DEPTH_START_TOKEN
 from perceptio_hf.world.questions import DEPTH_QUESTIONS
 
@@ -49,7 +50,7 @@ def labels(
         ValueError: for a folder without labels or with half of them, without maps or questions that were asked for,
             where pictures are missing, or where none is COCO's and some are to be held out.
     """
-    place = Path(folder).expanduser()
+    place = expanded(folder)
     if maps and part != "spans":
         raise ValueError(
             f"{place}: maps: true goes with part: spans; the spans of {part!r} are the codes that were labelled. Leave "
@@ -97,7 +98,7 @@ def read_label_metadata(folder: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ValueError: for a folder without labels, of a newer version, or whose labelling has not ended.
     """
-    file = Path(folder).expanduser() / "labels.json"
+    file = expanded(folder) / "labels.json"
     if not file.is_file():
         raise ValueError(f"{folder} holds no labels ({file.name} is missing); make them with `perceptio label`.")
     about = read_json(file)

@@ -27,7 +27,7 @@ from perceptio_hf.data.formats.referring_records import (
     sentences_of,
     wanted_objects,
 )
-from perceptio_hf.files import files_below
+from perceptio_hf.files import expanded, files_below
 
 from .listing import listed, published_mask
 from .wording import conversation, expression_turn, rng_of
@@ -70,9 +70,9 @@ def referring(
     """
     if turns < 1:
         raise ValueError(f"turns is {turns}; a conversation has at least one.")
-    place = Path(folder).expanduser()
+    place = expanded(folder)
     refs = first_existing(record_places(place, name), FILES[name][0])
-    seen_at = None if pictures is None else Path(pictures).expanduser()
+    seen_at = None if pictures is None else expanded(pictures)
     annotations_file = first_existing([refs.parent / "instances.json", place / "instances.json"], "instances.json")
     kept_back = [] if held_out is None else held_out_files(held_out)
     samples = functools.partial(_samples, name, refs, place, split, seen_at, turns, kept_back)
@@ -95,7 +95,7 @@ def held_out_files(folder: str | os.PathLike) -> list[Path]:
     Raises:
         ValueError: where there is none.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     names = {name for files in FILES.values() for name in files}
     every = sorted(file for file in files_below(folder) if file.name in names)
     divided = {file.parent for file in every if file.name != GOOGLE}

@@ -97,7 +97,7 @@ def _by_number(file: Path, keys: tuple[str, ...], faults: Faults) -> dict[int, d
     if not file.is_file():
         raise ValueError(f"There is no {file}; HardBLINK needs it beside the other files.")
     rows: dict[int, dict] = {}
-    for line_number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for line_number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
         if line.strip():
             with faults.item(f"{file}, line {line_number}"):
                 row = _parsed(line, keys)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from perceptio_hf.files import expanded
+
 from .reading import Faults, OnError, Request
 from .registration import BENCHMARKS, BenchmarkInfo
 from .sample import Benchmark, Sample
@@ -70,7 +72,7 @@ def _checked_path(name: str, info: BenchmarkInfo, path: str | Path | None) -> Pa
         return None
     if path is None:
         raise ValueError(f"{name} needs a path: {info.files}.")
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.exists():
         raise ValueError(f"There is no {path}; {name} needs {info.files}.")
     return path

@@ -18,7 +18,6 @@ such as eval_world-closest_accuracy and eval_broken_spans, which `metric_for_bes
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +29,7 @@ from perceptio_hf.evaluation.benchmarks.sample import Benchmark
 from perceptio_hf.evaluation.report.case_sheet import choose_cases, draw_cases
 from perceptio_hf.evaluation.run.answering import answer_questions, encode_questions, token_budget
 from perceptio_hf.evaluation.run.scoring import Record, score_answer, total_scores
+from perceptio_hf.files import expanded
 
 from .broken_spans import sample_spans
 
@@ -83,7 +83,7 @@ class HeldOutFigures:
             check_value(f"{place}: {key}", value, kinds[key])
         options = {key: value for key, value in entry.items() if key not in ("benchmark", "data", "cases")}
         data = entry.get("data")
-        data = None if data is None else Path(data_folder or ".").expanduser() / Path(data).expanduser()
+        data = None if data is None else expanded(data_folder or ".") / expanded(data)
         name = entry["benchmark"]
         if name in self.sets:
             raise ValueError(f"{place}: {name} is there twice.")

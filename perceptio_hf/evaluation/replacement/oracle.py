@@ -9,6 +9,7 @@ import torch
 
 from perceptio_hf.data.depth_maps import SUFFIXES, UNITS, DepthMap, depth_from_values, read_depth
 from perceptio_hf.evaluation.benchmarks.sample import Sample
+from perceptio_hf.files import expanded
 from perceptio_hf.labelling.teacher import Teacher, teacher_info
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def open_oracle(name: str | None, unit: str | None, samples: list[Sample], devic
         if lacking is not None:
             raise ValueError(f"The replacement `oracle` cannot be had: {lacking}")
         return lambda sample: _upright(sample.depth.open(), sample)
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         return _folder_oracle(folder, unit, samples)
     if folder.exists() and not folder.is_dir():

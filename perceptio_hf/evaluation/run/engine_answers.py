@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from perceptio_hf.conversion.engine_grammars import forbidden_ids
+from perceptio_hf.files import expanded
 from perceptio_hf.tokens import spatial_tokens
 
 from .answering import encode_chats
@@ -90,7 +91,7 @@ class AnswerReader:
         question = values.get("question")
         if not isinstance(question, str) or not question.strip():
             raise ValueError("it has no `question`; masks and depth are read behind the words that were asked.")
-        located = (item if _ADDRESS.match(item) else str(self.folder / Path(item).expanduser()) for item in pictures)
+        located = (item if _ADDRESS.match(item) else str(self.folder / expanded(item)) for item in pictures)
         return EngineAnswer(number, tuple(located), question, tuple(self._ids(values)))
 
     def _ids(self, values: dict[str, Any]) -> list[int]:

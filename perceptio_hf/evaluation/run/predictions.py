@@ -1,7 +1,7 @@
 """Questions about many pictures, without a truth: the lines that `perceptio predict` writes for a folder or a list.
 
 The folder of the results holds results.jsonl, one line for each picture; depth/, 16-bit pictures; and failures.jsonl,
-what could not be answered, in the form of a list that `predict` reads.
+what could not be answered: of pictures that are files or addresses, in the form of a list that `predict` reads.
 """
 
 import copy
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
 RESULTS_FILE, FAILURES_FILE, ORDER_FILE, DEPTH_FOLDER = "results.jsonl", "failures.jsonl", "order.json", "depth"
 SPATIAL = ("auto", "none", "seg", "depth", "seg+depth")
+_OURS = (  # what lines say; a list's or table's own keys of these names come back under the last
+    *("id", "index", "picture", "question", "spatial", "width", "height", "text", "masks", "phrases", "mask_scores"),
+    *("depth_codes", "well_formed", "depth", "error", "extra"),
+)
 _DEPTH_NAME = re.compile(r"\d{6,}\.png")
 _HEADERS = 8  # threads that read the sizes of pictures
 Load = Callable[[], "tuple[PerceptioForConditionalGeneration, PerceptioProcessor]"]
@@ -135,31 +139,42 @@ def open_predictor(load: Load, max_new_tokens: int | None) -> Predictor:
     return Predictor(*load(), max_new_tokens)
 
 
-def _head(item: Item) -> dict[str, Any]:
-    return {**item.extra, "id": item.id, "index": item.index, "picture": item.picture, "question": item.question}
+def _line(item: Item, said: dict[str, Any]) -> dict[str, Any]:
+    """What the item says itself, what was asked, and what is said about it."""
+    apart = {key: value for key, value in item.extra.items() if key in _OURS}
+    own = {key: value for key, value in item.extra.items() if key not in _OURS}
+    head = {"id": item.id, "index": item.index, "picture": item.picture, "question": item.question}
+    return {**own, **head, **said, **({"extra": apart} if apart else {})}
 
 
 def _failed(item: Item, why: str) -> Result:
-    return Result({**_head(item), "error": why})
+    return Result(_line(item, {"error": why}))
 
 
 def _answered(item: Item, answer: "SpatialAnswer") -> Result:
     height, width = answer.masks.shape[1:]
-    record = {**_head(item), "spatial": item.spatial, "width": width, "height": height, **describe(answer)}
+    record = _line(item, {"spatial": item.spatial, "width": width, "height": height, **describe(answer), "depth": None})
     if answer.depth is None:
-        return Result(record | {"depth": None})
+        return Result(record)
     name, content = f"{DEPTH_FOLDER}/{item.index:06d}.png", io.BytesIO()
     depth_picture(answer.depth).save(content, format="PNG")
     return Result(record | {"depth": name}, {name: content.getvalue()})
 
 
 def ask_of_all(items: Sequence[Item], question: str | None, spatial: str) -> list[Item]:
-    """Items with what they do not say themselves; without a question, or with an unknown `spatial`, with an error."""
+    """Items with what they do not say themselves; where that is no question or an unknown `spatial`, with an error."""
     return [_asked(item, question, spatial) for item in items]
 
 
 def _asked(item: Item, question: str | None, spatial: str) -> Item:
-    asked = replace(item, question=item.question or question or "", spatial=item.spatial or spatial)
+    said = {
+        "question": (question or "") if item.question in ("", None) else item.question,
+        "spatial": spatial if item.spatial in ("", None) else item.spatial,
+    }
+    asked = replace(item, **said)
+    for key, value in said.items():
+        if item.error is None and not isinstance(value, str):
+            return replace(asked, error=f"`{key}` is {value!r:.60}; it must be a text.")
     if item.error is None and not asked.question.strip():
         return replace(asked, error="the question is empty; ask something about the picture.")
     if item.error is None and asked.spatial not in SPATIAL:
@@ -247,7 +262,8 @@ def _remove_results(folder: Path) -> None:
 
 
 def _list_failures(folder: Path, items: Sequence[Item]) -> int:
-    """Write the lines of what failed, with absolute paths, so that they can be given to `predict` again; how many."""
+    """Write what failed as lines with absolute paths, which `predict` takes again unless they name a place in a larger
+    file; how many."""
     count, path = 0, folder / FAILURES_FILE
     with (
         replacing(path) as temporary,
@@ -257,15 +273,15 @@ def _list_failures(folder: Path, items: Sequence[Item]) -> int:
         for record in map(json.loads, lines):
             if "error" in record:
                 count += 1
-                failures.write(json.dumps(_failure(record, items), ensure_ascii=False) + "\n")
+                failure = _failure(items[record["index"]], record["error"])
+                failures.write(json.dumps(failure, ensure_ascii=False) + "\n")
     if not count:
         path.unlink()
     return count
 
 
-def _failure(record: dict[str, Any], items: Sequence[Item]) -> dict[str, Any]:
-    item = items[record["index"]]
-    return {key: value for key, value in record.items() if key != "index"} | {
-        "picture": item.source if isinstance(item.source, str) else item.picture,
-        "spatial": item.spatial,
-    }
+def _failure(item: Item, why: str) -> dict[str, Any]:
+    """What the item's line said, and why it failed."""
+    picture = item.source if isinstance(item.source, str) else item.picture
+    asked = {"id": item.id, "picture": picture, "question": item.question, "spatial": item.spatial}
+    return {**item.extra, **asked, "error": why}

@@ -206,7 +206,8 @@ def write_instances(folder, scenes) -> dict:
         item["category_id"] = 1 + item["id"] % 2
     (folder / "annotations").mkdir(exist_ok=True)
     (folder / "instances.json").unlink()
-    (folder / "annotations" / "instances_train2017.json").write_text(json.dumps(document))
+    # As editors of Windows save it, with a byte order mark.
+    (folder / "annotations" / "instances_train2017.json").write_text(json.dumps(document), encoding="utf-8-sig")
     return document
 
 
@@ -279,7 +280,8 @@ def write_ade(folder, scenes) -> list[np.ndarray]:
     for kind in ("images", "annotations"):
         (folder / kind / "training").mkdir(parents=True)
     rows = [f"{n}\t0.1\t10\t2\tname{n}, other name{n}" for n in range(1, 151)]
-    (folder / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *rows]) + "\n")
+    table = "\n".join(["Idx\tRatio\tTrain\tVal\tName", *rows]) + "\n"
+    (folder / "objectInfo150.txt").write_text(table, encoding="utf-8-sig")
     labels = [scene.instances.astype(np.uint8) for scene in scenes]
     for number, (scene, label) in enumerate(zip(scenes, labels, strict=True), 1):
         Image.fromarray(scene.image).save(folder / "images" / "training" / f"ADE_train_{number:08d}.jpg")

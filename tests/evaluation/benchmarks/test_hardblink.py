@@ -18,6 +18,8 @@ def folder(tmp_path):
 
 def test_every_question_with_its_answer(tmp_path):
     answers = write_hardblink(tmp_path, scenes_of(range(4)), numbers=(3, 4, 5))
+    for file in tmp_path.rglob("*.jsonl"):
+        file.write_text(file.read_text(), encoding="utf-8-sig")
     read = open_benchmark("hardblink", tmp_path)
     assert {sample.id: sample.target["answer"] for sample in read.samples} == answers
     assert read.spatial == "depth" and read.task == "relative_depth"
