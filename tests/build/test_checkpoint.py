@@ -282,6 +282,14 @@ def test_an_internvl_that_contradicts_its_config(sources, tmp_path, changes, say
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]
 
 
+def test_keys_of_other_programs_are_left_out(sources, tmp_path):
+    """As Unsloth writes one into each config.json; a section of its own is one too."""
+    foreign = {"unsloth_fixed": True, "tool": {"version": 3, "deep": {"a": 1}}}
+    source = edited(sources / "internvl", tmp_path / "stock", **foreign)
+    assert run(sources, tmp_path / "out", source).check.weights > 100
+    assert not foreign.keys() & json.loads((tmp_path / "out" / "config.json").read_text()).keys()
+
+
 @pytest.mark.parametrize("part", ["internvl", "sam2", "codec"])
 @pytest.mark.parametrize("damage", ["truncated", "header", "nan", "lost tensor", "no weights", "no config", "absent"])
 def test_damaged_parts(sources, tmp_path, part, damage):
