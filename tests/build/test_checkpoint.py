@@ -369,11 +369,16 @@ def test_a_folder_in_use_is_looked_at_before_anything_is_read(sources, tmp_path)
     assert (tmp_path / "model" / "model.safetensors").read_bytes() != before
 
 
-def test_a_part_is_never_overwritten(sources):
+def test_a_part_is_never_overwritten(sources, tmp_path):
     before = (sources / "internvl" / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="internvl is also a part to read"):
+    with pytest.raises(ValueError, match="internvl is to be read"):
         run(sources, sources / "sam2" / ".." / "internvl", overwrite=True)
     assert (sources / "internvl" / "model.safetensors").read_bytes() == before
+    out = shutil.copytree(sources / "internvl", tmp_path / "model")
+    within = shutil.copytree(sources / "codec", out / "parts" / "codec")
+    with pytest.raises(ValueError, match=r"model holds \S+codec, which is to be read"):
+        build(sources / "internvl", sources / "sam2", within, out, overwrite=True)
+    assert (within / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("old", [True, False], ids=["over an old one", "new"])
