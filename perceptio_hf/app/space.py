@@ -1,5 +1,6 @@
 """A Hugging Face Space that shows the page: README with its metadata, requirements, app.py, and all it needs to run."""
 
+import os
 import re
 import shutil
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -53,7 +54,7 @@ def write_space(folder: Path, model: str | None) -> None:
             that `perceptio push` refuses.
         OSError: It could not be written, and is not there then.
     """
-    folder = folder.expanduser()
+    folder = Path(os.path.expanduser(folder))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--space {folder} is not empty; name a new folder.")
     wanted = _requirements()

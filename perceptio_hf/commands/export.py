@@ -1,6 +1,7 @@
 """`perceptio export`: a Perceptio checkpoint in a format that other programs load."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -55,7 +56,7 @@ def export(
         del loaded  # there is memory for one
         if written is not None:
             written.check(partial)
-    files = sorted(path.name for path in out.expanduser().iterdir())
+    files = sorted(path.name for path in Path(os.path.expanduser(out)).iterdir())
     if as_json:
         print(json.dumps({"model": model, "format": form, "folder": str(out), "files": files}, indent=2))
     else:

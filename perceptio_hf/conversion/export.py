@@ -66,7 +66,7 @@ def export_internvl(
     with new_folder(folder, overwrite, sources=(origin(model),)) as partial:
         options = {"pictures": pictures, "tokens_before_span": tokens_before_span, "with_code": with_code}
         write_internvl(model, processor, partial, **options)
-    return sorted(path.name for path in Path(folder).expanduser().iterdir())
+    return sorted(path.name for path in Path(os.path.expanduser(folder)).iterdir())
 
 
 def write_internvl(

@@ -1,6 +1,7 @@
 """`perceptio codebook train`."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -72,7 +73,7 @@ def train(
     given = {"data": data, "unit": unit, "pattern": pattern, "maps": maps, "steps": steps, "minutes": minutes}
     given |= {"teacher": teacher, "teacher_unit": teacher_unit, "seed": seed}
     settings = read_settings(config, given)
-    out = out.expanduser()
+    out = Path(os.path.expanduser(out))
     check_new_folder(out, overwrite, sources := _places(config, settings))
 
     from perceptio_hf import DepthVQVAEConfig
