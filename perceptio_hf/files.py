@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -78,7 +78,9 @@ def write_picture(path: str | os.PathLike, picture: Image.Image) -> None:
 
 
 @contextmanager
-def new_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(
+    path: str | os.PathLike, overwrite: bool = False, sources: Iterable[str | os.PathLike | None] = ()
+) -> Iterator[Path]:
     """Yield an empty folder beside `path`; when the block ends well it takes the place of `path`, else it is removed.
 
     A block that fails, for want of disk space or by Ctrl-C, leaves `path` as it was: absent, or the old folder.
@@ -88,13 +90,15 @@ def new_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
         path: The folder to make; missing parents are made. A link to a folder is followed.
         overwrite: Replace a folder that is there. It must be one a model was saved in: anything without a config.json
             is refused, so that a slip of the hand does not cost somebody's own files.
+        sources: What the new folder is made from: files, folders, Hub names, or None. The folder that is replaced may
+            neither be nor hold one of them.
 
     Raises:
-        ValueError: `path` is a file, or a folder that is not empty and may not be replaced.
+        ValueError: `path` is a file, a folder that is not empty and may not be replaced, or one that is read.
         OSError: It may not be written there.
     """
     path = Path(os.path.realpath(expanded(path)))
-    check_new_folder(path, overwrite)
+    check_new_folder(path, overwrite, sources)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     fresh.mkdir()
@@ -119,7 +123,9 @@ def swap_in(fresh: Path, path: Path, old: Path) -> None:
             os.replace(old, path)
 
 
-def check_new_folder(path: str | os.PathLike, overwrite: bool = False) -> None:
+def check_new_folder(
+    path: str | os.PathLike, overwrite: bool = False, sources: Iterable[str | os.PathLike | None] = ()
+) -> None:
     """Raise now what `new_folder` would raise later, before long work. Makes nothing.
 
     Raises:
@@ -130,12 +136,25 @@ def check_new_folder(path: str | os.PathLike, overwrite: bool = False) -> None:
         return
     if not path.is_dir():
         raise ValueError(f"{path} is a file; name a folder to make.")
+    for source in sources:  # before --overwrite is spoken of, which is no way out
+        _check_apart(path, source)
     if not any(path.iterdir()):
         return
     if not overwrite:
         raise ValueError(f"{path} exists and is not empty; name another folder, or give --overwrite to replace it.")
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} is not replaced: it holds no config.json, so it is no saved model. Name another one.")
+
+
+def _check_apart(folder: Path, source: str | os.PathLike | None) -> None:
+    """Raise where `source` is the folder or lies in it; a name that only the Hub knows, None and "" lie nowhere."""
+    place = Path(os.path.realpath(os.path.expanduser(source))) if source else None
+    if place is None or not os.path.exists(place):
+        return
+    for above in (place, *place.parents):
+        if folder.samefile(above):  # which knows file systems where Model and model are one, and mounts
+            where = "is to be read" if above == place else f"holds {source}, which is to be read"
+            raise ValueError(f"{folder} {where}; name another folder for the result.")
 
 
 def files_below(folder: str | os.PathLike) -> Iterator[Path]:

@@ -151,7 +151,11 @@ def scale_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     scaled = _scale(Image.fromarray(mask.astype(np.uint8) * 255), size)
     factor = size[0] / mask.shape[1]
     shares = np.asarray(scaled if factor < 1.5 else scaled.filter(ImageFilter.GaussianBlur(0.7 * factor)))
-    return shares >= min(128, max(1, int(shares.max())))
+    scaled = shares >= min(128, max(1, int(shares.max())))
+    if mask.any() and not scaled.any():  # so small that every share was rounded to none
+        row, column = (int(places.mean()) for places in np.nonzero(mask))
+        scaled[row * size[1] // mask.shape[0], column * size[0] // mask.shape[1]] = True
+    return scaled
 
 
 def _write_label(drawn: Image.Image, mask: np.ndarray, color: np.ndarray, label: str) -> None:

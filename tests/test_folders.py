@@ -80,6 +80,44 @@ def test_overwriting_spares_what_is_no_model(tmp_path):
         check_new_folder(tmp_path / "thesis", overwrite=True)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("target", "source"),
+    [
+        ("out", "out"),
+        ("out", "out/vae.pt"),
+        ("out", "out/part/deep"),
+        ("out", "part/../out"),
+        ("link", "out"),
+        ("out", "link/part"),
+        ("~/out", "out"),
+        ("out", "~/out/part"),
+    ],
+)
+def test_what_is_read_is_never_replaced(tmp_path, monkeypatch, target, source, overwrite):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "out")
+    (tmp_path / "out" / "vae.pt").touch()
+    (tmp_path / "out" / "part" / "deep").mkdir(parents=True)
+    (tmp_path / "part").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    before = files(tmp_path)
+    says = r"out (is|holds \S+, which is) to be read; name another folder"  # and nothing of --overwrite
+    with pytest.raises(ValueError, match=says if target != "link" else says.replace("out", "link", 1)):
+        check_new_folder(target, overwrite, ("part", None, source))
+    with pytest.raises(ValueError, match=says), new_folder(target, overwrite, [source]):
+        raise AssertionError("the block must not run")
+    assert files(tmp_path) == before
+
+
+def test_what_is_read_elsewhere_is_no_hindrance(tmp_path, monkeypatch):
+    saved(tmp_path / "out")
+    saved(tmp_path / "out-2")
+    monkeypatch.chdir(tmp_path / "out")  # what "" would be taken for
+    check_new_folder(tmp_path / "out", True, ["", None, "owner/name", tmp_path, tmp_path / "out-2"])
+
+
 def test_a_file_in_the_way(tmp_path):
     (tmp_path / "out").write_text("x")
     with pytest.raises(ValueError, match="is a file"):

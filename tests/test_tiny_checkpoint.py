@@ -45,6 +45,9 @@ def test_embedding_refuses_what_is_no_checkpoint(tmp_path):
         embed(TINY, tmp_path / "notes")
     with pytest.raises(ValueError, match=r"no config\.json"):
         embed(tmp_path, tmp_path / "embedded")
+    (tmp_path / "notes" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="to be read"):
+        embed(tmp_path / "notes", tmp_path / "notes")
 
 
 def test_its_card_is_the_project_s():

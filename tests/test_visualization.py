@@ -220,6 +220,18 @@ def test_pictures_of_any_shape_have_a_panel(size):
     sheet([panel, depth_panel(np.zeros(size[::-1]))], "")
 
 
+@pytest.mark.parametrize("size", [(20000, 600), (600, 20000)])
+def test_a_pixel_is_drawn_however_small_it_becomes(size):
+    """Its share of a pixel of the panel is rounded to none."""
+    mask = np.zeros((1, *size[::-1]), bool)
+    column, row = size[0] // 4, size[1] * 3 // 4
+    mask[0, row, column] = True
+    drawn = np.asarray(mask_panel(Image.new("RGB", size), mask).picture)
+    (found,) = np.argwhere(drawn.any(-1))
+    expected = np.array([row, column]) / size[::-1] * drawn.shape[:2]
+    assert np.abs(found - expected).max() <= 1
+
+
 def test_sheet_takes_any_text_and_number_of_panels():
     panel = ("a $title_", Image.new("RGB", (16, 16), "red"))
     one, three = sheet([panel], "short"), sheet([panel] * 3, "How $much_is^ this?\n" + "long words " * 60 + "x" * 900)

@@ -1,12 +1,17 @@
 """Starts the page on a port of this machine, and nothing else: no link to the outside unless it is asked for."""
 
 import errno
+import os
+import signal
 import socket
+import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .assistant import Assistant
-from .page import build_page, page_options
 
 
 def check_port(host: str, port: int) -> None:
@@ -23,12 +28,14 @@ def check_port(host: str, port: int) -> None:
 
 
 def serve(assistant: Assistant, *, host: str, port: int, share: bool = False):
-    """Serve the page until it is stopped.
+    """Serve the page until it is stopped, by Ctrl-C or SIGTERM; what was sent to it is deleted then.
 
     Args:
         share: also open gradio's tunnel, through which everybody who knows its address reaches this machine.
     """
-    with tempfile.TemporaryDirectory(prefix="perceptio-app-") as folder:
+    with _ended_by_sigterm(), _own_uploads(), tempfile.TemporaryDirectory(prefix="perceptio-app-") as folder:
+        from .page import build_page, page_options  # here: gradio makes its folder where it was told on being imported
+
         page = build_page(assistant, Path(folder))
         _, address, _ = page.launch(
             server_name=host,
@@ -47,3 +54,34 @@ def serve(assistant: Assistant, *, host: str, port: int, share: bool = False):
             page.block_thread()
         finally:
             page.close()
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM, which service managers and containers send, leaves the block as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # where Python takes no handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _own_uploads() -> Iterator[None]:
+    """A folder of this user and process alone for what gradio is sent and gives away, unless GRADIO_TEMP_DIR names one.
+
+    gradio's own, /tmp/gradio, belongs to whoever came first and is closed to all others, who may read what it holds.
+    The folder of `allowed_paths` will not do: a browser is told to show its files.
+    """
+    if os.environ.get("GRADIO_TEMP_DIR"):
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="perceptio-app-files-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["GRADIO_TEMP_DIR"]

@@ -104,7 +104,7 @@ def build(
         verify: check that every weight is the parts', bit for bit, and that the logits of all old tokens are, within
             rounding, those of the InternVL.
         max_shard_size: of one file of weights, such as "5GB".
-        overwrite: replace a saved model that is in `out`.
+        overwrite: replace a saved model that is in `out`, unless it is, or holds, a part to read.
         seed: of the new tokens' rows and of the [SEG] projector.
         on_step: is called with each of `STEPS` as it begins.
 
@@ -113,11 +113,8 @@ def build(
             `max_shard_size`; verification failed.
         OSError: `out` could not be written, for want of space for instance.
     """
-    check_new_folder(out, overwrite)
+    check_new_folder(out, overwrite, sources := (internvl, mask_decoder, depth_codec, like))
     check_parts(mask_decoder, depth_codec, like)
-    for source in (internvl, mask_decoder, depth_codec, like):
-        if source is not None and os.path.realpath(source) == os.path.realpath(out):
-            raise ValueError(f"{out} is also a part to read; name another folder for the result.")
     if not _SIZE.fullmatch(max_shard_size):  # huggingface_hub would say so after all the work
         raise ValueError(f"max_shard_size is {max_shard_size!r}; expected a number and a unit, such as 500MB or 5GB.")
     internvl = find_internvl(internvl)
@@ -143,7 +140,7 @@ def build(
     added = added_digests(reference, model) if reference else {}
     del stock, mask_model, codec, old
     report = replace(_report(model, processor, out, rows_before), like=None if like is None else str(like))
-    with new_folder(out, overwrite) as partial:
+    with new_folder(out, overwrite, sources) as partial:
         on_step("Writing")
         _save(model, processor, partial, max_shard_size)
         del model

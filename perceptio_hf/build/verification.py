@@ -22,6 +22,8 @@ from transformers import (
 )
 
 from perceptio_hf.conversion.written import digest, settings_of
+from perceptio_hf.modeling.configuration_depth_vqvae import unknown_keys
+from perceptio_hf.modeling.configuration_perceptio import PerceptioConfig
 from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
@@ -119,6 +121,8 @@ def take_reference(
     settings = {
         prefix + name: value for prefix, config in configs.items() for name, value in settings_of(config, _OWN_SETTINGS)
     }
+    foreign = set(unknown_keys(PerceptioConfig, internvl.config.to_dict()))  # of other programs; Perceptio drops them
+    settings = {name: value for name, value in settings.items() if name.partition(".")[0] not in foreign}
     settings |= like.settings if like else {}
     sampled = internvl.num_parameters() > SMALL
     inputs = _prompts(processor, sampled)

@@ -1,5 +1,6 @@
 """`perceptio app`: a page to ask about pictures, on this machine; or the files of a Hugging Face Space."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -36,14 +37,16 @@ def app(
     if space is not None:
         from perceptio_hf.app.space import write_space
 
+        checkpoints.quieten()
         write_space(space, None if checkpoints.is_tiny(name) else name)
         print(f"Wrote a Space to {space}; try it with: cd {space} && python app.py")
         return
-    try:
-        from perceptio_hf.app.assistant import Assistant
-        from perceptio_hf.app.serving import check_port, serve
-    except ImportError as error:
-        raise missing(error, "The page") from error
+    if find_spec("gradio") is None:  # it is imported later, when its folder is known
+        raise missing(ModuleNotFoundError(name="gradio"), "The page")
+
+    from perceptio_hf.app.assistant import Assistant
+    from perceptio_hf.app.serving import check_port, serve
+
     check_port(host, port)
     if device is not None:
         checkpoints.check_device(device)

@@ -48,10 +48,10 @@ def sam2(
     from perceptio_hf.conversion.sam2 import load_sam2
     from perceptio_hf.files import check_new_folder
 
-    check_new_folder(out, overwrite)
+    check_new_folder(out, overwrite, (source,))
     report = ConversionReport(source)
     with _busy():
-        _save(load_sam2(source, image_size=image_size, report=report), out, overwrite, verify)
+        _save(load_sam2(source, image_size=image_size, report=report), source, out, overwrite, verify)
     _show(report, out, as_json)
 
 
@@ -74,11 +74,11 @@ def aurora_vqvae(
     from perceptio_hf.conversion.keys import ConversionReport
     from perceptio_hf.files import check_new_folder
 
-    check_new_folder(out, overwrite)
+    check_new_folder(out, overwrite, (source,))
     report = ConversionReport(str(source))
     values = {"value_low": value_low, "value_high": value_high}
     with _busy():
-        _save(load_aurora(source, image_size=image_size, report=report, **values), out, overwrite, verify)
+        _save(load_aurora(source, image_size=image_size, report=report, **values), source, out, overwrite, verify)
     _show(report, out, as_json)
 
 
@@ -108,11 +108,11 @@ def sa2va(
     _show(report, out, as_json)
 
 
-def _save(model: "PreTrainedModel", out: Path, overwrite: bool, verify: bool) -> None:
+def _save(model: "PreTrainedModel", source: str | Path, out: Path, overwrite: bool, verify: bool) -> None:
     from perceptio_hf.conversion.written import Written
     from perceptio_hf.files import new_folder
 
-    with new_folder(out, overwrite) as folder:
+    with new_folder(out, overwrite, (source,)) as folder:
         written = Written.of(model) if verify else None
         model.save_pretrained(folder)
         if written is not None:

@@ -1,6 +1,7 @@
 """`perceptio export`: a Perceptio checkpoint in a format that other programs load."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -44,7 +45,7 @@ def export(
     from . import checkpoints
 
     name = checkpoints.resolve(model)
-    with new_folder(out, overwrite=overwrite) as partial:
+    with new_folder(out, overwrite, sources=(name,)) as partial:
         from perceptio_hf.conversion.export import stock_internvl, write_internvl
         from perceptio_hf.conversion.written import Written
 
@@ -55,7 +56,7 @@ def export(
         del loaded  # there is memory for one
         if written is not None:
             written.check(partial)
-    files = sorted(path.name for path in out.iterdir())
+    files = sorted(path.name for path in Path(os.path.expanduser(out)).iterdir())
     if as_json:
         print(json.dumps({"model": model, "format": form, "folder": str(out), "files": files}, indent=2))
     else:

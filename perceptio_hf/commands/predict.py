@@ -99,6 +99,7 @@ def predict(
     note = checkpoints.TINY_NOTE if checkpoints.is_tiny(name) else None
     load = partial(checkpoints.load, os.path.abspath(name) if os.path.isdir(name) else name, device, dtype, load_in)
     if many:
+        _check_apart(out, pictures)
         claim = {"model": checkpoints.fingerprint(name), "dtype": dtype, "load_in": load_in}
         items = list_items(pictures, out)
         summary = _predict_many(
@@ -282,6 +283,19 @@ def _predict_many(
     if tally.failed:
         files["failures"] = str(out / predictions.FAILURES_FILE)
     return {**vars(tally), "files": files}
+
+
+def _check_apart(out: Path, pictures: Sequence[str]) -> None:
+    """Raises ValueError where a list that is read, or depth maps of somebody else, would be taken for old results."""
+    from perceptio_hf.bulk.journal import claim_path
+    from perceptio_hf.evaluation.run.predictions import DEPTH_FOLDER, FAILURES_FILE, RESULTS_FILE
+
+    old = {os.path.realpath(out / name) for name in (RESULTS_FILE, FAILURES_FILE)}
+    lost = [word for word in pictures if os.path.realpath(word) in old]
+    if not claim_path(out / RESULTS_FILE).exists() and (out / DEPTH_FOLDER).exists():
+        lost.append(str(out / DEPTH_FOLDER))
+    if lost:
+        raise ValueError(f"--out {out}: {lost[0]} is there, and results would replace it; name another folder.")
 
 
 def answer_questions(

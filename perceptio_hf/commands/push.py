@@ -60,7 +60,7 @@ def push(
     from .checkpoints import quieten
 
     if dry_run is not None:
-        check_new_folder(dry_run, overwrite)
+        check_new_folder(dry_run, overwrite, sources := (folder, eval_results))
     elif overwrite:
         raise ValueError("--overwrite is about the OUT of --dry-run; a push adds a commit and replaces no repository.")
     quieten()
@@ -77,7 +77,7 @@ def push(
     )
     plan = plan_upload(folder, repo, facts, card_anew=new_card)
     if dry_run is not None:
-        with new_folder(dry_run, overwrite) as partial:
+        with new_folder(dry_run, overwrite, sources) as partial:
             plan.write(partial)
         _report(plan, str(dry_run), uploaded=False, as_json=as_json)
         return

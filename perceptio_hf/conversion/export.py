@@ -14,6 +14,7 @@ from perceptio_hf.modeling.remote_code import write_code
 from perceptio_hf.modeling.spans.spatial_request import keep_own_settings
 
 from .engine_grammars import TOKENS_BEFORE_SPAN, write_grammars
+from .saved_models import origin
 
 if TYPE_CHECKING:
     from perceptio_hf.modeling.configuration_perceptio import PerceptioConfig
@@ -50,7 +51,7 @@ def export_internvl(
     Args:
         processor: the one `model` was saved with.
         folder: what to write; it appears when it is complete.
-        overwrite: replace a folder that is there and not empty.
+        overwrite: replace a folder that is there and not empty; never the one `model` was loaded from.
         pictures: the most pictures of one prompt to write grammars for.
         tokens_before_span: as in `span_grammar_texts`.
         with_code: add Perceptio's processor, code included, for programs that load it with `trust_remote_code=True`:
@@ -60,12 +61,12 @@ def export_internvl(
         The names of the files, sorted.
 
     Raises:
-        ValueError: if `model` is no Perceptio, or `folder` is there and `overwrite` is not set.
+        ValueError: if `model` is no Perceptio, or `folder` is there and may not be replaced.
     """
-    with new_folder(folder, overwrite=overwrite) as partial:
+    with new_folder(folder, overwrite, sources=(origin(model),)) as partial:
         options = {"pictures": pictures, "tokens_before_span": tokens_before_span, "with_code": with_code}
         write_internvl(model, processor, partial, **options)
-    return sorted(path.name for path in Path(folder).iterdir())
+    return sorted(path.name for path in Path(os.path.expanduser(folder)).iterdir())
 
 
 def write_internvl(

@@ -210,7 +210,9 @@ def _may_be_tied(config: Mapping[str, Any]) -> bool:
 
 
 def _stored_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    return next(tensor.dtype for name, tensor in tensors.items() if name.startswith("language_model."))
+    """float32 where there is no language model, which `fill_model` will say with the names there are."""
+    found = (tensor.dtype for name, tensor in tensors.items() if name.startswith("language_model."))
+    return next(found, torch.float32)
 
 
 def _split_fused(

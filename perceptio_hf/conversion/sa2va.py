@@ -26,6 +26,7 @@ from .opengvlab import FILES, internvl_from_tensors, set_generation
 from .opengvlab_config import read_original_config, text_architecture
 from .opengvlab_processor import PHI3_END, ProcessorParts, chatml, phi3_chat, processor_parts
 from .sam2 import sam2_from_tensors
+from .saved_models import load_depth_codec, origin
 from .tensors import read_json, read_tensors
 from .written import Written
 
@@ -114,7 +115,7 @@ def convert_sa2va(
 
     Args:
         out: is there complete or not at all.
-        overwrite: replace a saved model that lies there.
+        overwrite: replace a saved model that lies there; never one that is read.
         verify: read the folder again and compare every weight, bit for bit, and setting, before it appears.
         max_shard_size: of a weight file.
 
@@ -124,12 +125,12 @@ def convert_sa2va(
     Raises:
         ValueError: as `load_sa2va`; `out` may not be written; verification failed.
     """
-    check_new_folder(out, overwrite)
+    check_new_folder(out, overwrite, sources := (source, origin(depth_codec)))
     report = ConversionReport(str(source))
     model, processor = load_sa2va(
         source, depth_codec=depth_codec, mask_config=mask_config, dtype=dtype, seed=seed, report=report
     )
-    with new_folder(out, overwrite) as folder:
+    with new_folder(out, overwrite, sources) as folder:
         written = Written.of(model) if verify else None
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
@@ -184,8 +185,6 @@ def _processor_parts(folder: Path, config: Mapping[str, Any]) -> tuple[Processor
 
 def _depth_codec(source: "str | os.PathLike | DepthVQVAE | None", seed: int, report: ConversionReport) -> "DepthVQVAE":
     from perceptio_hf import DepthVQVAE, DepthVQVAEConfig
-
-    from .saved_models import load_depth_codec
 
     if source is not None:
         report.added["depth_model"] = "the depth codec that was given"

@@ -53,6 +53,11 @@ def _codec_of_perceptio(folder: Path) -> DepthVQVAE:
     return codec.eval()
 
 
+def origin(part: str | os.PathLike | nn.Module | None) -> str | os.PathLike | None:
+    """Where a part is read from, or a model that is given was: what `new_folder` must not replace."""
+    return getattr(getattr(part, "config", None), "name_or_path", None) if isinstance(part, nn.Module) else part
+
+
 def check_kind(folder: Path, expected: tuple[str, ...], what: str) -> str:
     """The model type in config.json, which must be among `expected`."""
     kind = read_json(folder / "config.json").get("model_type")

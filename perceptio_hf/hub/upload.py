@@ -48,13 +48,7 @@ class UploadPlan:
 
     def write(self, folder: Path) -> None:
         """Write every file as it would be uploaded."""
-        for name, content in self.files.items():
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, bytes):
-                target.write_bytes(content)
-            else:
-                shutil.copyfile(content, target)
+        write_files(self.files, folder)
 
 
 def plan_upload(
@@ -78,10 +72,7 @@ def plan_upload(
     check_repo_name(repo)
     if "/" not in repo:
         raise ValueError(f"{repo!r} names no owner; a repository is owner/name, e.g. me/{repo}.")
-    files: dict[str, Path | bytes] = {name: folder / name for name in _weight_files(folder)}
-    model, processor = _loaded(folder)
-    files |= {path.relative_to(folder).as_posix(): path for pattern in _MODEL_FILES for path in folder.glob(pattern)}
-    files |= _missing_code(files, model, processor)
+    files, model = model_files(folder)
     card = folder / CARD
     keeps_card = card.is_file() and not card_anew
     if keeps_card:
@@ -91,6 +82,31 @@ def plan_upload(
     taken = {name.partition("/")[0] for name in files}
     left_out = tuple(sorted(path.name for path in folder.iterdir() if path.name not in taken))
     return UploadPlan(repo, dict(sorted(files.items())), left_out, keeps_card)
+
+
+def model_files(folder: Path) -> tuple[dict[str, Path | bytes], PerceptioForConditionalGeneration]:
+    """What of a saved folder belongs to the Perceptio in it, as in `UploadPlan.files`, with code that it lacks; and the
+    model, which need not have the values of its weights. The card is not among them, nor is anything of a training.
+
+    Raises:
+        ValueError: as `plan_upload` for the folder.
+    """
+    files: dict[str, Path | bytes] = {name: folder / name for name in _weight_files(folder)}
+    model, processor = _loaded(folder)
+    files |= {path.relative_to(folder).as_posix(): path for pattern in _MODEL_FILES for path in folder.glob(pattern)}
+    files |= _missing_code(files, model, processor)
+    return files, model
+
+
+def write_files(files: Mapping[str, Path | bytes], folder: Path) -> None:
+    """Write files or bytes under their names into `folder`."""
+    for name, content in files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            target.write_bytes(content)
+        else:
+            shutil.copyfile(content, target)
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -111,11 +127,13 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def _loaded(folder: Path) -> tuple[PerceptioForConditionalGeneration, PerceptioProcessor]:
-    """The model without the values of its weights, and the processor; they are known to fit."""
+    """The model, without the values of its weights unless they are quantised, and the processor; they fit."""
     if not (folder / "processor_config.json").is_file():
         raise ValueError(f"{folder} has no processor; save it there too: processor.save_pretrained({str(folder)!r}).")
+    quantised = read_json(folder / "config.json").get("quantization_config") is not None
+    place = "cpu" if quantised else "meta"  # bitsandbytes reads 4 bits by their values
     try:
-        model = PerceptioForConditionalGeneration.from_pretrained(folder, device_map="meta", local_files_only=True)
+        model = PerceptioForConditionalGeneration.from_pretrained(folder, device_map=place, local_files_only=True)
         processor = PerceptioProcessor.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever transformers raises over files that contradict one another
         raise ValueError(f"{folder} cannot be loaded as a Perceptio checkpoint: {error}") from error

@@ -24,12 +24,12 @@ def embed(source: str | Path, folder: str | Path, card: str | Path | None = None
         card: a README.md to go with it.
 
     Raises:
-        ValueError: where `source` is no saved model, or `folder` is something else than one.
+        ValueError: where `source` is no saved model or lies in `folder`, or `folder` is something else than one.
     """
     source, folder = Path(source), Path(folder)
     if not (source / "config.json").is_file():
         raise ValueError(f"{source} has no config.json; name the folder of a trained checkpoint.")
-    with new_folder(folder, overwrite=True) as fresh:
+    with new_folder(folder, overwrite=True, sources=(source,)) as fresh:
         for path in sorted(source.iterdir()):
             if path.suffix in _KEPT:
                 shutil.copyfile(path, fresh / path.name)

@@ -1,6 +1,7 @@
 """One running app for all tests that need it; it may reach nothing but this machine."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -35,16 +36,24 @@ sys.exit(run(["app", "--port", sys.argv[2]]))
 
 
 @pytest.fixture(scope="session")
-def address(tmp_path_factory) -> str:
+def temporary(tmp_path_factory) -> Path:
+    """What the app has for /tmp. As on a shared machine, nothing can be made below /tmp/gradio."""
+    folder = tmp_path_factory.mktemp("temporary")
+    (folder / "gradio").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def address(tmp_path_factory, temporary) -> str:
     """The address of `perceptio app` with the embedded checkpoint, as a user has it: without HF_HUB_OFFLINE."""
     pytest.importorskip("gradio", reason="make test-app installs it")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder = tmp_path_factory.mktemp("app")
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment = {name: os.environ[name] for name in os.environ.keys() - {"HF_HUB_OFFLINE", "GRADIO_TEMP_DIR"}}
     environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    environment["GRADIO_TEMP_DIR"] = str(folder / "uploads")
+    environment["TMPDIR"] = str(temporary)
     network, log = folder / "network.txt", folder / "log.txt"
     command = [sys.executable, "-c", SERVE, str(network), str(port)]
     with open(log, "w") as output:
@@ -59,9 +68,10 @@ def address(tmp_path_factory) -> str:
             time.sleep(0.3)
     yield url
     process.terminate()
-    process.wait(60)
+    code = process.wait(60)
     said = log.read_text()
     print(said[-4000:])
+    assert code == 128 + signal.SIGTERM and not list(temporary.glob("perceptio-app-*")), "SIGTERM cleans up"
     assert not network.exists(), network.read_text()
     assert not ours(said), "no handler of ours failed"
 

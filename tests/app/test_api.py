@@ -49,6 +49,14 @@ def test_an_answer_over_http_is_that_of_python(client, scene):
     assert (record["width"], record["height"]) == (512, 512) and "rendered scenes" in record["note"]
 
 
+def test_what_is_sent_and_answered_is_for_this_user_alone(client, scene, temporary):
+    client.predict(picture=handle_file(str(scene)), question="Where?", spatial="depth", points=[], api_name="/answer")
+    folders = list(temporary.glob("perceptio-app-*"))
+    assert [folder.stat().st_mode & 0o777 for folder in folders] == [0o700] * 2
+    for name in ("scene.png", "depth.png"):  # gradio copies what it gives away
+        assert any(next(folder.rglob(name), None) for folder in folders if "files" in folder.name)
+
+
 def test_points_over_http(client, scene):
     record, _ = client.predict(
         picture=handle_file(str(scene)),

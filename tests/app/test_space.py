@@ -2,6 +2,8 @@
 
 import os
 import re
+import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +21,7 @@ def test_a_space_has_what_the_hub_asks_for(tmp_path):
     space = tmp_path / "space"
     metadata = yaml.safe_load((space / "README.md").read_text().split("---")[1])
     assert metadata["sdk"] == "gradio" and (space / metadata["app_file"]).is_file()
+    assert metadata["license"] == "apache-2.0"
     assert len(metadata["short_description"]) <= 60, "the Hub takes no longer one"
     names = [re.match(r"[\w.-]+", line)[0] for line in (space / "requirements.txt").read_text().splitlines()]
     assert {"torch", "transformers", "gradio", "pillow"} <= set(names) and "pytest" not in names
@@ -33,6 +36,34 @@ def test_a_space_holds_the_model_or_names_it(tiny_folder, tmp_path):
     assert not (tmp_path / "own" / "perceptio_hf" / "tiny").exists()
     assert main.run(["app", "--model", "me/perceptio-1b", "--space", str(tmp_path / "hub")]) == 0
     assert '"--model", "me/perceptio-1b"' in (tmp_path / "hub" / "app.py").read_text()
+
+
+def test_a_space_below_a_training_takes_what_runs_the_model_and_no_more(tiny_folder, tmp_path):
+    run = shutil.copytree(tiny_folder, tmp_path / "run")
+    for name in ("optimizer.pt", "training_args.bin", ".env"):
+        (run / name).touch()
+    shutil.copytree(tiny_folder, run / "checkpoint-5")
+    (run / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    (run / "LICENSE").write_text("For research.")
+    assert main.run(["app", "--model", str(run), "--space", str(run / "space")]) == 0
+    names = {path.name for path in (run / "space" / "model").iterdir()}
+    assert names == {path.name for path in tiny_folder.iterdir()} | {"README.md", "LICENSE"}
+    assert "license" not in yaml.safe_load((run / "space" / "README.md").read_text().split("---")[1])
+    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["checkpoint-5", "space"]
+
+
+@pytest.mark.parametrize("limit", [10_000, 100_000], ids=["at the package", "at the weights"])
+def test_a_full_disk_leaves_no_half_space(tiny_folder, tmp_path, capsys, limit):
+    """No file may grow beyond a limit, which is what a writer sees of a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        code = main.run(["app", "--model", str(tiny_folder), "--space", str(tmp_path / "space")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err
+    assert code == 2 and said.count("\n") == 1 and "make room" in said and len(said) < 500
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_with_files_is_left_alone(tmp_path, capsys):

@@ -282,6 +282,14 @@ def test_an_internvl_that_contradicts_its_config(sources, tmp_path, changes, say
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]
 
 
+def test_keys_of_other_programs_are_left_out(sources, tmp_path):
+    """As Unsloth writes one into each config.json; a section of its own is one too."""
+    foreign = {"unsloth_fixed": True, "tool": {"version": 3, "deep": {"a": 1}}}
+    source = edited(sources / "internvl", tmp_path / "stock", **foreign)
+    assert run(sources, tmp_path / "out", source).check.weights > 100
+    assert not foreign.keys() & json.loads((tmp_path / "out" / "config.json").read_text()).keys()
+
+
 @pytest.mark.parametrize("part", ["internvl", "sam2", "codec"])
 @pytest.mark.parametrize("damage", ["truncated", "header", "nan", "lost tensor", "no weights", "no config", "absent"])
 def test_damaged_parts(sources, tmp_path, part, damage):
@@ -361,11 +369,16 @@ def test_a_folder_in_use_is_looked_at_before_anything_is_read(sources, tmp_path)
     assert (tmp_path / "model" / "model.safetensors").read_bytes() != before
 
 
-def test_a_part_is_never_overwritten(sources):
+def test_a_part_is_never_overwritten(sources, tmp_path):
     before = (sources / "internvl" / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="internvl is also a part to read"):
+    with pytest.raises(ValueError, match="internvl is to be read"):
         run(sources, sources / "sam2" / ".." / "internvl", overwrite=True)
     assert (sources / "internvl" / "model.safetensors").read_bytes() == before
+    out = shutil.copytree(sources / "internvl", tmp_path / "model")
+    within = shutil.copytree(sources / "codec", out / "parts" / "codec")
+    with pytest.raises(ValueError, match=r"model holds \S+codec, which is to be read"):
+        build(sources / "internvl", sources / "sam2", within, out, overwrite=True)
+    assert (within / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("old", [True, False], ids=["over an old one", "new"])

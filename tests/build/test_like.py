@@ -176,7 +176,7 @@ def test_what_contradicts_is_refused(small, tmp_path):
         with pytest.raises(ValueError, match=says):
             build(internvl, sam2, depth, out, like=like)
     assert [path.name for path in tmp_path.iterdir()] == ["turned"]
-    with pytest.raises(ValueError, match="old is also a part to read"):
+    with pytest.raises(ValueError, match="old is to be read"):
         build(small / "served", None, None, old, like=old, overwrite=True)
 
 

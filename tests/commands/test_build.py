@@ -98,7 +98,7 @@ def test_json_and_the_other_options(run, options, tmp_path):
         ({"--internvl": "{--mask-decoder}"}, (), "is not an InternVL: model_type in config.json is 'sam2'"),
         ({"--mask-decoder": "{--internvl}"}, (), "is not a SAM2 checkpoint"),
         ({"--depth-codec": "{--mask-decoder}"}, (), "is not a depth codec"),
-        ({"--out": "{--internvl}"}, (), "is not empty; name another folder, or give --overwrite"),
+        ({"--out": "{--internvl}"}, (), "is to be read; name another folder"),
         ({}, ("--dtype", "int4"), "--dtype"),
         ({"--internvl": "absent"}, ("--max-shard-size", "huge"), "max_shard_size is 'huge'; expected a number"),
         ({}, ("--seed", "-1"), "--seed"),

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import depth_config
 from original_aurora import aurora_tensors
 from pickle_bomb import Bomb
 
 from perceptio_hf import DepthVQVAE
 from perceptio_hf.commands import main
 from perceptio_hf.conversion.aurora import load_aurora
+from perceptio_hf.conversion.sa2va import convert_sa2va
 
 
 @pytest.fixture
@@ -87,6 +89,33 @@ def test_an_existing_folder_is_replaced_only_where_asked(tmp_path, aurora, capsy
     assert (out / "stale").is_file()
     assert convert("aurora-vqvae", aurora, out, "--overwrite") == 0
     assert not (out / "stale").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("sam2", "OUT", "OUT"), "OUT is to be read"),
+        (("sam2", "OUT/sam2.1_hiera_tiny.pt", "OUT"), "which is to be read"),
+        (("aurora-vqvae", "OUT/vae-final.pt", "OUT"), "which is to be read"),
+        (("sa2va", "OUT", "OUT"), "OUT is to be read"),
+        (("sa2va", "me/sa2va", "OUT", "--depth-codec", "OUT/codec"), "which is to be read"),
+    ],
+    ids=str,
+)
+def test_what_is_read_is_never_replaced(tmp_path, capsys, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "OUT" / "codec").mkdir(parents=True)
+    for name in ("config.json", "sam2.1_hiera_tiny.pt", "vae-final.pt"):
+        (tmp_path / "OUT" / name).touch()
+    assert says in refusal(capsys, *arguments, "--overwrite")
+    assert len(os.listdir("OUT")) == 4
+
+
+def test_a_given_codec_is_never_replaced(tmp_path):
+    DepthVQVAE(depth_config()).save_pretrained(tmp_path / "codec")
+    codec = DepthVQVAE.from_pretrained(tmp_path / "codec")
+    with pytest.raises(ValueError, match="codec is to be read"):
+        convert_sa2va("me/sa2va", tmp_path / "codec", depth_codec=codec, overwrite=True)
 
 
 def test_running_out_of_disk_leaves_the_old_folder(tmp_path, aurora, capsys):

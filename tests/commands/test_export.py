@@ -1,6 +1,7 @@
 """`perceptio export`: the folder it writes, what it prints, and what it refuses."""
 
 import json
+import shutil
 
 import pytest
 from transformers import InternVLForConditionalGeneration
@@ -30,6 +31,16 @@ def test_replaces_only_when_told_and_never_before_it_is_complete(tiny_folder, tm
     assert export(tmp_path / "absent" / "x", out, "--overwrite") == 2 and (out / "old").exists()
     assert export(tiny_folder, out, "--overwrite") == 0 and not (out / "old").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_checkpoint_itself_is_never_replaced(tiny_folder, tmp_path, capsys, monkeypatch):
+    saved = shutil.copytree(tiny_folder, tmp_path / "saved")
+    assert export(saved, saved, "--overwrite", "--no-verify") == 2
+    assert "saved is to be read; name another folder" in capsys.readouterr().err
+    assert json.loads((saved / "config.json").read_text())["model_type"] == "perceptio"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert export("~/saved", "~/saved", "--overwrite") == 2
+    assert export("~/saved", "~/out", "--no-verify") == 0 and (tmp_path / "out" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("arguments", [("--format", "onnx"), ("--bogus",)])

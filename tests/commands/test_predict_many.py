@@ -225,6 +225,20 @@ with in_use(sys.argv[1], "x"):
 """
 
 
+def test_files_of_others_are_not_taken_for_old_results(predict, photos, tmp_path):
+    """A data set's own depth, whose names may look like ours, and a list that is read."""
+    (photos.parent / "depth").mkdir()
+    picture(4, 4).save(photos.parent / "depth" / "000001.png")
+    code, _, error = predict(photos, QUESTION, "--spatial", "none", "--out", photos.parent)
+    assert code == 2 and "depth is there, and results would replace it" in error
+    assert (photos.parent / "depth" / "000001.png").is_file()
+    for name in ("failures.jsonl", "results.jsonl"):
+        (photos / name).write_text(json.dumps({"picture": "0.png", "question": QUESTION}) + "\n")
+        code, _, error = predict(photos / name, "--spatial", "none", "--out", photos, "--overwrite")
+        assert code == 2 and f"{name} is there, and results would replace it" in error
+        assert (photos / name).is_file()
+
+
 def test_a_run_that_answers_nothing_says_where_the_reasons_are(predict, tmp_path):
     (tmp_path / "list.jsonl").write_text('{"picture": "gone.png", "question": "What?"}')
     code, _, error = predict(tmp_path / "list.jsonl", "--out", tmp_path / "out")

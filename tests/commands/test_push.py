@@ -52,6 +52,18 @@ def test_a_dry_run_replaces_only_when_told(tiny_folder, tmp_path, capsys):
     assert captured.out.count(f"Would upload {files} files to me/fine") == 2
 
 
+def test_a_dry_run_never_replaces_what_it_reads(tiny_folder, tmp_path, capsys):
+    saved = shutil.copytree(tiny_folder, tmp_path / "saved")
+    (saved / "optimizer.pt").touch()
+    old = shutil.copytree(tiny_folder, tmp_path / "old")
+    (old / "results.yaml").write_text(yaml.safe_dump(RESULTS))
+    assert push(saved, "me/fine", "--dry-run", saved, "--overwrite") == 2
+    assert push(saved, "me/fine", "--dry-run", old, "--overwrite", "--eval-results", old / "results.yaml") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all("is to be read; name another folder" in line for line in said)
+    assert (saved / "optimizer.pt").is_file() and (old / "results.yaml").is_file()
+
+
 def test_an_upload_prints_where_it_is_and_never_the_token(tiny_folder, capsys, monkeypatch):
     with serve_hub() as hub:
         point_client_at(monkeypatch, hub.url)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from helpers import assert_alike, chat, encode, picture, random_model
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, InternVLForConditionalGeneration
 
 import perceptio_hf
-from perceptio_hf import PerceptioProcessor
+from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor
 from perceptio_hf.conversion.export import export_internvl
 from perceptio_hf.lab.held_out import encode_items, held_out_items
 from perceptio_hf.tokens import depth_span, spatial_tokens
@@ -232,6 +233,16 @@ def test_a_folder_in_use_is_refused_unless_told(model, processor, tmp_path):
         export_internvl(model, processor, tmp_path / "out")
     export_internvl(model, processor, tmp_path / "out", overwrite=True)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "internvl"
+
+
+def test_the_folder_a_model_was_loaded_from_is_never_replaced(tiny_folder, processor, tmp_path):
+    saved = shutil.copytree(tiny_folder, tmp_path / "runs" / "saved")
+    loaded = PerceptioForConditionalGeneration.from_pretrained(saved)
+    (tmp_path / "runs" / "config.json").write_text("{}")
+    for place in (saved, tmp_path / "runs"):
+        with pytest.raises(ValueError, match="to be read; name another folder"):
+            export_internvl(loaded, processor, place, overwrite=True)
+    assert json.loads((saved / "config.json").read_text())["model_type"] == "perceptio"
 
 
 def test_the_guide_runs(tmp_path, monkeypatch, capsys):

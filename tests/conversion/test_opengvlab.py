@@ -242,6 +242,15 @@ def test_tensors_too_many_or_too_few_are_named(folder, good, name, named):
         load_opengvlab(folder)
 
 
+@pytest.mark.parametrize("text", ["Qwen2ForCausalLM", "InternLM2ForCausalLM"])
+def test_names_under_a_prefix_are_told(tmp_path, text):
+    """As they are saved out of DataParallel."""
+    config = original_config(text)
+    tensors = {f"module.{name}": tensor for name, tensor in random_tensors(config).items()}
+    with pytest.raises(ValueError, match=r"unexpected module\.\S+ \(and \d+ more\); missing "):
+        load_opengvlab(write_checkpoint(tmp_path, config, tensors))
+
+
 @pytest.mark.parametrize(
     ("file", "content", "named"),
     [

@@ -14,8 +14,9 @@ from helpers import chat, encode, picture
 from hub_server import TOKEN, HubServer, client_environment, point_client_at, serve_hub
 from huggingface_hub import EvalResult, HfApi, ModelCard
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel, BitsAndBytesConfig
 
-from perceptio_hf import PerceptioProcessor
+from perceptio_hf import PerceptioProcessor, tiny_checkpoint
 from perceptio_hf.hub.card import CardFacts, read_results
 from perceptio_hf.hub.upload import plan_upload, upload
 
@@ -134,6 +135,17 @@ def test_code_that_is_missing_is_added(folder, tmp_path):
         elif name in ("config.json", "processor_config.json"):
             assert json.loads((tmp_path / "dry" / name).read_text()) == json.loads(original[name])
     assert not (folder / "span_grammar.py").exists(), "the folder itself stays as it is"
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_quantised_weights_go_up(tmp_path, bits):
+    pytest.importorskip("bitsandbytes", reason="the extra quantize installs it")
+    source, folder = tiny_checkpoint(), tmp_path / "saved"
+    settings = BitsAndBytesConfig(**{bits: True})
+    AutoModel.from_pretrained(source, quantization_config=settings, device_map={"": "cpu"}).save_pretrained(folder)
+    PerceptioProcessor.from_pretrained(source).save_pretrained(folder)
+    files = plan_upload(folder, "me/small").files
+    assert files["model.safetensors"] == folder / "model.safetensors" and b"me/small" in files["README.md"]
 
 
 def test_a_card_of_the_folder_is_kept_unless_told(folder):

@@ -192,6 +192,19 @@ def folder(tmp_path_factory):
     return folder
 
 
+def test_command_train_never_replaces_what_it_reads(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("codec", "world"):
+        (tmp_path / name / "maps").mkdir(parents=True)
+        (tmp_path / name / "config.json").touch()
+    (tmp_path / "codec" / "mine.yaml").write_text("steps: 2")
+    train = ["codebook", "train", "--overwrite", "--unit", "mm", "--out"]
+    assert run([*train, "codec", "--data", "codec/maps"]) == 2
+    assert run([*train, "codec", "--config", "codec/mine.yaml"]) == 2
+    assert capsys.readouterr().err.count("which is to be read; name another folder") == 2
+    assert run([*train, "world"]) == 2 and "--unit" in capsys.readouterr().err, "scenes are no folder"
+
+
 def test_command_train_saves_a_codec_that_loads(folder, capsys):
     assert DepthVQVAE.from_pretrained(folder / "codec").config.image_size == 32
     record = json.loads((folder / "codec" / "codec.json").read_text())

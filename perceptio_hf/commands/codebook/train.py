@@ -1,6 +1,7 @@
 """`perceptio codebook train`."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -72,7 +73,8 @@ def train(
     given = {"data": data, "unit": unit, "pattern": pattern, "maps": maps, "steps": steps, "minutes": minutes}
     given |= {"teacher": teacher, "teacher_unit": teacher_unit, "seed": seed}
     settings = read_settings(config, given)
-    check_new_folder(out, overwrite)
+    out = Path(os.path.expanduser(out))
+    check_new_folder(out, overwrite, sources := _places(config, settings))
 
     from perceptio_hf import DepthVQVAEConfig
     from perceptio_hf.commands.checkpoints import quieten
@@ -96,7 +98,7 @@ def train(
         figures, drawn = measure_maps(codec, whole, _SHOWN_MAPS, _DRAWN)
         trained_on = known(figures)
         record = {"settings": settings, "parameters": codec.num_parameters(), "on_training_maps": trained_on}
-        with new_folder(out, overwrite) as folder:
+        with new_folder(out, overwrite, sources) as folder:
             codec.save_pretrained(folder)
             write_json(folder / "codec.json", record)
             write_picture(folder / "maps.png", drawn)
@@ -104,6 +106,12 @@ def train(
     shutil.rmtree(work, ignore_errors=True)
     text = f"{figures_text(trained_on)}\nBest and worst maps: {out / 'maps.png'}\nCodec: {out}"
     print(json.dumps({"codec": str(out), **record}, indent=2) if as_json else text)
+
+
+def _places(config: Path | None, settings: dict[str, Any]) -> list[str | Path | None]:
+    """What is read and must not be replaced; the world lies nowhere, also where a folder has its name."""
+    data = settings["data"]
+    return [config, settings["teacher"], None if data.partition(":")[0] == "world" else data]
 
 
 def _accelerator(device: str | None) -> "Accelerator":
