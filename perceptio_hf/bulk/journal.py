@@ -32,6 +32,11 @@ class Journal:
         self.records: list[dict[str, Any]] = []
         self.done = 0
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not claim_path(path).exists():  # the claim is written first
+            raise ValueError(
+                f"{path} is there without {claim_path(path).name}, so no run wrote it, and it is not replaced; name "
+                "another --out."
+            )
         try:
             self._check_claim(claim_path(path), claim)
             self._read()
@@ -80,8 +85,6 @@ class Journal:
 
     def _check_claim(self, path: Path, claim: dict[str, Any]) -> None:
         if not path.exists():
-            if self.path.exists():
-                raise ValueError(f"{self.path} is there without {path.name}; {_WAY_OUT}")
             return
         try:
             old = json.loads(path.read_text(encoding="utf-8"))

@@ -46,8 +46,7 @@ def write_card(path: Path, summary: dict[str, Any], *, overwrite: bool = False) 
     results = card_results(summary)
     new = {_measured(item) for item in results}
     with in_use(path.with_suffix(""), "writing a card of results", patience=60):  # of two that read, one would be lost
-        old = [] if overwrite and not _is_of(path, name) else _read_old(path, name)
-        kept = [item for item in old if _measured(item) not in new]
+        kept = [item for item in _read_old(path, name, overwrite) if _measured(item) not in new]
         index = eval_results_to_model_index(name, [*kept, *results])
         write_text(path, yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True))
 
@@ -58,24 +57,19 @@ def _measured(result: EvalResult) -> tuple[str | None, ...]:
 
 def check_card(path: Path, model: str, *, overwrite: bool = False) -> None:
     """Raise before long work what `write_card` would raise after it."""
-    if not overwrite:
-        _read_old(path, Path(model).name)
+    _read_old(path, Path(model).name, overwrite)
 
 
-def _read_old(path: Path, name: str) -> list[EvalResult]:
+def _read_old(path: Path, name: str, overwrite: bool) -> list[EvalResult]:
+    """The results that stay. Those of another model only `overwrite` replaces, what is no card nothing."""
     if not path.exists():
         return []
     found, results = _parse(path)
-    if found != name:
-        raise ValueError(f"{path} has results of the model {found}, not {name}; name another file, or --overwrite.")
-    return results
-
-
-def _is_of(path: Path, name: str) -> bool:
-    try:
-        return path.exists() and _parse(path)[0] == name
-    except ValueError:
-        return False
+    if found == name:
+        return results
+    if overwrite:
+        return []
+    raise ValueError(f"{path} has results of the model {found}, not {name}; name another file, or --overwrite.")
 
 
 def _parse(path: Path) -> tuple[str, list[EvalResult]]:
@@ -83,4 +77,4 @@ def _parse(path: Path) -> tuple[str, list[EvalResult]]:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
         return model_index_to_eval_results(document["model-index"])
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError):
-        raise ValueError(f"{path} is there and is no card of results; name another file, or --overwrite.") from None
+        raise ValueError(f"{path} is no card of results, so it is not replaced; name another file.") from None

@@ -304,8 +304,10 @@ def test_a_journal_keeps_what_json_cannot_hold_out(tmp_path):
     again = Journal(tmp_path / "a.jsonl", {"x": 1}, ["one", "two"])
     assert again.records == [{"id": "one", "text": "ä\u2028\n\u0085"}]
     (tmp_path / "a.claim.json").unlink()
-    with pytest.raises(ValueError, match=r"without a.claim.json"):
-        Journal(tmp_path / "a.jsonl", {"x": 1}, ["one", "two"])
+    for overwrite in (False, True):  # somebody's own samples.jsonl, say
+        with pytest.raises(ValueError, match=r"without a.claim.json, so no run wrote it, and it is not replaced"):
+            Journal(tmp_path / "a.jsonl", {"x": 1}, ["one", "two"], overwrite=overwrite)
+    assert (tmp_path / "a.jsonl").stat().st_size
 
 
 def test_a_result_that_is_no_number_names_its_sample(tmp_path):

@@ -124,11 +124,12 @@ def test_results_of_another_model_or_another_file_are_not_overwritten(summaries,
     check_card(path, "random")
     write_card(path, other, overwrite=True)
     assert {item.dataset_config for item in read_results(path)} == {"world-closest"}
-    path.write_text("recipe: 1")
-    with pytest.raises(ValueError, match="no card of results"):
-        write_card(path, other)
-    write_card(path, other, overwrite=True)
     assert len(read_results(path)) == len(card_results(other))
+    path.write_text("recipe: 1")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="no card of results, so it is not replaced"):
+            write_card(path, other, overwrite=overwrite)
+    assert path.read_text() == "recipe: 1"
     assert [item.name for item in tmp_path.iterdir()] == ["card.yaml"]
 
 
