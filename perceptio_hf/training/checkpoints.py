@@ -92,6 +92,8 @@ class WholeCheckpoints(Trainer):
             if self.args.should_save:
                 swap_in(staging / name, staging.parent / name, staging / "replaced")
         except (OSError, SafetensorError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+                raise  # of a kind of its own: CUDA out of memory, a process that did not answer
             raise OSError(_saving_failed(staging.parent, name, error)) from error
         finally:
             if self.args.should_save:

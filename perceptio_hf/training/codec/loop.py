@@ -211,6 +211,8 @@ class _Training:
             with replacing(self.saving.path) as temporary:
                 torch.save(state, temporary)
         except RuntimeError as error:  # torch's way to say that a disk is full
+            if type(error) is not RuntimeError:  # of a kind of its own, such as CUDA out of memory
+                raise
             raise OSError(
                 f"{self.saving.path} could not be written ({' '.join(str(error).split())[:100]}); make room there and "
                 "give the same command again: it goes on from what was saved before."
