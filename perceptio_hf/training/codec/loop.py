@@ -126,7 +126,8 @@ class _Training:
         self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=_is_half(options, self.device))
         self.quantise = False
         self.saved_at = clock.now()
-        self.claim = {"options": asdict(options), "config": config.to_dict(), "seed": seed, "processes": self.processes}
+        kind = {key: value for key, value in config.to_dict().items() if key != "transformers_version"}
+        self.claim = {"options": asdict(options), "config": kind, "seed": seed, "processes": self.processes}
 
     def run(self, progress: Callable[[float, float], None] | None) -> DepthVQVAE:
         self._load()
