@@ -28,13 +28,11 @@ if TYPE_CHECKING:
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 SFT, TINY = "sft", "tiny"  # kinds of recipes
 REWARDED = ("grpo", "rloo")  # those that learn by rewards
-_RECIPE_FILE = "recipe.json"
 _WAYS_TO_PERCEPTIO = {
     "internvl": "run `perceptio build`, which joins it with a SAM2 and a depth codec, and train the result.",
     "internvl_chat": "run `perceptio build`, which joins it with a SAM2 and a depth codec, and train the result.",
     "sa2va_chat": "run `perceptio convert sa2va`, and train the result.",
 }
-_PLACES = ("output_dir", "resume_from_checkpoint")  # of a run, not of what it trains
 
 
 def train(
@@ -194,9 +192,10 @@ def _with_times(plan: "Plan", config: Path, overrides: Sequence[str], steps: int
 
 
 def _train_into(folder: Path, recipe: "Recipe") -> None:
-    from perceptio_hf.files import write_json
+    from perceptio_hf.training.checkpoints import told_by_first
+    from perceptio_hf.training.recipe import where_to_resume, write_recipe
 
-    resume = _where_to_resume(recipe, folder)
+    resume = told_by_first(lambda: where_to_resume(recipe, folder))
     merges = recipe.arguments.lora_r is not None and recipe.arguments.lora_merge
     if resume is None and (folder / "checkpoint").exists() and not recipe.settings.resume_from_checkpoint:
         if merges and not (folder / "merged").exists() and recipe.settings.process_index == 0:
@@ -205,54 +204,10 @@ def _train_into(folder: Path, recipe: "Recipe") -> None:
         return
     trainer = _trainer(recipe)
     if trainer.is_world_process_zero():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / _RECIPE_FILE, _lasting(recipe))
+        write_recipe(recipe, folder)
     _run(trainer, folder, resume)
     if merges and trainer.is_world_process_zero():
         _save_merged(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, folder / "merged")
-
-
-def _where_to_resume(recipe: "Recipe", folder: Path) -> Path | str | None:
-    """The checkpoint to go on from: the one that is asked for, or the last one of the same recipe.
-
-    Raises:
-        ValueError: if the folder holds checkpoints of another recipe and nothing is asked for.
-    """
-    from perceptio_hf.training.checkpoints import last_checkpoint
-
-    asked = recipe.settings.resume_from_checkpoint
-    wish = str(asked).lower()
-    if wish == "false":
-        return None
-    if asked is not None and wish != "true":
-        if not Path(asked).is_dir():
-            raise ValueError(f"There is no checkpoint {asked} to resume from.")
-        return asked
-    last = last_checkpoint(folder)
-    if wish == "true":
-        if last is None:
-            raise ValueError(f"{folder} holds no complete checkpoint to resume from.")
-        return last
-    finished = (folder / "checkpoint").exists()
-    if (last or finished) and _recipe_of(folder) != _lasting(recipe):
-        raise ValueError(
-            f"{folder} holds checkpoints of another recipe; choose another --out, or go on from its last checkpoint "
-            "with this recipe by --resume_from_checkpoint true."
-        )
-    return None if finished else last
-
-
-def _recipe_of(folder: Path) -> dict | None:
-    try:
-        return json.loads((folder / _RECIPE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _lasting(recipe: "Recipe") -> dict:
-    """What a recipe trains, as JSON reads it back."""
-    values = {key: value for key, value in recipe.values.items() if key not in _PLACES}
-    return json.loads(json.dumps(values, default=str))
 
 
 def _trainer(recipe: "Recipe") -> "WholeCheckpoints":

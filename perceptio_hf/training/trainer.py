@@ -440,14 +440,7 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
                 `output_dir`, every sample was left out, or the loss is not finite.
             OSError: if a checkpoint cannot be saved.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"There is no complete checkpoint in {self.args.output_dir} to resume from.")
         with in_use(self.args.output_dir, "training") if self.is_world_process_zero() else nullcontext():
-            if resume_from_checkpoint:
-                self.prepare_to_resume(Path(resume_from_checkpoint))
-                resume_from_checkpoint = str(resume_from_checkpoint)
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             self._report_skipped()
             if not self.state.global_step:
