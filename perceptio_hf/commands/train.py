@@ -211,14 +211,19 @@ def _train_into(folder: Path, recipe: "Recipe") -> None:
 
 
 def _trainer(recipe: "Recipe") -> "WholeCheckpoints":
+    from perceptio_hf.conversion.saved_models import load_depth_codec
     from perceptio_hf.training.logging import show_losses
     from perceptio_hf.training.recipe import check_label_codecs, evaluation_sets, training_set
     from perceptio_hf.training.trainer import PerceptioSFTTrainer
 
     arguments, settings = recipe.arguments, recipe.settings
+    source, revision = _source(arguments)
     model, processor = _start(recipe)
     settings.model_init_kwargs = None
-    check_label_codecs([*arguments.tasks, *arguments.eval_tasks], arguments.data_folder, model.depth_model)
+    tasks = [*arguments.tasks, *arguments.eval_tasks]
+    if any("labels" in task and not task.get("maps") for task in tasks):
+        # As it is saved: where processes share the model (ZeRO-3), none of them has the codec's weights.
+        check_label_codecs(tasks, arguments.data_folder, load_depth_codec(source, **revision))
     if arguments.recipe in REWARDED:
         from perceptio_hf.training.rewards.recipe import reward_trainer
 
