@@ -142,6 +142,7 @@ def test_options_take_the_place_of_keys(recipe):
         ({"tasks": [{"samples": "/no/such/samples"}]}, "/no/such/samples holds no samples"),
         ({"tasks": [{"depth_folder": "/no/such/folder"}]}, "lacks unit"),
         ({"packing": True}, "packing"),
+        ({"push_to_hub": True}, "`perceptio push OUT/checkpoint"),
         ({"recipe": "cake"}, "recipe is 'cake'; choose sft"),
     ],
 )

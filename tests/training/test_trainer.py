@@ -355,7 +355,8 @@ def test_peft_adapters_train(processor, tmp_path, tie):
         ({"loss_type": "dft"}, "loss_type is 'dft'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"assistant_only_loss": True}, "assistant_only_loss"),
-        ({"push_to_hub": True, "hub_strategy": "checkpoint"}, "hub_strategy"),
+        ({"push_to_hub": True}, r"uploads nothing.*`perceptio push OUT/checkpoint"),
+        ({"push_to_hub": True, "hub_strategy": "end"}, "perceptio push OUT/checkpoint"),
     ],
 )
 def test_settings_that_make_no_sense(tmp_path, changes, message):

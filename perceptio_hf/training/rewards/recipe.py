@@ -22,6 +22,7 @@ import torch
 from trl import GRPOConfig, RLOOConfig
 
 from perceptio_hf.training.checkpoints import WholeCheckpoints
+from perceptio_hf.training.config import check_uploads_nothing
 from perceptio_hf.training.recipe import Recipe, RecipeArguments, read_recipe, training_set
 from perceptio_hf.training.reinforcement import PerceptioGRPOTrainer, PerceptioRLOOTrainer
 
@@ -64,6 +65,7 @@ class _OnAnyMachine:
     def __post_init__(self):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # as it would be anyway; only then does transformers allow bf16 on a CPU
+        check_uploads_nothing(self)
         super().__post_init__()
 
 
