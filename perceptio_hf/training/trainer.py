@@ -318,7 +318,8 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         """What the model calls inside its forward, where every use of a parameter is seen by DDP and FSDP."""
         core = self._perceptio
         modules = [core.seg_projector, core.mask_model.mask_decoder]
-        if not has_pictures and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # else the model sees to it
+        in_shards = self.is_fsdp_enabled or hasattr(next(core.parameters()), "ds_id")
+        if not has_pictures and not in_shards:  # else the model sees to it
             modules += [core.model.vision_tower, core.model.multi_modal_projector]
 
         def criterion(hidden_states: Tensor, lm_head: Callable, outputs) -> tuple[Tensor, dict[str, Tensor]]:

@@ -189,9 +189,12 @@ def test_a_batch_without_pictures_masks_or_depth_trains(train):
     few = Dataset.from_list(rows, features=columns)
     trainer = train(train=few, per_device_train_batch_size=2, max_steps=1, freeze_vision_tower=False)
     assert set(logged_parts(trainer)) == {"loss", "text", "count"}
-    trainer.compute_loss(trainer.model.train(), trainer.data_collator(rows)).backward()
-    learning = {name: parameter.grad for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
-    assert not [name for name, gradient in learning.items() if gradient is None]  # DDP waits for each of them
+    learning = {name: value for name, value in trainer.model.named_parameters() if value.requires_grad}
+    for by_deepspeed in (False, True):  # ZeRO-1 and ZeRO-2 leave each process all weights, as DDP does
+        trainer.is_deepspeed_enabled = by_deepspeed
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model.train(), trainer.data_collator(rows)).backward()
+        assert not [name for name, value in learning.items() if value.grad is None]  # each of them is waited for
 
 
 def test_what_a_stream_has_left_at_its_end_is_no_part_of_the_next_step(train):
