@@ -148,11 +148,21 @@ def _fine_tune(config: Path, out: Path | None, overrides: Sequence[str], kind: s
     elif "output_dir" not in read_yaml(config) and not any(option.startswith("--output") for option in overrides):
         overrides = [*overrides, "--output_dir", str(Path("runs", config.stem))]
     recipe = read_recipe(config, overrides) if kind == SFT else read_reward_recipe(kind, config, overrides)
+    _check_file_says(kind, recipe)
     folder = Path(recipe.settings.output_dir)
     checkpoints.quieten()  # not before: the settings take it for a wish to see no progress bar
     first = recipe.settings.process_index == 0  # of several that train together
     with in_use(folder, "perceptio train") if first else nullcontext():
         _train_into(folder, recipe)
+
+
+def _check_file_says(kind: str, recipe: "Recipe") -> None:
+    """ValueError where `--recipe` is given and names another kind than the file."""
+    if recipe.arguments.recipe != kind:
+        raise ValueError(
+            f"--recipe is {recipe.arguments.recipe}, but the file is a recipe of kind {kind}, which decides about its "
+            "keys: leave the option out, or change `recipe` in the file."
+        )
 
 
 def _plan(config: Path, overrides: Sequence[str], measure: int | None, launch: Path | None, as_json: bool) -> None:

@@ -157,6 +157,7 @@ def test_mistakes_get_one_line(tmp_path, recipe, fails, changes, words):
         (["--max_step", "3"], "unknown key 'max_step'; did you mean max_steps"),
         (["--max_steps", "many"], "--max_steps"),
         (["--processes", "2"], "accelerate launch"),
+        (["--recipe", "grpo"], "--recipe is grpo, but the file is a recipe of kind sft"),
         (["--resume_from_checkpoint", "/no/such/place"], "no checkpoint /no/such/place"),
         (["--resume_from_checkpoint", "true"], "no complete checkpoint"),
     ],
