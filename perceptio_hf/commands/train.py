@@ -171,13 +171,16 @@ def _plan(config: Path, overrides: Sequence[str], measure: int | None, launch: P
 
     try:
         from perceptio_hf.training.planning.plan import plan_training
-        from perceptio_hf.training.planning.sharding import layout_of_environment, layout_of_file
+        from perceptio_hf.training.planning.sharding import check_layout, layout_of_environment, layout_of_file
         from perceptio_hf.training.recipe import read_recipe
     except ModuleNotFoundError as error:
         raise missing(error, "Fine-tuning") from error
 
     layout = layout_of_environment() if launch is None else layout_of_file(find_recipe(launch, "accelerate"))
     recipe = read_recipe(config, [*overrides, "--output_dir", "planned"])
+    _check_file_says(SFT, recipe)
+    if launch is not None:
+        check_layout(layout, recipe)
     checkpoints.quieten()
     source, revision = _source(recipe.arguments)
     _check_kind(source, revision)

@@ -12,6 +12,7 @@ from trl import SFTConfig
 from perceptio_hf.extras import how_to_install
 from perceptio_hf.training.losses.words import TOKEN_OVER, check_over
 
+from . import zero3
 from .losses import PARTS, LossPart, LossWeights
 
 ON_ERROR = ("raise", "skip")
@@ -162,6 +163,7 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
         with warnings.catch_warnings():  # the name TRL still gives to activation_checkpointing, whoever sets it
             warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
             super().__post_init__()
+        zero3.check_precision(self)
         self._keep_batches_whole()
         self._check_reports()
 

@@ -31,6 +31,7 @@ from . import fsdp, zero3
 from .checkpoints import WholeCheckpoints, last_checkpoint
 from .collator import PerceptioDataCollator
 from .config import PerceptioSFTConfig
+from .fsdp import check_adapters
 from .lengths import BY_LENGTH, LengthSampler, check_has_lengths, sample_lengths
 from .logging import draw_losses
 from .losses import PARTS, composite_loss
@@ -123,6 +124,7 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         self._weights = args.loss_weights()
         self._vocabulary = self._perceptio.spatial_vocabulary()
         self._codec = self._perceptio.depth_model
+        check_adapters(self)
         if self.is_fsdp_enabled:
             self._prepare_fsdp()
         elif self.is_deepspeed_enabled:  # ZeRO-3 too leaves nothing but shards outside the model's forward
@@ -150,11 +152,6 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         return model.get_base_model() if is_peft_model(model) else model
 
     def _prepare_fsdp(self) -> None:
-        if is_peft_model(self.model):
-            raise ValueError(
-                "FSDP cannot shard an embedding whose rows PEFT trains one by one (accelerate 1.15). Adapters are "
-                "small: start with --multi_gpu instead of --use_fsdp."
-            )
         fsdp.prepare(self.accelerator.state.fsdp_plugin)
         # The frozen codec is also needed outside the model's forward, where FSDP holds nothing but shards.
         self._codec = copy.deepcopy(self._codec).to(self.accelerator.device)

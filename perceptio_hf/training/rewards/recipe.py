@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl import GRPOConfig, RLOOConfig
 
+from perceptio_hf.training import zero3
 from perceptio_hf.training.checkpoints import WholeCheckpoints
 from perceptio_hf.training.config import check_uploads_nothing
 from perceptio_hf.training.recipe import Recipe, RecipeArguments, read_recipe, training_set
@@ -67,6 +68,12 @@ class _OnAnyMachine:
             self.use_cpu = True  # as it would be anyway; only then does transformers allow bf16 on a CPU
         check_uploads_nothing(self)
         super().__post_init__()
+        zero3.check_precision(self)
+        if self.reward_weights is not None:
+            raise ValueError(
+                f"reward_weights is {self.reward_weights}; in a recipe a weight stands behind the name of its reward: "
+                "leave it out, and write rewards: {right_answer: 1.0, ...}."
+            )
 
 
 @dataclass
