@@ -34,6 +34,7 @@ from .config import PerceptioSFTConfig
 from .fsdp import check_adapters
 from .lengths import BY_LENGTH, LengthSampler, check_has_lengths, sample_lengths
 from .logging import draw_losses
+from .lora import exact_copies, put_back
 from .losses import PARTS, composite_loss
 from .silence import TellsNobody
 from .streams import SharedStream
@@ -96,7 +97,7 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         if model.config.picture_mark_token_ids is None and isinstance(processing_class, PerceptioProcessor):
             model.config.picture_mark_token_ids = processing_class.picture_mark_token_ids()  # older checkpoints
         self._look_layer = look_layer(model.config.text_config, args.look_layer) if args.look_weight else None
-        if not is_peft_model(model):
+        if peft_config is None and not is_peft_model(model):  # else PEFT decides; quantised layers cannot be asked to
             choose_trainable(model, args)
         if data_collator is None:
             data_collator = PerceptioDataCollator(
@@ -107,6 +108,7 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
             )
         if peft_config is not None:
             set_seed(args.seed)  # PEFT draws the adapters' first weights before transformers sets the seed
+        exact = exact_copies(model)
         super().__init__(
             model=model,
             args=args,
@@ -119,6 +121,7 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
             optimizers=optimizers,
             peft_config=peft_config,
         )
+        put_back(self.model, exact)
         args.model_init_kwargs = init_kwargs
         check_trains(self.model)
         self._weights = args.loss_weights()
