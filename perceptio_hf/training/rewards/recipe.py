@@ -58,6 +58,12 @@ class RewardArguments(RecipeArguments):
         super().__post_init__()
         if not self.rewards or not set(self.rewards) <= set(REWARDS):
             raise ValueError(f"rewards are {self.rewards}; give weights of {', '.join(REWARDS)}.")
+        unused = [name for name in ("eval_tasks", "figures") if getattr(self, name)]
+        if unused:
+            raise ValueError(
+                f"The recipe has {' and '.join(unused)}, but a training by rewards evaluates nothing: leave them out, "
+                "and measure its checkpoints by `perceptio eval`."
+            )
 
 
 class _OnAnyMachine:

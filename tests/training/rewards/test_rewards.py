@@ -217,6 +217,10 @@ def test_mistakes_in_a_recipe_are_named(tmp_path):
         ("rewards: {right: 1.0}", "give weights of right_answer, form"),
         ("num_generation: 2", "did you mean num_generations"),
         ("prompts: many", "prompts must be a whole number"),
+        ("eval_tasks: [{world: refer, scenes: 2}]", "has eval_tasks, but .* `perceptio eval`"),
+        ("figures: [{broken_spans: 4}]", "has figures, but .* evaluates nothing"),
+        ("reward_weights: [1.0]", r"reward_weights is \[1.0\]; .* write rewards:"),
+        ("push_to_hub: true", "`perceptio push OUT/checkpoint"),
     ):
         recipe.write_text(f"recipe: grpo\nmodel_name_or_path: tiny\ntasks: [{{world: refer, scenes: 2}}]\n{wrong}\n")
         with pytest.raises(ValueError, match=message):
