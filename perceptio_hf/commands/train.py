@@ -240,6 +240,7 @@ def _trainer(recipe: "Recipe") -> "WholeCheckpoints":
     if arguments.recipe in REWARDED:
         from perceptio_hf.training.rewards.recipe import reward_trainer
 
+        settings.model_init_kwargs = revision if revision and settings.beta else None  # of the reference model
         return reward_trainer(recipe, model, processor, _adapters(model, arguments))
     figures = _figures(arguments, settings)
     trainer = PerceptioSFTTrainer(

@@ -41,6 +41,7 @@ from .streams import SharedStream
 
 _logger = logging.getLogger(__name__)
 _TARGETS = ("labels", "layout", "mask_targets", "depth_targets", "depth_valid", "depth_given_as_codes")
+_OF_THE_PLACE = ("revision", "token", "cache_dir")  # what to load says where from; the processor comes from there too
 
 
 class DivergedError(ValueError):
@@ -93,7 +94,8 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         check_has_lengths(args, train_dataset)
         source, model = _loaded(model, args)
         init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None  # used up; SFTTrainer would say ignored
-        processing_class = processing_class or PerceptioProcessor.from_pretrained(source)
+        place = {name: init_kwargs[name] for name in _OF_THE_PLACE if name in (init_kwargs or {})}
+        processing_class = processing_class or PerceptioProcessor.from_pretrained(source, **place)
         if model.config.picture_mark_token_ids is None and isinstance(processing_class, PerceptioProcessor):
             model.config.picture_mark_token_ids = processing_class.picture_mark_token_ids()  # older checkpoints
         self._look_layer = look_layer(model.config.text_config, args.look_layer) if args.look_weight else None

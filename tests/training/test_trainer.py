@@ -9,7 +9,7 @@ import pytest
 import sft_helpers as sft
 import torch
 from datasets import Dataset
-from helpers import random_model
+from helpers import cached_repository, random_model
 from PIL import Image
 
 from perceptio_hf import PerceptioSFTTrainer
@@ -314,6 +314,19 @@ def test_model_and_processor_from_a_path(tmp_path, processor):
     trainer = PerceptioSFTTrainer(str(folder), args, train_dataset=sft.samples(8))
     trainer.train()
     assert args.model_init_kwargs == {"dtype": "float32"}
+    assert trainer.processing_class.num_depth_tokens == processor.num_depth_tokens
+
+
+def test_the_processor_is_of_the_revision_that_the_model_is_of(tmp_path, processor):
+    """On the Hub `main` holds nothing but a start."""
+    random_model(processor).save_pretrained(tmp_path / "model")
+    (tmp_path / "main").mkdir()
+    (tmp_path / "main" / "config.json").write_text((tmp_path / "model" / "config.json").read_text())
+    processor.save_pretrained(tmp_path / "model")
+    cache = cached_repository(tmp_path / "cache", "me/two", {"main": tmp_path / "main", "v2": tmp_path / "model"})
+    place = {"revision": "v2", "cache_dir": str(cache)}
+    args = sft.settings(tmp_path / "out", model_init_kwargs=place)
+    trainer = PerceptioSFTTrainer("me/two", args, train_dataset=sft.samples(4))
     assert trainer.processing_class.num_depth_tokens == processor.num_depth_tokens
 
 
