@@ -1,6 +1,9 @@
 """Small pieces the tests are built from; see conftest.py for fixtures."""
 
 import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,6 +42,17 @@ def random_model(processor: PerceptioProcessor, tie: bool = True, seed: int = 0)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     return model
+
+
+def cached_repository(cache: Path, name: str, revisions: Mapping[str, Path]) -> Path:
+    """A cache of the Hub's client that holds these folders as branches of a repository; returns `cache`."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    for number, (branch, folder) in enumerate(revisions.items()):
+        commit = f"{number:040x}"
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        (repository / "refs" / branch).write_text(commit)
+    return cache
 
 
 def assert_alike(found: torch.Tensor, expected: torch.Tensor, *, depth: int = 12, width: int = 256) -> None:

@@ -7,17 +7,20 @@ import json
 import os
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from helpers import depth_config, picture, random_model
 
 from perceptio_hf import PerceptioProcessor, PerceptioSFTConfig, PerceptioSFTTrainer
 from perceptio_hf.data.run_length import encode_mask
+from perceptio_hf.training import checkpoints
 
 TEXTS = ["Which is closer, the red ball or the blue box?", "Segment the red ball.", "Here is the depth map."]
 GRID = 16  # depth codes of one span, and codes in the codebook
@@ -124,7 +127,9 @@ def distributed(out: Path) -> None:
     evaluation = training.evaluate()
     training.save_model(str(out))
     resumed = trainer(out / "resumed", **changes)
-    resumed.train(resume_from_checkpoint=str(out / "checkpoint-1"))
+    with patch.object(checkpoints, "fault_of", wraps=checkpoints.fault_of) as check:
+        resumed.train(resume_from_checkpoint=str(out / "checkpoint-1"))
+    checked = gather_object([check.call_count])
     resumed.save_model(str(out / "resumed"))
     one, few = [[0, 1, 2, 3], [4, 5]], {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
     uneven = trainer(out / "uneven", train=stream(one), evaluation=stream(one), max_steps=3, **few)
@@ -133,6 +138,7 @@ def distributed(out: Path) -> None:
     if training.is_world_process_zero():
         result = {
             "streamed": streamed,
+            "checked": checked,
             "history": training.state.log_history,
             "evaluation": evaluation,
             "kind": str(training.accelerator.distributed_type),

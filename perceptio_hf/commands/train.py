@@ -28,13 +28,11 @@ if TYPE_CHECKING:
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 SFT, TINY = "sft", "tiny"  # kinds of recipes
 REWARDED = ("grpo", "rloo")  # those that learn by rewards
-_RECIPE_FILE = "recipe.json"
 _WAYS_TO_PERCEPTIO = {
     "internvl": "run `perceptio build`, which joins it with a SAM2 and a depth codec, and train the result.",
     "internvl_chat": "run `perceptio build`, which joins it with a SAM2 and a depth codec, and train the result.",
     "sa2va_chat": "run `perceptio convert sa2va`, and train the result.",
 }
-_PLACES = ("output_dir", "resume_from_checkpoint")  # of a run, not of what it trains
 
 
 def train(
@@ -150,11 +148,21 @@ def _fine_tune(config: Path, out: Path | None, overrides: Sequence[str], kind: s
     elif "output_dir" not in read_yaml(config) and not any(option.startswith("--output") for option in overrides):
         overrides = [*overrides, "--output_dir", str(Path("runs", config.stem))]
     recipe = read_recipe(config, overrides) if kind == SFT else read_reward_recipe(kind, config, overrides)
+    _check_file_says(kind, recipe)
     folder = Path(recipe.settings.output_dir)
     checkpoints.quieten()  # not before: the settings take it for a wish to see no progress bar
     first = recipe.settings.process_index == 0  # of several that train together
     with in_use(folder, "perceptio train") if first else nullcontext():
         _train_into(folder, recipe)
+
+
+def _check_file_says(kind: str, recipe: "Recipe") -> None:
+    """ValueError where `--recipe` is given and names another kind than the file."""
+    if recipe.arguments.recipe != kind:
+        raise ValueError(
+            f"--recipe is {recipe.arguments.recipe}, but the file is a recipe of kind {kind}, which decides about its "
+            "keys: leave the option out, or change `recipe` in the file."
+        )
 
 
 def _plan(config: Path, overrides: Sequence[str], measure: int | None, launch: Path | None, as_json: bool) -> None:
@@ -163,13 +171,16 @@ def _plan(config: Path, overrides: Sequence[str], measure: int | None, launch: P
 
     try:
         from perceptio_hf.training.planning.plan import plan_training
-        from perceptio_hf.training.planning.sharding import layout_of_environment, layout_of_file
+        from perceptio_hf.training.planning.sharding import check_layout, layout_of_environment, layout_of_file
         from perceptio_hf.training.recipe import read_recipe
     except ModuleNotFoundError as error:
         raise missing(error, "Fine-tuning") from error
 
     layout = layout_of_environment() if launch is None else layout_of_file(find_recipe(launch, "accelerate"))
     recipe = read_recipe(config, [*overrides, "--output_dir", "planned"])
+    _check_file_says(SFT, recipe)
+    if launch is not None:
+        check_layout(layout, recipe)
     checkpoints.quieten()
     source, revision = _source(recipe.arguments)
     _check_kind(source, revision)
@@ -194,9 +205,10 @@ def _with_times(plan: "Plan", config: Path, overrides: Sequence[str], steps: int
 
 
 def _train_into(folder: Path, recipe: "Recipe") -> None:
-    from perceptio_hf.files import write_json
+    from perceptio_hf.training.checkpoints import told_by_first
+    from perceptio_hf.training.recipe import where_to_resume, write_recipe
 
-    resume = _where_to_resume(recipe, folder)
+    resume = told_by_first(lambda: where_to_resume(recipe, folder))
     merges = recipe.arguments.lora_r is not None and recipe.arguments.lora_merge
     if resume is None and (folder / "checkpoint").exists() and not recipe.settings.resume_from_checkpoint:
         if merges and not (folder / "merged").exists() and recipe.settings.process_index == 0:
@@ -205,68 +217,30 @@ def _train_into(folder: Path, recipe: "Recipe") -> None:
         return
     trainer = _trainer(recipe)
     if trainer.is_world_process_zero():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / _RECIPE_FILE, _lasting(recipe))
+        write_recipe(recipe, folder)
     _run(trainer, folder, resume)
     if merges and trainer.is_world_process_zero():
         _save_merged(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, folder / "merged")
 
 
-def _where_to_resume(recipe: "Recipe", folder: Path) -> Path | str | None:
-    """The checkpoint to go on from: the one that is asked for, or the last one of the same recipe.
-
-    Raises:
-        ValueError: if the folder holds checkpoints of another recipe and nothing is asked for.
-    """
-    from perceptio_hf.training.checkpoints import last_checkpoint
-
-    asked = recipe.settings.resume_from_checkpoint
-    wish = str(asked).lower()
-    if wish == "false":
-        return None
-    if asked is not None and wish != "true":
-        if not Path(asked).is_dir():
-            raise ValueError(f"There is no checkpoint {asked} to resume from.")
-        return asked
-    last = last_checkpoint(folder)
-    if wish == "true":
-        if last is None:
-            raise ValueError(f"{folder} holds no complete checkpoint to resume from.")
-        return last
-    finished = (folder / "checkpoint").exists()
-    if (last or finished) and _recipe_of(folder) != _lasting(recipe):
-        raise ValueError(
-            f"{folder} holds checkpoints of another recipe; choose another --out, or go on from its last checkpoint "
-            "with this recipe by --resume_from_checkpoint true."
-        )
-    return None if finished else last
-
-
-def _recipe_of(folder: Path) -> dict | None:
-    try:
-        return json.loads((folder / _RECIPE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _lasting(recipe: "Recipe") -> dict:
-    """What a recipe trains, as JSON reads it back."""
-    values = {key: value for key, value in recipe.values.items() if key not in _PLACES}
-    return json.loads(json.dumps(values, default=str))
-
-
 def _trainer(recipe: "Recipe") -> "WholeCheckpoints":
+    from perceptio_hf.conversion.saved_models import load_depth_codec
     from perceptio_hf.training.logging import show_losses
     from perceptio_hf.training.recipe import check_label_codecs, evaluation_sets, training_set
     from perceptio_hf.training.trainer import PerceptioSFTTrainer
 
     arguments, settings = recipe.arguments, recipe.settings
+    source, revision = _source(arguments)
     model, processor = _start(recipe)
     settings.model_init_kwargs = None
-    check_label_codecs([*arguments.tasks, *arguments.eval_tasks], arguments.data_folder, model.depth_model)
+    tasks = [*arguments.tasks, *arguments.eval_tasks]
+    if any("labels" in task and not task.get("maps") for task in tasks):
+        # As it is saved: where processes share the model (ZeRO-3), none of them has the codec's weights.
+        check_label_codecs(tasks, arguments.data_folder, load_depth_codec(source, **revision))
     if arguments.recipe in REWARDED:
         from perceptio_hf.training.rewards.recipe import reward_trainer
 
+        settings.model_init_kwargs = revision if revision and settings.beta else None  # of the reference model
         return reward_trainer(recipe, model, processor, _adapters(model, arguments))
     figures = _figures(arguments, settings)
     trainer = PerceptioSFTTrainer(

@@ -22,8 +22,11 @@ _PERCEPTIO, _CODEC = PerceptioForConditionalGeneration.config_class.model_type, 
 _Model = TypeVar("_Model", bound=PreTrainedModel)
 
 
-def load_depth_codec(source: str | os.PathLike | DepthVQVAE) -> DepthVQVAE:
+def load_depth_codec(source: str | os.PathLike | DepthVQVAE, *, revision: str | None = None) -> DepthVQVAE:
     """A depth codec in evaluation mode: given, saved alone or as part of a Perceptio, or a file of AURORA's.
+
+    Args:
+        revision: branch, tag or commit, where `source` is a repository of the Hub.
 
     Raises:
         ValueError: it cannot be found or read, is something else, is damaged, or contradicts its own configuration.
@@ -32,7 +35,7 @@ def load_depth_codec(source: str | os.PathLike | DepthVQVAE) -> DepthVQVAE:
         if getattr(getattr(source, "config", None), "model_type", None) != _CODEC:
             raise ValueError(f"The depth codec is a {type(source).__name__}; expected a DepthVQVAE.")
         return source
-    place = local_copy(source, WEIGHTS)
+    place = local_copy(source, WEIGHTS, revision=revision)
     if place.is_file():
         return load_aurora(place)
     if check_kind(place, (_CODEC, _PERCEPTIO), "a depth codec") == _PERCEPTIO:

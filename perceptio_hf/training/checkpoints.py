@@ -1,19 +1,23 @@
 """Checkpoints of a training that are whole or not there, and that resume with the weights they hold."""
 
+import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from perceptio_hf.files import swap_in
 
@@ -22,6 +26,7 @@ from .checkpoint_files import fault_of, write_record
 _logger = logging.getLogger(__name__)
 STAGING = ".saving"  # folder in output_dir where a checkpoint grows until it is complete
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_Found = TypeVar("_Found")
 
 
 def last_checkpoint(folder: str | Path, *, quiet: bool = False) -> Path | None:
@@ -42,10 +47,76 @@ def last_checkpoint(folder: str | Path, *, quiet: bool = False) -> Path | None:
     return None
 
 
+def checkpoint_to_go_on_from(folder: str | Path) -> Path | None:
+    """As `last_checkpoint`; None only for a folder without any checkpoint.
+
+    Raises:
+        ValueError: where there are some and none can be used: to begin anew is for the user to decide.
+    """
+    last, found = last_checkpoint(folder), _checkpoints(folder)
+    if last is None and found:
+        raise ValueError(
+            f"{folder} holds checkpoints, and a training can go on from none of them: {found[0].name} cannot be used: "
+            f"{fault_of(found[0])}. (save_only_model: true leaves the optimizer's state out.) Name another --out, or "
+            "begin anew by --resume_from_checkpoint false, which sets them aside."
+        )
+    return last
+
+
+def told_by_first(find: Callable[[], _Found]) -> _Found:
+    """What `find` returns on the first process, which alone calls it, on all of them.
+
+    Checking a checkpoint reads all of it: 94 GB for 8 billion parameters, which need not be read by every process.
+
+    Raises:
+        ValueError, OSError: that `find` raises there.
+    """
+    answer: list = [None, None]  # what was found, and what went wrong
+    if PartialState().is_main_process:
+        try:
+            answer[0] = find()
+        except (ValueError, OSError) as error:
+            answer[1] = error
+    found, error = broadcast_object_list(answer)
+    if error is not None:
+        raise error
+    return found
+
+
 def _checkpoints(folder: str | Path) -> list[Path]:
     """Of the highest step first."""
     found = {int(match[1]): path for path in Path(folder).glob("*") if (match := _CHECKPOINT.fullmatch(path.name))}
     return [found[step] for step in sorted(found, reverse=True)]
+
+
+def _step_of(checkpoint: Path) -> int:
+    return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+
+
+def set_aside_later(folder: str | Path, step: int) -> None:
+    """Rename the checkpoints of steps after `step`, at which a training into this folder begins.
+
+    They are damaged, or of a training that was given up. Left where they are, the next one to resume would go on from
+    them, and they would count among those that `save_total_limit` keeps.
+    """
+    later = [path for path in _checkpoints(folder) if int(path.name.partition("-")[2]) > step]
+    for checkpoint in later:
+        os.replace(checkpoint, _free_name(checkpoint))
+    if later:
+        names = ", ".join(path.name for path in reversed(later))
+        _logger.warning(
+            "Training begins at step %d, so %s in %s (of later steps) became set-aside-...; remove what you do not "
+            "want to keep.",
+            *(step, names, folder),
+        )
+
+
+def _free_name(checkpoint: Path) -> Path:
+    name, number = checkpoint.with_name(f"set-aside-{checkpoint.name}"), 1
+    while name.exists():
+        number += 1
+        name = checkpoint.with_name(f"set-aside-{checkpoint.name}-{number}")
+    return name
 
 
 class WholeCheckpoints(Trainer):
@@ -56,6 +127,25 @@ class WholeCheckpoints(Trainer):
     """
 
     _is_saving = False
+
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, **kwargs) -> TrainOutput:
+        """Train; see `Trainer.train`. `True` resumes from the last complete checkpoint of `output_dir`. Those of later
+        steps than the first one are set aside.
+
+        Raises:
+            ValueError: if there is nothing to resume from, or the checkpoint is damaged.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._told(lambda: last_checkpoint(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"There is no complete checkpoint in {self.args.output_dir} to resume from.")
+        start = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._prepare_to_begin(start)
+        return super().train(resume_from_checkpoint=None if start is None else str(start), **kwargs)
+
+    def _told(self, find: Callable[[], _Found]) -> _Found:
+        """`told_by_first`, unless every machine has a disk of its own."""
+        return find() if self.args.save_on_each_node else told_by_first(find)
 
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)
@@ -78,6 +168,7 @@ class WholeCheckpoints(Trainer):
                 output_dir=str(folder),
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,  # as transformers has it: the one just written stays, whatever numbers are there
             )
 
     @contextmanager
@@ -92,6 +183,8 @@ class WholeCheckpoints(Trainer):
             if self.args.should_save:
                 swap_in(staging / name, staging.parent / name, staging / "replaced")
         except (OSError, SafetensorError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+                raise  # of a kind of its own: CUDA out of memory, a process that did not answer
             raise OSError(_saving_failed(staging.parent, name, error)) from error
         finally:
             if self.args.should_save:
@@ -121,22 +214,18 @@ class WholeCheckpoints(Trainer):
             self.save_model(str(staging / folder.name))
         return folder
 
-    def prepare_to_resume(self, checkpoint: Path) -> None:
-        """Check the files of a checkpoint; damaged ones of later steps become `damaged-...`, since they would count
-        among those that `save_total_limit` keeps.
+    def _prepare_to_begin(self, checkpoint: Path | None) -> None:
+        """Check the files of the checkpoint to go on from, None to begin anew; set those of later steps aside.
 
         Raises:
             ValueError: naming what is wrong with a file.
         """
-        fault = fault_of(checkpoint)
+        fault = None if checkpoint is None else self._told(lambda: fault_of(checkpoint))
         if fault is not None:
             raise ValueError(f"{checkpoint} cannot be used: {fault}. Resume from another checkpoint, or begin anew.")
         self.accelerator.wait_for_everyone()
-        if self.args.should_save and checkpoint.resolve().parent == Path(self.args.output_dir).resolve():
-            known = [path.resolve() for path in _checkpoints(self.args.output_dir)]
-            for later in known[: known.index(checkpoint.resolve())]:
-                if fault_of(later) is not None:
-                    swap_in(later, later.with_name(f"damaged-{later.name}"), later.with_name(STAGING))
+        if self.args.should_save:
+            set_aside_later(self.args.output_dir, 0 if checkpoint is None else _step_of(checkpoint))
         self.accelerator.wait_for_everyone()
 
     def _name_best_checkpoint(self, written: Path, final: Path) -> None:
@@ -174,7 +263,7 @@ class WholeCheckpoints(Trainer):
             super()._load_best_model()
             return
         best = Path(self.state.best_model_checkpoint)
-        fault = fault_of(best)
+        fault = self._told(lambda: fault_of(best))
         if fault is not None:
             raise ValueError(f"{best}, the best checkpoint, cannot be used: {fault}.")
         self._load_from_checkpoint(str(best))

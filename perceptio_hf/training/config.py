@@ -5,13 +5,14 @@ import warnings
 from dataclasses import Field, dataclass, field, make_dataclass
 
 import torch
+from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
 from perceptio_hf.extras import how_to_install
 from perceptio_hf.training.losses.words import TOKEN_OVER, check_over
 
+from . import zero3
 from .losses import PARTS, LossPart, LossWeights
 
 ON_ERROR = ("raise", "skip")
@@ -39,6 +40,20 @@ _WITHOUT_EFFECT: dict[str, tuple[tuple, str]] = {
 def _weight(part: LossPart) -> tuple[str, type, Field]:
     help_text = f"Weight of {part.name}: {part.meaning}."
     return f"{part.name}_weight", float, field(default=part.weight, metadata={"help": help_text})
+
+
+def check_uploads_nothing(settings: TrainingArguments) -> None:
+    """transformers would upload the output folder while checkpoints in it are written and renamed, the optimizer's
+    state with them.
+
+    Raises:
+        ValueError: where `push_to_hub` is set.
+    """
+    if settings.push_to_hub:
+        raise ValueError(
+            "push_to_hub is set, but a training uploads nothing here: leave it out, and send what is finished by "
+            "`perceptio push OUT/checkpoint OWNER/NAME`."
+        )
 
 
 _PartWeights = make_dataclass("_PartWeights", map(_weight, PARTS.values()))
@@ -148,6 +163,7 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
         with warnings.catch_warnings():  # the name TRL still gives to activation_checkpointing, whoever sets it
             warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
             super().__post_init__()
+        zero3.check_precision(self)
         self._keep_batches_whole()
         self._check_reports()
 
@@ -235,11 +251,7 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
         check_over(self.token_over)
         if self.on_error not in ON_ERROR:
             raise ValueError(f"on_error is {self.on_error!r}; choose one of {', '.join(ON_ERROR)}.")
-        if self.push_to_hub and HubStrategy(self.hub_strategy) in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            raise ValueError(
-                f"hub_strategy is {HubStrategy(self.hub_strategy).value!r}, which uploads a checkpoint while it is "
-                "still being completed; choose 'every_save' or 'end'."
-            )
+        check_uploads_nothing(self)
         for name, (neutral, reason) in _WITHOUT_EFFECT.items():
             value = getattr(self, name)
             if value not in neutral:

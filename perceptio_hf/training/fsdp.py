@@ -3,7 +3,16 @@
 import os
 
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, is_peft_model
+from transformers import Trainer
+
+from . import zero3
+
+NO_ADAPTERS = (
+    "Neither FSDP nor DeepSpeed's ZeRO-3 can shard an embedding whose rows PEFT trains one by one (accelerate 1.15, "
+    "PEFT 0.21). Adapters are small: give every GPU the whole model, as recipes/accelerate/ddp_8gpu.yaml does "
+    "(--multi_gpu)."
+)
 
 
 def enable_on_cpu(accelerator: Accelerator) -> bool:
@@ -19,6 +28,18 @@ def enable_on_cpu(accelerator: Accelerator) -> bool:
     accelerator.state.distributed_type = DistributedType.FSDP
     PartialState().distributed_type = DistributedType.FSDP  # every new view of the state starts from this one
     return True
+
+
+def check_adapters(trainer: Trainer) -> None:
+    """PEFT reads the weights of an embedding whose rows it trains one by one where only shards of them are.
+
+    Raises:
+        ValueError: for adapters where processes share the model, by FSDP or DeepSpeed's ZeRO-3.
+    """
+    if not is_peft_model(trainer.model):
+        return
+    if trainer.is_fsdp_enabled or zero3.is_on(trainer.args):
+        raise ValueError(NO_ADAPTERS)
 
 
 def prepare(plugin: FullyShardedDataParallelPlugin) -> None:

@@ -10,11 +10,12 @@ makes a plain Perceptio of both.
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from perceptio_hf.extras import missing
 from perceptio_hf.files import new_folder
@@ -102,6 +103,37 @@ def save_merged(model: "PeftModel", processor: "PerceptioProcessor", folder: str
         model.merge_and_unload().save_pretrained(fresh)
         processor.save_pretrained(fresh)
     return Path(folder)
+
+
+def exact_copies(model: nn.Module | str) -> dict[int, Tensor]:
+    """What a model with adapters trains as a whole, by the parameters' `id`, for `put_back`; a path has nothing yet."""
+    return {} if isinstance(model, str) else {id(copied): copied.data for copied, _ in _copies(model)}
+
+
+def put_back(model: nn.Module, exact: dict[int, Tensor]) -> None:
+    """Undo what TRL does to parts that are trained as a whole beside adapters of a quantised model: it rounds them to
+    bfloat16, in which the small steps of the [SEG] projector and of SAM2's mask decoder are lost. Those whose original
+    is float32 are float32 again, with the values they had.
+
+    Args:
+        model: the trainer's.
+        exact: `exact_copies` of the model that the trainer was given.
+    """
+    for copied, original in _copies(model):
+        before = exact.get(id(copied), original.data)  # a copy that PEFT has made meanwhile is like its original
+        if copied.dtype == torch.bfloat16 and before.dtype == torch.float32:
+            copied.data = before.clone()
+
+
+def _copies(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    """Every parameter of PEFT's `modules_to_save` and the one of the model's own that it stands for."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            for copy in wrapper.modules_to_save.values():
+                for name, copied in copy.named_parameters():
+                    yield copied, wrapper.original_module.get_parameter(name)
 
 
 def _import_peft() -> "type[LoraConfig]":

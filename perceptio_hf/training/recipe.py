@@ -18,6 +18,7 @@ A recipe holds the settings of `PerceptioSFTConfig` and those of `RecipeArgument
         variants: 24                # and 24 of each, see `perceptio_hf.data.variants.with_variants`
 """
 
+import json
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,11 +32,15 @@ from perceptio_hf.data.keys import check_keys, check_value
 from perceptio_hf.data.mixture import mix_tasks
 from perceptio_hf.data.published.labels import check_codec
 from perceptio_hf.data.tasks import SOURCES, load_tasks
-from perceptio_hf.files import expanded, read_yaml
+from perceptio_hf.files import expanded, read_yaml, write_json
 from perceptio_hf.modeling.codec_identity import codec_fingerprint
 from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
 
+from .checkpoints import checkpoint_to_go_on_from, last_checkpoint
 from .config import PerceptioSFTConfig
+
+_RECIPE_FILE = "recipe.json"  # in the folder of a training
+_PLACES = ("output_dir", "resume_from_checkpoint")  # of a run, not of what it trains
 
 
 @dataclass
@@ -153,6 +158,55 @@ def read_recipe(
 def _key_of(option: str) -> str:
     """The key that an option such as --no_plot-losses or --max_steps=10 sets."""
     return option[2:].partition("=")[0].replace("-", "_").removeprefix("no_")
+
+
+def where_to_resume(recipe: Recipe, folder: Path) -> Path | None:
+    """The checkpoint to go on from: the one that is asked for, or the last one of the same recipe.
+
+    Raises:
+        ValueError: if nothing is asked for and the folder holds checkpoints of another recipe, or none that can be
+            used.
+    """
+    asked = recipe.settings.resume_from_checkpoint
+    wish = str(asked).lower()
+    if wish == "false":
+        return None
+    if asked is not None and wish != "true":
+        if not Path(asked).is_dir():
+            raise ValueError(f"There is no checkpoint {asked} to resume from.")
+        return Path(asked)
+    if wish == "true":
+        last = last_checkpoint(folder)
+        if last is None:
+            raise ValueError(f"{folder} holds no complete checkpoint to resume from.")
+        return last
+    finished = (folder / "checkpoint").exists()
+    last = None if finished else checkpoint_to_go_on_from(folder)
+    if (last or finished) and _recipe_of(folder) != _lasting(recipe):
+        raise ValueError(
+            f"{folder} holds checkpoints of another recipe; choose another --out, or go on from its last checkpoint "
+            "with this recipe by --resume_from_checkpoint true."
+        )
+    return last
+
+
+def write_recipe(recipe: Recipe, folder: Path) -> None:
+    """Note what is trained into a folder, which is made, for `where_to_resume`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / _RECIPE_FILE, _lasting(recipe))
+
+
+def _recipe_of(folder: Path) -> dict | None:
+    try:
+        return json.loads((folder / _RECIPE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _lasting(recipe: Recipe) -> dict:
+    """What a recipe trains, as JSON reads it back."""
+    values = {key: value for key, value in recipe.values.items() if key not in _PLACES}
+    return json.loads(json.dumps(values, default=str))
 
 
 def check_label_codecs(tasks: Sequence[dict], data_folder: str | None, codec: DepthVQVAE) -> None:

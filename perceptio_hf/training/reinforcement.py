@@ -23,6 +23,8 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
 
+from .fsdp import check_adapters
+from .lora import exact_copies, put_back
 from .silence import TellsNobody
 
 
@@ -44,8 +46,11 @@ class _WithMaskPixels(TellsNobody):
     """Leaves out what the processor returns for masks and answers; no logit depends on it."""
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any):
+        exact = exact_copies(model)
         with _own_reference(args):
             super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        check_adapters(self)
+        put_back(self.model, exact)
         head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
         if not hasattr(head, "bias"):
             head.bias = None

@@ -31,14 +31,17 @@ from . import fsdp, zero3
 from .checkpoints import WholeCheckpoints, last_checkpoint
 from .collator import PerceptioDataCollator
 from .config import PerceptioSFTConfig
+from .fsdp import check_adapters
 from .lengths import BY_LENGTH, LengthSampler, check_has_lengths, sample_lengths
 from .logging import draw_losses
+from .lora import exact_copies, put_back
 from .losses import PARTS, composite_loss
 from .silence import TellsNobody
 from .streams import SharedStream
 
 _logger = logging.getLogger(__name__)
 _TARGETS = ("labels", "layout", "mask_targets", "depth_targets", "depth_valid", "depth_given_as_codes")
+_OF_THE_PLACE = ("revision", "token", "cache_dir")  # what to load says where from; the processor comes from there too
 
 
 class DivergedError(ValueError):
@@ -91,11 +94,12 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         check_has_lengths(args, train_dataset)
         source, model = _loaded(model, args)
         init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None  # used up; SFTTrainer would say ignored
-        processing_class = processing_class or PerceptioProcessor.from_pretrained(source)
+        place = {name: init_kwargs[name] for name in _OF_THE_PLACE if name in (init_kwargs or {})}
+        processing_class = processing_class or PerceptioProcessor.from_pretrained(source, **place)
         if model.config.picture_mark_token_ids is None and isinstance(processing_class, PerceptioProcessor):
             model.config.picture_mark_token_ids = processing_class.picture_mark_token_ids()  # older checkpoints
         self._look_layer = look_layer(model.config.text_config, args.look_layer) if args.look_weight else None
-        if not is_peft_model(model):
+        if peft_config is None and not is_peft_model(model):  # else PEFT decides; quantised layers cannot be asked to
             choose_trainable(model, args)
         if data_collator is None:
             data_collator = PerceptioDataCollator(
@@ -106,6 +110,7 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
             )
         if peft_config is not None:
             set_seed(args.seed)  # PEFT draws the adapters' first weights before transformers sets the seed
+        exact = exact_copies(model)
         super().__init__(
             model=model,
             args=args,
@@ -118,11 +123,13 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
             optimizers=optimizers,
             peft_config=peft_config,
         )
+        put_back(self.model, exact)
         args.model_init_kwargs = init_kwargs
         check_trains(self.model)
         self._weights = args.loss_weights()
         self._vocabulary = self._perceptio.spatial_vocabulary()
         self._codec = self._perceptio.depth_model
+        check_adapters(self)
         if self.is_fsdp_enabled:
             self._prepare_fsdp()
         elif self.is_deepspeed_enabled:  # ZeRO-3 too leaves nothing but shards outside the model's forward
@@ -150,11 +157,6 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         return model.get_base_model() if is_peft_model(model) else model
 
     def _prepare_fsdp(self) -> None:
-        if is_peft_model(self.model):
-            raise ValueError(
-                "FSDP cannot shard an embedding whose rows PEFT trains one by one (accelerate 1.15). Adapters are "
-                "small: start with --multi_gpu instead of --use_fsdp."
-            )
         fsdp.prepare(self.accelerator.state.fsdp_plugin)
         # The frozen codec is also needed outside the model's forward, where FSDP holds nothing but shards.
         self._codec = copy.deepcopy(self._codec).to(self.accelerator.device)
@@ -318,7 +320,8 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         """What the model calls inside its forward, where every use of a parameter is seen by DDP and FSDP."""
         core = self._perceptio
         modules = [core.seg_projector, core.mask_model.mask_decoder]
-        if not has_pictures and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # else the model sees to it
+        in_shards = self.is_fsdp_enabled or hasattr(next(core.parameters()), "ds_id")
+        if not has_pictures and not in_shards:  # else the model sees to it
             modules += [core.model.vision_tower, core.model.multi_modal_projector]
 
         def criterion(hidden_states: Tensor, lm_head: Callable, outputs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -440,14 +443,7 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
                 `output_dir`, every sample was left out, or the loss is not finite.
             OSError: if a checkpoint cannot be saved.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"There is no complete checkpoint in {self.args.output_dir} to resume from.")
         with in_use(self.args.output_dir, "training") if self.is_world_process_zero() else nullcontext():
-            if resume_from_checkpoint:
-                self.prepare_to_resume(Path(resume_from_checkpoint))
-                resume_from_checkpoint = str(resume_from_checkpoint)
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             self._report_skipped()
             if not self.state.global_step:

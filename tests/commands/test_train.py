@@ -142,6 +142,7 @@ def test_options_take_the_place_of_keys(recipe):
         ({"tasks": [{"samples": "/no/such/samples"}]}, "/no/such/samples holds no samples"),
         ({"tasks": [{"depth_folder": "/no/such/folder"}]}, "lacks unit"),
         ({"packing": True}, "packing"),
+        ({"push_to_hub": True}, "`perceptio push OUT/checkpoint"),
         ({"recipe": "cake"}, "recipe is 'cake'; choose sft"),
     ],
 )
@@ -156,6 +157,7 @@ def test_mistakes_get_one_line(tmp_path, recipe, fails, changes, words):
         (["--max_step", "3"], "unknown key 'max_step'; did you mean max_steps"),
         (["--max_steps", "many"], "--max_steps"),
         (["--processes", "2"], "accelerate launch"),
+        (["--recipe", "grpo"], "--recipe is grpo, but the file is a recipe of kind sft"),
         (["--resume_from_checkpoint", "/no/such/place"], "no checkpoint /no/such/place"),
         (["--resume_from_checkpoint", "true"], "no complete checkpoint"),
     ],
@@ -300,3 +302,18 @@ def test_a_damaged_checkpoint_is_named_and_the_training_goes_on_from_the_one_bef
     state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3]
     PerceptioForConditionalGeneration.from_pretrained(tmp_path / "out" / "checkpoint")
+
+
+def test_checkpoints_that_nothing_can_go_on_from_are_no_beginning(tmp_path, recipe, fails):
+    """With `save_only_model` they are all so: the same command would begin at step 0."""
+    arguments = ["--config", recipe(save_only_model=True), "--out", tmp_path / "out"]
+    assert run(["train", *map(str, arguments)]) == 0
+    (tmp_path / "out" / "checkpoint").rename(tmp_path / "finished")
+    line = fails(*arguments)
+    assert "checkpoint-2 cannot be used: it holds no state of the optimizer" in line
+    assert "save_only_model" in line and "--resume_from_checkpoint false" in line
+    assert run(["train", *map(str, arguments), "--resume_from_checkpoint", "false"]) == 0
+    assert {path.name for path in (tmp_path / "out").glob("set-aside-*")} == {
+        "set-aside-checkpoint-1",
+        "set-aside-checkpoint-2",
+    }

@@ -10,8 +10,9 @@ import sft_helpers as sft
 from helpers import assert_trained_alike
 from safetensors.torch import load_file
 
+from perceptio_hf.training import checkpoints
 from perceptio_hf.training.checkpoint_files import RECORD, fault_of
-from perceptio_hf.training.checkpoints import last_checkpoint
+from perceptio_hf.training.checkpoints import last_checkpoint, set_aside_later
 
 SETTINGS = {
     "max_steps": 4,
@@ -118,7 +119,7 @@ def test_training_goes_on_to_the_same_weights_and_keeps_the_good_checkpoint(out,
         out, processor=processor, **SETTINGS | {"max_steps": 3, "save_total_limit": 1, "save_steps": 1}
     )
     trainer.train(resume_from_checkpoint=True)
-    assert {path.name for path in out.glob("*checkpoint-*")} == {"checkpoint-3", "damaged-checkpoint-4"}
+    assert {path.name for path in out.glob("*checkpoint-*")} == {"checkpoint-3", "set-aside-checkpoint-4"}
     sft.trainer(out, processor=processor, **SETTINGS).train(resume_from_checkpoint=True)
     assert_trained_alike(load_file(out / "checkpoint-4" / "model.safetensors"), expected)
 
@@ -127,6 +128,50 @@ def test_a_checkpoint_that_is_asked_for_is_not_replaced_by_another(out, processo
     _halve(out / "checkpoint-4" / "rng_state.pth")
     with pytest.raises(ValueError, match=r"checkpoint-4 cannot be used: rng_state\.pth has \d+ bytes instead of \d+"):
         sft.trainer(out, processor=processor, **SETTINGS).train(resume_from_checkpoint=str(out / "checkpoint-4"))
+
+
+def _names(out: Path) -> set[str]:
+    return {path.name for path in out.glob("*checkpoint-*")}
+
+
+def test_a_training_that_begins_anew_keeps_its_own_checkpoints(out, processor, caplog):
+    """The only one that may stay is the new one, though there are two of higher steps, one of them damaged."""
+    _halve(out / "checkpoint-4" / "optimizer.pt")
+    trainer = sft.trainer(
+        out, processor=processor, **SETTINGS | {"max_steps": 1, "save_steps": 1, "save_total_limit": 1}
+    )
+    trainer.train()
+    assert _names(out) == {"checkpoint-1", "set-aside-checkpoint-2", "set-aside-checkpoint-4"}
+    assert last_checkpoint(out).name == "checkpoint-1"
+    (line,) = [record.message for record in caplog.records if "begins at step" in record.message]
+    assert "begins at step 0, so checkpoint-2, checkpoint-4 in" in line
+
+
+def test_who_resumes_from_an_earlier_one_goes_on_from_what_follows(out, processor):
+    trainer = sft.trainer(out, processor=processor, **SETTINGS | {"max_steps": 3, "save_steps": 1})
+    trainer.train(resume_from_checkpoint=str(out / "checkpoint-2"))
+    assert trainer.state.global_step == 3 and last_checkpoint(out).name == "checkpoint-3"
+    assert _names(out) == {"checkpoint-2", "checkpoint-3", "set-aside-checkpoint-4"}
+    assert fault_of(out / "set-aside-checkpoint-4") is None
+
+
+def test_what_was_just_written_is_never_the_one_that_goes(out, processor, monkeypatch):
+    """Whatever else comes into the folder meanwhile: age counts, not the number."""
+    monkeypatch.setattr(checkpoints, "set_aside_later", lambda *place: None)
+    for number, name in enumerate(("checkpoint-2", "checkpoint-4")):
+        os.utime(out / name, (1000 + number, 1000 + number))
+    sft.trainer(out, processor=processor, **SETTINGS | {"max_steps": 1, "save_steps": 1, "save_total_limit": 1}).train()
+    assert _names(out) == {"checkpoint-1"}
+
+
+def test_nothing_that_was_set_aside_is_lost(tmp_path):
+    for name in ("checkpoint-3", "set-aside-checkpoint-3", "checkpoint-2", "checkpoint"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-3" / "new").touch()
+    set_aside_later(tmp_path, 2)
+    kept = {"set-aside-checkpoint-3", "set-aside-checkpoint-3-2", "checkpoint-2", "checkpoint"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    assert (tmp_path / "set-aside-checkpoint-3-2" / "new").exists()
 
 
 def test_the_record_is_of_all_files(trained):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from component_helpers import save_teacher
 from helpers import assert_trained_alike, picture
 from PIL import Image
@@ -99,7 +100,7 @@ class Stop(Exception):
     pass
 
 
-def test_a_training_that_was_stopped_goes_on(files, tmp_path):
+def test_a_training_that_was_stopped_goes_on(files, tmp_path, monkeypatch):
     def saving(**claim) -> Saving:
         return Saving(tmp_path / "state.pt", {"data": "files", **claim}, minutes=0.0)
 
@@ -115,6 +116,7 @@ def test_a_training_that_was_stopped_goes_on(files, tmp_path):
     for changed, says in (({"data": "others"}, "another data"), ({}, "another seed")):
         with pytest.raises(ValueError, match=says):
             train_codebook(CONFIG, files, steps=30, options=PLAIN, seed=int(not changed), saving=saving(**changed))
+    monkeypatch.setattr("transformers.configuration_utils.__version__", "9.9.9")  # upgraded in between
     seen = []
     resumed = train_codebook(
         CONFIG, files, steps=30, options=PLAIN, saving=saving(), progress=lambda share, _: seen.append(share)
@@ -221,6 +223,20 @@ def test_the_command_trains_on_labels_and_on_pictures(recipe, tmp_path, capsys):
     ):
         assert run([*train, *words, "--out", str(tmp_path / "c")]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_what_a_teacher_s_numbers_are_is_part_of_a_training(files, tmp_path, monkeypatch):
+    """One that was stopped with disparities does not go on with metres."""
+    claims = []
+
+    def note(*args, saving: Saving, **kwargs) -> None:
+        claims.append(saving.claim)
+
+    monkeypatch.setattr("perceptio_hf.training.codec.train_codebook", note)
+    settings = dict.fromkeys(("data", "unit", "pattern", "maps", "teacher", "steps", "minutes", "seed"))
+    for unit in ("m", "disparity"):
+        command._trained(CONFIG, files, settings | {"teacher_unit": unit}, PLAIN, 0, Accelerator(cpu=True), tmp_path)
+    assert claims[0] != claims[1]
 
 
 @pytest.mark.slow

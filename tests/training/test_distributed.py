@@ -76,6 +76,7 @@ def test_two_processes_take_the_steps_of_one(launched, single, kind):
         assert trained.keys() == expected.keys()
         assert max(float((trained[name] - expected[name]).abs().max()) for name in expected) < 1e-6
     assert (launched / kind / "checkpoint-2" / "trainer_state.json").is_file()
+    assert found["checked"] == [1, 0]  # the first process reads the checkpoint and tells the other
 
 
 @pytest.mark.slow

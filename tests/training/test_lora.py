@@ -4,19 +4,30 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import sft_helpers as sft
 import torch
+from datasets import Dataset
 from helpers import assert_alike, assert_trained_alike, chat, encode, picture, random_model
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig
+from trl import GRPOConfig
 
-from perceptio_hf import PerceptioForConditionalGeneration, PerceptioSFTTrainer
+from perceptio_hf import (
+    PerceptioForConditionalGeneration,
+    PerceptioProcessor,
+    PerceptioSFTTrainer,
+    tiny_checkpoint,
+)
 from perceptio_hf.commands.train import _fine_tune
+from perceptio_hf.training import fsdp
 from perceptio_hf.training.lora import MODULES_TO_SAVE, block_layers, lora_config
 from perceptio_hf.training.recipe import read_recipe, training_set
+from perceptio_hf.training.reinforcement import PerceptioGRPOTrainer
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 UNUSED = (".pred_obj_score_head.", ".output_hypernetworks_mlps.")  # of the mask decoder: videos, and further masks
@@ -207,6 +218,57 @@ def test_a_base_in_bfloat16_trains(trained, processor, tmp_path):
     trainer.train()
     after = dict(trainer.model.named_parameters())
     assert all(value.dtype == torch.float32 and not torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_beside_a_quantised_model_projector_and_mask_decoder_stay_float32(tmp_path, wrapped):
+    """TRL rounds all that such a model trains to bfloat16, which most steps of these parts are too small for."""
+    pytest.importorskip("bitsandbytes")
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    model = PerceptioForConditionalGeneration.from_pretrained(
+        tiny_checkpoint(), quantization_config=quantised, dtype=torch.bfloat16
+    )
+    config, kept = lora_config(model, r=2), {}
+    if wrapped:  # by the user, and trained before
+        model, config = get_peft_model(model, config), None
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                if "modules_to_save" in name:
+                    kept[name] = value.add_(1e-4).clone()
+    trainer = PerceptioSFTTrainer(
+        model,
+        sft.settings(tmp_path),
+        train_dataset=sft.samples(4),
+        processing_class=PerceptioProcessor.from_pretrained(tiny_checkpoint()),
+        peft_config=config,
+    )
+    found = dict(trainer.model.named_parameters())
+    copies = [name for name in found if "modules_to_save" in name]
+    assert any("seg_projector" in name for name in copies) and any("mask_decoder" in name for name in copies)
+    for name in copies:
+        original = found[name.replace("modules_to_save.default", "original_module")]
+        assert found[name].dtype == torch.float32 and found[name].data_ptr() != original.data_ptr()
+        assert torch.equal(found[name], kept[name] if wrapped else original)
+    assert any("lora_A" in name and value.dtype == torch.bfloat16 for name, value in found.items())
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_where_processes_share_the_model_adapters_are_refused(trained, processor, tmp_path, monkeypatch, kind):
+    """PEFT reads the embedding whose rows it trains while DeepSpeed has not gathered it."""
+    monkeypatch.setattr(fsdp, "zero3", SimpleNamespace(is_on=lambda settings: True))
+    with pytest.raises(ValueError, match=r"whose rows PEFT trains one by one .*ddp_8gpu"):
+        if kind == "sft":
+            trainer_of(trained.base, tmp_path, processor)
+        else:
+            model = load(trained.base)
+            PerceptioGRPOTrainer(
+                model,
+                reward_funcs=lambda completions, **columns: [0.0] * len(completions),
+                args=GRPOConfig(str(tmp_path), report_to="none", bf16=False, use_cpu=True),
+                train_dataset=Dataset.from_list([{"prompt": "Where?"}] * 8),
+                processing_class=processor,
+                peft_config=lora_config(model, r=2),
+            )
 
 
 def test_the_choice_of_layers_parts_and_rows(processor):

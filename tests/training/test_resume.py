@@ -237,6 +237,9 @@ def test_a_finished_model_is_replaced_when_it_is_complete(processor, tmp_path, m
     with pytest.raises(OSError, match="No space left"):
         trainer.save_finished(folder)
     assert (folder / "model.safetensors").read_bytes() == before
+    monkeypatch.setattr(trainer.processing_class, "save_pretrained", _no_memory)
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory$"):  # to make room on the disk does not help
+        trainer.save_finished(folder)
     monkeypatch.undo()
     trainer.save_finished(folder)
     assert (folder / "model.safetensors").read_bytes() != before
@@ -244,3 +247,7 @@ def test_a_finished_model_is_replaced_when_it_is_complete(processor, tmp_path, m
 
 def _no_space(*args, **kwargs):
     raise OSError(28, "No space left on device")
+
+
+def _no_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory")

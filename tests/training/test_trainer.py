@@ -9,7 +9,7 @@ import pytest
 import sft_helpers as sft
 import torch
 from datasets import Dataset
-from helpers import random_model
+from helpers import cached_repository, random_model
 from PIL import Image
 
 from perceptio_hf import PerceptioSFTTrainer
@@ -189,9 +189,12 @@ def test_a_batch_without_pictures_masks_or_depth_trains(train):
     few = Dataset.from_list(rows, features=columns)
     trainer = train(train=few, per_device_train_batch_size=2, max_steps=1, freeze_vision_tower=False)
     assert set(logged_parts(trainer)) == {"loss", "text", "count"}
-    trainer.compute_loss(trainer.model.train(), trainer.data_collator(rows)).backward()
-    learning = {name: parameter.grad for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
-    assert not [name for name, gradient in learning.items() if gradient is None]  # DDP waits for each of them
+    learning = {name: value for name, value in trainer.model.named_parameters() if value.requires_grad}
+    for by_deepspeed in (False, True):  # ZeRO-1 and ZeRO-2 leave each process all weights, as DDP does
+        trainer.is_deepspeed_enabled = by_deepspeed
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model.train(), trainer.data_collator(rows)).backward()
+        assert not [name for name, value in learning.items() if value.grad is None]  # each of them is waited for
 
 
 def test_what_a_stream_has_left_at_its_end_is_no_part_of_the_next_step(train):
@@ -314,6 +317,19 @@ def test_model_and_processor_from_a_path(tmp_path, processor):
     assert trainer.processing_class.num_depth_tokens == processor.num_depth_tokens
 
 
+def test_the_processor_is_of_the_revision_that_the_model_is_of(tmp_path, processor):
+    """On the Hub `main` holds nothing but a start."""
+    random_model(processor).save_pretrained(tmp_path / "model")
+    (tmp_path / "main").mkdir()
+    (tmp_path / "main" / "config.json").write_text((tmp_path / "model" / "config.json").read_text())
+    processor.save_pretrained(tmp_path / "model")
+    cache = cached_repository(tmp_path / "cache", "me/two", {"main": tmp_path / "main", "v2": tmp_path / "model"})
+    place = {"revision": "v2", "cache_dir": str(cache)}
+    args = sft.settings(tmp_path / "out", model_init_kwargs=place)
+    trainer = PerceptioSFTTrainer("me/two", args, train_dataset=sft.samples(4))
+    assert trainer.processing_class.num_depth_tokens == processor.num_depth_tokens
+
+
 @pytest.mark.parametrize("tie", [True, False])
 def test_peft_adapters_train(processor, tmp_path, tie):
     """Language layers by LoRA, the rows of the spatial tokens, and whole copies of projector and mask decoder."""
@@ -355,7 +371,8 @@ def test_peft_adapters_train(processor, tmp_path, tie):
         ({"loss_type": "dft"}, "loss_type is 'dft'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"assistant_only_loss": True}, "assistant_only_loss"),
-        ({"push_to_hub": True, "hub_strategy": "checkpoint"}, "hub_strategy"),
+        ({"push_to_hub": True}, r"uploads nothing.*`perceptio push OUT/checkpoint"),
+        ({"push_to_hub": True, "hub_strategy": "end"}, "perceptio push OUT/checkpoint"),
     ],
 )
 def test_settings_that_make_no_sense(tmp_path, changes, message):

@@ -12,12 +12,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import sft_helpers as sft
 import yaml
+from accelerate.utils import DeepSpeedPlugin
 
 from perceptio_hf import PerceptioForConditionalGeneration, tiny_checkpoint
 from perceptio_hf.commands.main import run
 from perceptio_hf.data.sources import write_samples
 from perceptio_hf.data.world_samples import iter_world_samples
+from perceptio_hf.training import zero3
+from perceptio_hf.training.rewards.recipe import KINDS
 
 ROOT = Path(__file__).parents[2]
 # On CPUs DeepSpeed would first compile a faster way through shared memory, for minutes.
@@ -61,7 +65,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     settings = yaml.safe_load((ROOT / "recipes" / "accelerate" / "zero3_8gpu.yaml").read_text())
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        settings |= {"num_processes": 2, "mixed_precision": "no", "use_cpu": True}
+        settings |= {"num_processes": 2, "use_cpu": True}
         settings["main_process_port"] = probe.getsockname()[1]
     (tmp_path / "zero3.yaml").write_text(yaml.safe_dump(settings))
     (tmp_path / "train.py").write_text(TRAIN)
@@ -80,3 +84,20 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     moved = [name for name in start if not weights[name].equal(start[name])]
     assert any("language_model" in name for name in moved) and any("mask_decoder" in name for name in moved)
     assert not any("depth_model" in name for name in moved)
+
+
+@pytest.mark.parametrize("settings", [sft.settings, *(kind[0] for kind in KINDS.values())])
+def test_half_precision_would_round_sam2_and_the_codec(tmp_path, monkeypatch, settings):
+    """With DeepSpeed 0.19 their tensors came out of a training as bfloat16 has them, and the codec's fingerprint was
+    another. Stages that share no weights out load the model as ever."""
+    options = {"per_device_train_batch_size": 8, "report_to": "none", "use_cpu": True}
+    settings(str(tmp_path), **options | {"bf16": True})  # and accelerate's state, made before DeepSpeed is asked for
+    monkeypatch.setattr(DeepSpeedPlugin, "set_deepspeed_weakref", lambda self: None)  # all that needs DeepSpeed itself
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    for stage, bf16, refused in (("3", True, True), ("3", False, False), ("2", True, False)):
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+        if refused:
+            with pytest.raises(ValueError, match=r"bf16 under DeepSpeed's ZeRO-3 rounds all weights.*fsdp2_8gpu"):
+                settings(str(tmp_path), **options | {"bf16": bf16})
+        else:
+            assert zero3.is_on(settings(str(tmp_path), **options | {"bf16": bf16})) == (stage == "3")

@@ -147,7 +147,8 @@ def _trained(
     if len(whole) * codec_config.image_size**2 * 8 <= _IN_MEMORY:
         source = DepthBank.gather(map(whole.read, counted(len(whole), "reading")), codec_config)
         workers = 0
-    claim = {"data": {key: settings[key] for key in ("data", "unit", "pattern", "maps", "teacher")}, "maps": len(whole)}
+    names = ("data", "unit", "pattern", "maps", "teacher", "teacher_unit")
+    claim = {"data": {key: settings[key] for key in names}, "maps": len(whole)}
     with _bar("training", 1.0) if accelerator.is_main_process else nullcontext() as move:
         try:
             return train_codebook(

@@ -126,7 +126,8 @@ class _Training:
         self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=_is_half(options, self.device))
         self.quantise = False
         self.saved_at = clock.now()
-        self.claim = {"options": asdict(options), "config": config.to_dict(), "seed": seed, "processes": self.processes}
+        kind = {key: value for key, value in config.to_dict().items() if key != "transformers_version"}
+        self.claim = {"options": asdict(options), "config": kind, "seed": seed, "processes": self.processes}
 
     def run(self, progress: Callable[[float, float], None] | None) -> DepthVQVAE:
         self._load()
@@ -211,6 +212,8 @@ class _Training:
             with replacing(self.saving.path) as temporary:
                 torch.save(state, temporary)
         except RuntimeError as error:  # torch's way to say that a disk is full
+            if type(error) is not RuntimeError:  # of a kind of its own, such as CUDA out of memory
+                raise
             raise OSError(
                 f"{self.saving.path} could not be written ({' '.join(str(error).split())[:100]}); make room there and "
                 "give the same command again: it goes on from what was saved before."

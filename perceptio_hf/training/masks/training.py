@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
+from perceptio_hf.training import zero3
+
 from .projector import ProjectorStart, start_seg_projector
 from .rates import give_own_rates
 from .watch import MaskWatch, trouble_with_masks
@@ -97,6 +99,8 @@ class LivingMasks(Trainer):
                 "seg_projector_start gives the [SEG] projector new weights, but it is not trained, so they would not "
                 "be saved: name it in lora_modules_to_save, or leave seg_projector_start out."
             )
+        if zero3.is_on(self.args):
+            raise ValueError(zero3.NO_START)
         if self.args.seg_projector_start_step and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 "seg_projector_start_step comes when the model is in shards already, which cannot be given new "

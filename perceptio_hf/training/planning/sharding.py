@@ -3,10 +3,16 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from perceptio_hf.files import read_yaml
+from perceptio_hf.training import zero3
+from perceptio_hf.training.fsdp import NO_ADAPTERS
+
+if TYPE_CHECKING:
+    from perceptio_hf.training.recipe import Recipe
 
 STRATEGIES = ("ddp", "fsdp", "zero3")
 
@@ -73,6 +79,18 @@ def layout_of_environment() -> Layout:
         if os.environ.get(variable, "false").lower() == "true":
             return Layout(processes, strategy)
     return Layout(processes)
+
+
+def check_layout(layout: Layout, recipe: "Recipe") -> None:
+    """ValueError for what a training refuses where processes share the model in this way."""
+    arguments, settings = recipe.arguments, recipe.settings
+    if layout.strategy != "ddp" and arguments.lora_r is not None:
+        raise ValueError(NO_ADAPTERS)
+    if layout.strategy == "zero3":
+        if settings.bf16 or settings.fp16:
+            raise ValueError(zero3.what_is_rounded("bf16" if settings.bf16 else "fp16"))
+        if settings.seg_projector_start:
+            raise ValueError(zero3.NO_START)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl import GRPOConfig, RLOOConfig
 
+from perceptio_hf.training import zero3
 from perceptio_hf.training.checkpoints import WholeCheckpoints
+from perceptio_hf.training.config import check_uploads_nothing
 from perceptio_hf.training.recipe import Recipe, RecipeArguments, read_recipe, training_set
 from perceptio_hf.training.reinforcement import PerceptioGRPOTrainer, PerceptioRLOOTrainer
 
@@ -56,6 +58,12 @@ class RewardArguments(RecipeArguments):
         super().__post_init__()
         if not self.rewards or not set(self.rewards) <= set(REWARDS):
             raise ValueError(f"rewards are {self.rewards}; give weights of {', '.join(REWARDS)}.")
+        unused = [name for name in ("eval_tasks", "figures") if getattr(self, name)]
+        if unused:
+            raise ValueError(
+                f"The recipe has {' and '.join(unused)}, but a training by rewards evaluates nothing: leave them out, "
+                "and measure its checkpoints by `perceptio eval`."
+            )
 
 
 class _OnAnyMachine:
@@ -64,7 +72,14 @@ class _OnAnyMachine:
     def __post_init__(self):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # as it would be anyway; only then does transformers allow bf16 on a CPU
+        check_uploads_nothing(self)
         super().__post_init__()
+        zero3.check_precision(self)
+        if self.reward_weights is not None:
+            raise ValueError(
+                f"reward_weights is {self.reward_weights}; in a recipe a weight stands behind the name of its reward: "
+                "leave it out, and write rewards: {right_answer: 1.0, ...}."
+            )
 
 
 @dataclass

@@ -1,12 +1,14 @@
 """The trainer and masks: learning rates of their own, the projector's start, and the watch in the logs."""
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sft_helpers as sft
 import torch
+from accelerate.utils import DeepSpeedPlugin
 from helpers import assert_trained_alike, random_model
 from safetensors.torch import load_file
 from torch import nn
@@ -161,6 +163,11 @@ def test_what_is_not_trained_gets_neither_rate_nor_start(processor, tmp_path):
     trainer.is_fsdp_enabled = True
     with pytest.raises(ValueError, match="in shards already"):
         trainer._check_start()
+    trainer = sft.trainer(tmp_path, processor=processor, seg_projector_start=4)
+    for stage, refused in ((2, False), (3, True)):
+        trainer.args.deepspeed_plugin = DeepSpeedPlugin(zero_stage=stage, zero3_init_flag=False)
+        with pytest.raises(ValueError, match="in shards from when it is loaded") if refused else nullcontext():
+            trainer._check_start()
     with pytest.raises(ValueError, match="no parameter of it is trained"):
         adapted(processor, tmp_path, ("seg_projector",), mask_learning_rate=0.1).train()
     trainer = sft.trainer(tmp_path, processor=processor, mask_learning_rate=0.1)

@@ -113,6 +113,15 @@ def test_gpus_of_the_launch_are_reckoned_with(recipe, plan, capsys):
         ({}, ["--measure", "5"], "belong to --dry-run"),
         ({"recipe": "tiny"}, ["--dry-run"], "--dry-run is for fine-tuning"),
         ({}, ["--dry-run", "--launch", "nowhere"], "There is no recipe nowhere"),
+        ({}, ["--dry-run", "--recipe", "grpo"], "--recipe is grpo, but the file is a recipe of kind sft"),
+        ({"push_to_hub": True}, ["--dry-run", "--measure", "3"], "`perceptio push OUT/checkpoint"),
+        ({}, ["--dry-run", "--launch", "fsdp2_8gpu", "--lora_r", "4"], "whose rows PEFT trains one by one"),
+        ({"bf16": True}, ["--dry-run", "--launch", "zero3_8gpu"], "bf16 under DeepSpeed's ZeRO-3 rounds all weights"),
+        (
+            {"bf16": False, "seg_projector_start": 8},
+            ["--dry-run", "--launch", "zero3_8gpu"],
+            "in shards from when it is loaded",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(changes, options, message, recipe, capsys):
@@ -159,7 +168,8 @@ def test_accelerate_reads_what_the_configurations_say(file):
 
     known = {action.dest for action in launch_command_parser()._actions}
     config, layout = load_config_from_file(str(file)), layout_of_file(file)  # refuses keys that it does not know
-    assert config.num_processes == layout.processes and config.mixed_precision == "bf16"
+    assert config.num_processes == layout.processes
+    assert config.mixed_precision == ("no" if layout.strategy == "zero3" else "bf16")  # see perceptio_hf.training.zero3
     assert set(config.fsdp_config or ()) <= known and set(config.deepspeed_config or ()) <= known
     if layout.strategy == "fsdp":
         assert config.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False  # see perceptio_hf.training.fsdp

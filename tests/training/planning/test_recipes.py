@@ -10,10 +10,12 @@ from data.published.test_labels import write_labels
 from data.published.test_sources import turn, write_ade, write_instances, write_llava
 from evaluation.published_formats import scenes_of, write_grefcoco, write_refcoco
 
-from perceptio_hf import tiny_checkpoint
+from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor, tiny_checkpoint
+from perceptio_hf.commands import train
 from perceptio_hf.commands.main import run
 from perceptio_hf.conversion.saved_models import load_depth_codec
 from perceptio_hf.modeling.codec_identity import codec_fingerprint
+from perceptio_hf.training.recipe import read_recipe
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 REAL = ("perceptio_1b", "perceptio_2b", "perceptio_8b", "warm_start_sa2va")
@@ -85,3 +87,20 @@ def test_codes_of_another_codec_are_noticed_before_the_training(data, tmp_path, 
     assert run(given) == 2
     error = capsys.readouterr().err
     assert "codes of the codec codec (64 codes of 128), 0123456789abcdef" in error and "Label with the model's" in error
+
+
+def test_codes_are_compared_with_the_codec_that_is_saved(data, tmp_path, monkeypatch):
+    """Under ZeRO-3 no process holds the weights of the codec that it has loaded."""
+    model = PerceptioForConditionalGeneration.from_pretrained(tiny_checkpoint())
+    for parameter in model.depth_model.parameters():
+        parameter.data = parameter.new_empty(0)
+    processor = PerceptioProcessor.from_pretrained(tiny_checkpoint())
+    monkeypatch.setattr(train, "_start", lambda recipe: (model, processor))
+    given = {"model_name_or_path": "tiny", "tasks": [{"labels": "labels"}], "data_folder": str(data), "max_steps": 1}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(given | {"report_to": "none", "bf16": False}))
+    recipe = read_recipe(tmp_path / "recipe.yaml", ["--output_dir", str(tmp_path / "out")])
+    assert len(train._trainer(recipe).train_dataset)
+    write_labels(tmp_path / "labels", scenes_of(range(2)))
+    recipe.arguments.data_folder = str(tmp_path)
+    with pytest.raises(ValueError, match="Label with the model's"):
+        train._trainer(recipe)

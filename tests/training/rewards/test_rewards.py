@@ -1,13 +1,17 @@
 """Rewards: most for what is true, none where a sample does not know; and a training by them."""
 
+import shutil
+
 import numpy as np
 import pytest
 import sft_helpers as sft
 import torch
-from helpers import picture
+from helpers import cached_repository, picture
+from safetensors.torch import load_file, save_file
 
 from perceptio_hf import PerceptioForConditionalGeneration
 from perceptio_hf.commands.main import run
+from perceptio_hf.commands.train import _trainer
 from perceptio_hf.data.encoded import load_mask
 from perceptio_hf.data.rows import dataset_of
 from perceptio_hf.data.run_length import encode_mask
@@ -217,7 +221,29 @@ def test_mistakes_in_a_recipe_are_named(tmp_path):
         ("rewards: {right: 1.0}", "give weights of right_answer, form"),
         ("num_generation: 2", "did you mean num_generations"),
         ("prompts: many", "prompts must be a whole number"),
+        ("eval_tasks: [{world: refer, scenes: 2}]", "has eval_tasks, but .* `perceptio eval`"),
+        ("figures: [{broken_spans: 4}]", "has figures, but .* evaluates nothing"),
+        ("reward_weights: [1.0]", r"reward_weights is \[1.0\]; .* write rewards:"),
+        ("push_to_hub: true", "`perceptio push OUT/checkpoint"),
     ):
         recipe.write_text(f"recipe: grpo\nmodel_name_or_path: tiny\ntasks: [{{world: refer, scenes: 2}}]\n{wrong}\n")
         with pytest.raises(ValueError, match=message):
             read_reward_recipe("grpo", recipe, ["--output_dir", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_the_reference_is_of_the_revision_that_is_trained(model, processor, tiny_folder, tmp_path, monkeypatch, kind):
+    branches = {"main": tiny_folder, "v2": shutil.copytree(tiny_folder, tmp_path / "v2")}
+    weights = load_file(branches["v2"] / "model.safetensors")
+    changed = next(name for name in weights if "q_proj" in name and "language_model" in name)
+    weights[changed] = weights[changed] + 1
+    save_file(weights, branches["v2"] / "model.safetensors", metadata={"format": "pt"})
+    cache = cached_repository(tmp_path / "cache", "me/two", branches)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(kind=kind, model="me/two", more="model_revision: v2\nbeta: 0.1"))
+    trainer = _trainer(read_reward_recipe(kind, recipe, ["--output_dir", str(tmp_path / "out")]))
+    trained, reference = trainer.model.state_dict(), trainer.ref_model.state_dict()
+    assert all(torch.equal(value, reference[name]) for name, value in trained.items())
+    original = model.state_dict()
+    assert any(not torch.equal(value, original[name]) for name, value in trained.items())
