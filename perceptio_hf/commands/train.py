@@ -205,11 +205,14 @@ def _with_times(plan: "Plan", config: Path, overrides: Sequence[str], steps: int
 
 
 def _train_into(folder: Path, recipe: "Recipe") -> None:
+    from perceptio_hf.files import check_new_folder
     from perceptio_hf.training.checkpoints import told_by_first
     from perceptio_hf.training.recipe import where_to_resume, write_recipe
 
     resume = told_by_first(lambda: where_to_resume(recipe, folder))
     merges = recipe.arguments.lora_r is not None and recipe.arguments.lora_merge
+    if merges:  # not after hours of training
+        check_new_folder(folder / "merged", overwrite=True, sources=[_source(recipe.arguments)[0]])
     if resume is None and (folder / "checkpoint").exists() and not recipe.settings.resume_from_checkpoint:
         if merges and not (folder / "merged").exists() and recipe.settings.process_index == 0:
             _merge_finished(recipe, folder)  # the run was stopped between the two

@@ -90,8 +90,8 @@ def save_merged(model: "PeftModel", processor: "PerceptioProcessor", folder: str
     """Merge the adapters into the model and save it as a checkpoint that needs no PEFT; `model` is used up.
 
     Raises:
-        ValueError: for a folder that exists and holds something else than a saved model, and for a model in 4 or 8
-            bit, whose rounding is coarser than most adapters.
+        ValueError: for a folder that exists and holds something else than a saved model, or the one the model was
+            loaded from, and for a model in 4 or 8 bit, whose rounding is coarser than most adapters.
         OSError: if it cannot be saved; the folder appears, or is replaced, when it is complete.
     """
     if getattr(model.get_base_model(), "is_quantized", False):
@@ -99,7 +99,7 @@ def save_merged(model: "PeftModel", processor: "PerceptioProcessor", folder: str
             "The adapters' model is quantised: merged into 4 or 8 bit they are rounded away. Load the base again "
             "without quantization_config, then the adapters, PeftModel.from_pretrained(base, folder), and merge these."
         )
-    with new_folder(folder, overwrite=True) as fresh:
+    with new_folder(folder, overwrite=True, sources=[model.get_base_model().config.name_or_path]) as fresh:
         model.merge_and_unload().save_pretrained(fresh)
         processor.save_pretrained(fresh)
     return Path(folder)
