@@ -343,7 +343,7 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
             if self.args.look_weight:
                 looking = self._looking(input_ids, targets, counts, outputs.attentions)
                 loss, parts = loss + self.args.look_weight * sum(looking.values()), parts | looking
-            return loss + zero_of(modules), {name: part.detach() for name, part in parts.items()}
+            return loss + zero_of(modules, loss.device), {name: part.detach() for name, part in parts.items()}
 
         return criterion
 
@@ -534,9 +534,9 @@ def check_trains(model: nn.Module) -> None:
         )
 
 
-def zero_of(modules: list[nn.Module]) -> Tensor:
-    """A zero that depends on all their trainable parameters, so that each gets a gradient in every micro batch, with
-    and without masks. FSDP exchanges the gradients there are, and waits for ever where processes differ in them; an
-    optimizer steps where there is one, and must do so however a batch is divided."""
+def zero_of(modules: list[nn.Module], device: torch.device) -> Tensor:
+    """A zero on `device` that depends on all their trainable parameters, so that each gets a gradient in every micro
+    batch, with and without masks. FSDP exchanges the gradients there are, and waits for ever where processes differ in
+    them; an optimizer steps where there is one, and must do so however a batch is divided."""
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad and not hasattr(p, "ds_id")]
-    return sum((parameter.sum() * 0 for parameter in parameters), 0.0)
+    return sum(((parameter.sum() * 0).to(device) for parameter in parameters), 0.0)

@@ -199,7 +199,7 @@ def _loss(model: nn.Module, inputs: dict[str, Tensor], settings: PerceptioSFTCon
             mask_scores=outputs.mask_scores,
             weights=settings.loss_weights(),
         )
-        return loss + zero_of([perceptio.seg_projector, perceptio.mask_model.mask_decoder]), parts
+        return loss + zero_of([perceptio.seg_projector, perceptio.mask_model.mask_decoder], loss.device), parts
 
     extras = {"output_attentions": True} if settings.look_weight else {}
     return model(**inputs, use_cache=False, criterion=criterion, **extras).loss

@@ -73,10 +73,17 @@ def _strategy_of_stage(settings: Mapping, place: str) -> str:
 
 
 def layout_of_environment() -> Layout:
-    """The layout that `accelerate launch` has set up for this process; one process where it has not."""
+    """The layout that `accelerate launch` has set up for this process; one process where it has not.
+
+    Raises:
+        ValueError: for a stage of ZeRO that does not shard parameters.
+    """
     processes = int(os.environ.get("WORLD_SIZE", 1))
     for variable, strategy in (("ACCELERATE_USE_FSDP", "fsdp"), ("ACCELERATE_USE_DEEPSPEED", "zero3")):
         if os.environ.get(variable, "false").lower() == "true":
+            stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+            if strategy == "zero3":
+                _strategy_of_stage({"zero_stage": int(stage) if stage.isdigit() else stage}, "accelerate launch")
             return Layout(processes, strategy)
     return Layout(processes)
 

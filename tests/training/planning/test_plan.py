@@ -159,6 +159,13 @@ def test_layouts_that_cannot_be_reckoned_with(tmp_path, monkeypatch):
     assert layout_of_environment() == Layout(4)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert layout_of_environment() == Layout(4, "fsdp")
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    assert layout_of_environment() == Layout(4, "zero3")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    with pytest.raises(ValueError, match="zero_stage is 2; expected 3"):
+        layout_of_environment()
 
 
 @pytest.mark.parametrize("file", sorted(ACCELERATE.glob("*.yaml")), ids=lambda file: file.stem)
