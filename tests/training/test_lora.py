@@ -346,7 +346,7 @@ def test_a_recipe_trains_adapters_and_merges_them(processor, rooms, tmp_path):
     shutil.rmtree(tmp_path / "out" / "merged")  # as if the run had been stopped before it was written
     _fine_tune(file, tmp_path / "out", options, "sft")
     assert_same(load(tmp_path / "out" / "merged"), adapter, processor)
-    onward = [*options, "--model_name_or_path", str(tmp_path / "out" / "merged")]
+    onward = [*options, "--resume_from_checkpoint", "false", "--model_name_or_path", str(tmp_path / "out" / "merged")]
     with pytest.raises(ValueError, match="merged is to be read; name another folder"):
         _fine_tune(file, tmp_path / "out", onward, "sft")
 
