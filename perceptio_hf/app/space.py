@@ -1,13 +1,12 @@
 """A Hugging Face Space that shows the page: README with its metadata, requirements, app.py, and all it needs to run."""
 
-import os
 import re
 import shutil
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from perceptio_hf import __version__
-from perceptio_hf.files import new_folder
+from perceptio_hf.files import expanded, new_folder
 from perceptio_hf.hub.upload import CARD, model_files, write_files
 
 _PACKAGE = Path(__file__).parents[1]
@@ -54,7 +53,7 @@ def write_space(folder: Path, model: str | None) -> None:
             that `perceptio push` refuses.
         OSError: It could not be written, and is not there then.
     """
-    folder = Path(os.path.expanduser(folder))
+    folder = expanded(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--space {folder} is not empty; name a new folder.")
     wanted = _requirements()

@@ -1,7 +1,6 @@
 """`perceptio export`: a Perceptio checkpoint in a format that other programs load."""
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -40,7 +39,7 @@ def export(
     whole in structured output, by spatial mode: MODE.ebnf for xgrammar, MODE.lark for llguidance, MODE.regex for
     outlines.
     """
-    from perceptio_hf.files import new_folder
+    from perceptio_hf.files import expanded, new_folder
 
     from . import checkpoints
 
@@ -56,7 +55,7 @@ def export(
         del loaded  # there is memory for one
         if written is not None:
             written.check(partial)
-    files = sorted(path.name for path in Path(os.path.expanduser(out)).iterdir())
+    files = sorted(path.name for path in expanded(out).iterdir())
     if as_json:
         print(json.dumps({"model": model, "format": form, "folder": str(out), "files": files}, indent=2))
     else:

@@ -286,14 +286,11 @@ def _predict_many(
 
 
 def _check_apart(out: Path, pictures: Sequence[str]) -> None:
-    """Raises ValueError where a list that is read, or depth maps of somebody else, would be taken for old results."""
-    from perceptio_hf.bulk.journal import claim_path
-    from perceptio_hf.evaluation.run.predictions import DEPTH_FOLDER, FAILURES_FILE, RESULTS_FILE
+    """Raises ValueError where a list that is read would be taken for old results."""
+    from perceptio_hf.evaluation.run.predictions import FAILURES_FILE, RESULTS_FILE
 
     old = {os.path.realpath(out / name) for name in (RESULTS_FILE, FAILURES_FILE)}
     lost = [word for word in pictures if os.path.realpath(word) in old]
-    if not claim_path(out / RESULTS_FILE).exists() and (out / DEPTH_FOLDER).exists():
-        lost.append(str(out / DEPTH_FOLDER))
     if lost:
         raise ValueError(f"--out {out}: {lost[0]} is there, and results would replace it; name another folder.")
 

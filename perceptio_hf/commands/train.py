@@ -227,7 +227,6 @@ def _train_into(folder: Path, recipe: "Recipe") -> None:
 
 
 def _trainer(recipe: "Recipe") -> "WholeCheckpoints":
-    from perceptio_hf.conversion.saved_models import load_depth_codec
     from perceptio_hf.training.logging import show_losses
     from perceptio_hf.training.recipe import check_label_codecs, evaluation_sets, training_set
     from perceptio_hf.training.trainer import PerceptioSFTTrainer
@@ -237,9 +236,8 @@ def _trainer(recipe: "Recipe") -> "WholeCheckpoints":
     model, processor = _start(recipe)
     settings.model_init_kwargs = None
     tasks = [*arguments.tasks, *arguments.eval_tasks]
-    if any("labels" in task and not task.get("maps") for task in tasks):
-        # As it is saved: where processes share the model (ZeRO-3), none of them has the codec's weights.
-        check_label_codecs(tasks, arguments.data_folder, load_depth_codec(source, **revision))
+    # As it is saved: where processes share the model (ZeRO-3), none of them has the codec's weights.
+    check_label_codecs(tasks, arguments.data_folder, source, **revision)
     if arguments.recipe in REWARDED:
         from perceptio_hf.training.rewards.recipe import reward_trainer
 

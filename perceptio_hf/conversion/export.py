@@ -9,7 +9,7 @@ import torch
 from transformers.models.internvl.configuration_internvl import InternVLConfig
 from transformers.models.internvl.modeling_internvl import InternVLForConditionalGeneration
 
-from perceptio_hf.files import new_folder, write_json, write_text
+from perceptio_hf.files import expanded, new_folder, write_json, write_text
 from perceptio_hf.modeling.remote_code import write_code
 from perceptio_hf.modeling.spans.spatial_request import keep_own_settings
 
@@ -66,7 +66,7 @@ def export_internvl(
     with new_folder(folder, overwrite, sources=(origin(model),)) as partial:
         options = {"pictures": pictures, "tokens_before_span": tokens_before_span, "with_code": with_code}
         write_internvl(model, processor, partial, **options)
-    return sorted(path.name for path in Path(os.path.expanduser(folder)).iterdir())
+    return sorted(path.name for path in expanded(folder).iterdir())
 
 
 def write_internvl(

@@ -16,6 +16,7 @@ from perceptio_hf.data.published.coco import coco_instances
 from perceptio_hf.data.published.hub import hub
 from perceptio_hf.data.published.labels import labels
 from perceptio_hf.data.published.referring import grefcoco, refcoco, refcocog, refcocop
+from perceptio_hf.files import expanded
 
 from .keys import check_keys, check_value
 from .sources import depth_folder, load_llava, load_samples
@@ -90,7 +91,7 @@ def _placed(value: Any, hint: Any, folder: str) -> Any:
     is_place = os.PathLike in typing.get_args(hint)
     if not is_place or value is None:
         return value
-    return str(Path(os.path.expanduser(folder)) / os.path.expanduser(value))
+    return str(expanded(folder) / os.path.expanduser(value))
 
 
 def _part_of(dataset, task: Mapping[str, Any], place: str):

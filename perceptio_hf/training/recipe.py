@@ -28,6 +28,7 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import TrlParser
 
+from perceptio_hf.conversion.saved_models import load_depth_codec
 from perceptio_hf.data.keys import check_keys, check_value
 from perceptio_hf.data.mixture import mix_tasks
 from perceptio_hf.data.published.labels import check_codec
@@ -209,14 +210,22 @@ def _lasting(recipe: Recipe) -> dict:
     return json.loads(json.dumps(values, default=str))
 
 
-def check_label_codecs(tasks: Sequence[dict], data_folder: str | None, codec: DepthVQVAE) -> None:
+def check_label_codecs(
+    tasks: Sequence[dict], data_folder: str | None, codec: DepthVQVAE | str, revision: str | None = None
+) -> None:
     """Whether all codes that tasks of the kind `labels` bring are the model's own.
+
+    Args:
+        codec: the model's, or the checkpoint that it is saved in, with its `revision`; that is read where it is needed.
 
     Raises:
         ValueError: naming the folder whose codes are another codec's.
     """
     wanted = [task for task in tasks if "labels" in task and not task.get("maps")]
-    own = codec_fingerprint(codec) if wanted else ""
+    if not wanted:
+        return
+    codec = load_depth_codec(codec, revision=revision)
+    own = codec_fingerprint(codec)
     for task in wanted:
         place = expanded(data_folder or "") / expanded(task["labels"])
         check_codec(place, own, codec.config.num_tokens, codec.config.num_codes)

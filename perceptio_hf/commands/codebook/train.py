@@ -1,7 +1,6 @@
 """`perceptio codebook train`."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -68,12 +67,12 @@ def train(
     their number. A training that was stopped goes on with the same command. For several GPUs: `accelerate launch -m
     perceptio_hf codebook train ...`.
     """
-    from perceptio_hf.files import check_new_folder, in_use, new_folder, write_json, write_picture
+    from perceptio_hf.files import check_new_folder, expanded, in_use, new_folder, write_json, write_picture
 
     given = {"data": data, "unit": unit, "pattern": pattern, "maps": maps, "steps": steps, "minutes": minutes}
     given |= {"teacher": teacher, "teacher_unit": teacher_unit, "seed": seed}
     settings = read_settings(config, given)
-    out = Path(os.path.expanduser(out))
+    out = expanded(out)
     check_new_folder(out, overwrite, sources := _places(config, settings))
 
     from perceptio_hf import DepthVQVAEConfig

@@ -20,7 +20,7 @@ import torch
 
 from perceptio_hf.bulk.engines import Engine, Result, fill_journal
 from perceptio_hf.bulk.items import Item
-from perceptio_hf.bulk.journal import Journal
+from perceptio_hf.bulk.journal import Journal, claim_path
 from perceptio_hf.bulk.order import cut, digest, order_by_size, read_order, write_order
 from perceptio_hf.data.depth_maps import depth_picture
 from perceptio_hf.files import replacing
@@ -217,7 +217,8 @@ def predict_items(
         watch: told how many of how many are done.
 
     Raises:
-        ValueError: results of other items or another claim; an answer longer than `max_new_tokens` is forced.
+        ValueError: results of other items or another claim, or a `depth` folder that no run wrote; an answer longer
+            than `max_new_tokens` is forced.
     """
     what = digest([item.id, item.picture, item.question, item.spatial, item.extra] for item in items)
     groups = [item.spatial for item in items]
@@ -225,6 +226,8 @@ def predict_items(
     order = read_order(folder / ORDER_FILE, what) or _order(items, groups, processor)
     batches = [[items[place] for place in batch] for batch in cut(order, groups, batch_size)]
     ids = [items[place].id for place in order]
+    if (folder / DEPTH_FOLDER).exists() and not claim_path(folder / RESULTS_FILE).exists():
+        raise ValueError(f"{folder / DEPTH_FOLDER} is there, and results would replace it; name another --out.")
     journal = Journal(folder / RESULTS_FILE, claim, ids, overwrite=overwrite, keep=False)
     if not journal.done:
         _remove_results(folder)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from perceptio_hf.conversion.saved_models import load_depth_codec
 from perceptio_hf.data.mixture import mix_tasks
 from perceptio_hf.data.tasks import SOURCES, load_tasks
 from perceptio_hf.modeling.configuration_perceptio import PerceptioConfig
@@ -204,8 +203,8 @@ def _check_codes(arguments: "RecipeArguments", source: str) -> None:
     """ValueError for labels in the codes of another codec than the model's; that of a repository, which is not here
     yet, is compared when training starts."""
     tasks = [*arguments.tasks, *arguments.eval_tasks]
-    if any("labels" in task for task in tasks) and os.path.isdir(source):
-        check_label_codecs(tasks, arguments.data_folder, load_depth_codec(source))
+    if os.path.isdir(source):
+        check_label_codecs(tasks, arguments.data_folder, source)
 
 
 def _some(dataset: "Dataset | IterableDataset") -> list[dict]:

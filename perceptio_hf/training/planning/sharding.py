@@ -79,12 +79,11 @@ def layout_of_environment() -> Layout:
         ValueError: for a stage of ZeRO that does not shard parameters.
     """
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    for variable, strategy in (("ACCELERATE_USE_FSDP", "fsdp"), ("ACCELERATE_USE_DEEPSPEED", "zero3")):
-        if os.environ.get(variable, "false").lower() == "true":
-            stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-            if strategy == "zero3":
-                _strategy_of_stage({"zero_stage": int(stage) if stage.isdigit() else stage}, "accelerate launch")
-            return Layout(processes, strategy)
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return Layout(processes, "fsdp")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 3))
+        return Layout(processes, _strategy_of_stage({"zero_stage": stage}, "accelerate launch"))
     return Layout(processes)
 
 
