@@ -213,7 +213,8 @@ def _lasting(recipe: Recipe) -> dict:
 def check_label_codecs(
     tasks: Sequence[dict], data_folder: str | None, codec: DepthVQVAE | str, revision: str | None = None
 ) -> None:
-    """Whether all codes that tasks of the kind `labels` bring are the model's own.
+    """Whether all codes that come out of folders of labels, by `labels` or as `samples` of their questions, are the
+    model's own.
 
     Args:
         codec: the model's, or the checkpoint that it is saved in, with its `revision`; that is read where it is needed.
@@ -221,13 +222,15 @@ def check_label_codecs(
     Raises:
         ValueError: naming the folder whose codes are another codec's.
     """
-    wanted = [task for task in tasks if "labels" in task and not task.get("maps")]
-    if not wanted:
+    base = expanded(data_folder or "")
+    places = [base / expanded(task["labels"]) for task in tasks if "labels" in task and not task.get("maps")]
+    saved = [base / expanded(task["samples"]) for task in tasks if "samples" in task]
+    places += [file.parent for file in saved if file.name == "questions" and (file.parent / "labels.json").is_file()]
+    if not places:
         return
     codec = load_depth_codec(codec, revision=revision)
     own = codec_fingerprint(codec)
-    for task in wanted:
-        place = expanded(data_folder or "") / expanded(task["labels"])
+    for place in places:
         check_codec(place, own, codec.config.num_tokens, codec.config.num_codes)
 
 

@@ -177,8 +177,10 @@ def test_training_refuses_labels_of_another_codec(scenes, tmp_path):
     model = PerceptioForConditionalGeneration.from_pretrained(tiny_checkpoint())
     write_labels(tmp_path / "mine", scenes)
     tasks = [{"world": "refer", "scenes": 1}, {"labels": "mine"}]
-    with pytest.raises(ValueError, match="Label with the model's codec"):
-        check_label_codecs(tasks, str(tmp_path), model.depth_model)
+    for others in (tasks, [{"samples": "mine/questions"}]):
+        with pytest.raises(ValueError, match="Label with the model's codec"):
+            check_label_codecs(others, str(tmp_path), model.depth_model)
+    check_label_codecs([{"samples": "questions"}], str(tmp_path), model.depth_model)
     check_label_codecs([{"labels": "mine", "maps": True}], str(tmp_path), model.depth_model)
     about = json.loads((tmp_path / "mine" / "labels.json").read_text())
     about["codec"]["fingerprint"] = codec_fingerprint(DepthVQVAE.from_pretrained(_saved(model, tmp_path)))
