@@ -58,6 +58,12 @@ def plain_name(thing: SceneObject) -> str:
     return f"the {thing.color} {thing.shape}"
 
 
+def any_name(r: random.Random) -> str:
+    """A name such as a question may use, "the small red ball", of a thing that need not be anywhere."""
+    names = pick(r, SUBSETS)
+    return "the " + noun_phrase(r, tuple((name, pick(r, ATTRIBUTES[name])) for name in names))
+
+
 def with_article(phrase: str) -> str:
     """The phrase behind "a" or "an"."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"

@@ -106,6 +106,12 @@ def steps_in_words(cells: Sequence[int], letters: Sequence[str] = (), *, nearnes
     return text[1:] if letters else text
 
 
+def compared_in_words(names: Sequence[str], cells: Sequence[int], *, nearness: bool) -> str:
+    """`the ball p27 d00 the red box p03 d00`: each thing's cell behind its name."""
+    steps = [steps_in_words([cell], nearness=nearness) for cell in cells]
+    return " ".join(name + step for name, step in zip(names, steps, strict=True))
+
+
 def cells_of_objects(scene: Scene, grid: int) -> np.ndarray:
     """(objects + 1, grid * grid) bool: the cells of every instance that hold at least half as much of it as the one
     that holds most; row 0, the background's, is empty. Every object has some, however small or hidden."""
@@ -140,9 +146,7 @@ class Responder:
             words = f"{steps_in_words(found, question.letters, nearness=depth)}: {words}"
         elif self.form.steps and question.kind == "closer_object":
             found, objects = self._cells(scene, question.targets)
-            steps = [steps_in_words([cell], nearness=depth) for cell in found]
-            named = " ".join(name + step for name, step in zip(question.choices, steps, strict=True))
-            words = f"{named}: {words}"
+            words = f"{compared_in_words(question.choices, found, nearness=depth)}: {words}"
         elif self.form.steps and question.kind in ("count", "attribute"):
             pairs = sorted(zip(*self._cells(scene, question.members), strict=True))
             found, objects = zip(*pairs, strict=True) if pairs else ((), ())

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from perceptio_hf.data.depth_maps import DepthMap
 from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
-from perceptio_hf.modeling.modeling_perceptio import CACHE, PerceptioForConditionalGeneration, picture_features
+from perceptio_hf.modeling.modeling_perceptio import CACHE, PerceptioForConditionalGeneration
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 from perceptio_hf.training.attention.loss import (
     FIND,
@@ -70,16 +70,11 @@ def nearness_of_codes(codec: DepthVQVAE) -> Tensor:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What one batch gave: the loss in words and depth, its parts, and states for the losses of pictures.
-
-    `seg_states` (m, d) in reading order, `image_states` (b, g * g, d) after the projector, `codes` (b, N).
-    """
+    """What one batch gave: the loss in words and depth, its parts, and the [SEG] states (m, d) in reading order."""
 
     loss: Tensor
     parts: dict[str, Tensor]
     seg_states: Tensor
-    image_states: Tensor
-    codes: Tensor
 
 
 class LanguageLesson:
@@ -91,7 +86,8 @@ class LanguageLesson:
         plain: take cross-entropy over all learnt tokens in its place.
         alignment: weight of `alignment_loss`.
         heads: how many heads of a layer are taught where to look.
-        revise: spans of a batch that are also asked about without their pictures (`lookup`), lest it be forgotten.
+        revise: spans of a batch that are also asked about without their pictures (`look_up`), lest it be forgotten.
+        compare: spans of a batch in which named things are also compared without pictures (`compare_names`).
         span_noise: mean share of a span's input codes that are replaced by others of the span; those that the answer
             speaks of stay. As `PerceptioSFTConfig.span_noise`: spans are then decoded in fewer passes.
     """
@@ -107,12 +103,14 @@ class LanguageLesson:
         alignment: float = 1.0,
         heads: int = 2,
         revise: int = 0,
+        compare: int = 0,
         span_noise: float = 0.0,
     ):
         device = model.device
         self.model, self.processor, self.nearness, self.plain = model, processor, nearness.to(device), plain
         self.weights = weights or LESSON_WEIGHTS
-        self.alignment, self.heads, self.revise, self.span_noise = alignment, heads, revise, span_noise
+        self.alignment, self.heads, self.span_noise = alignment, heads, span_noise
+        self.revise, self.compare = revise, compare
         self.vocabulary = model.spatial_vocabulary()
         self.code_ids = torch.tensor(model.config.depth_token_ids, device=device)
         grid = model.config.depth_config.grid_size
@@ -125,7 +123,7 @@ class LanguageLesson:
         """Losses of all turns of a batch."""
         codes = self.model.depth_model.encode(scenes.inverse_depth)  # (b, N)
         past = DynamicCache()
-        prefix = self.model.model(input_ids=scenes.prefix_ids, pixel_values=scenes.pixel_values, **{CACHE: past})
+        self.model.model(input_ids=scenes.prefix_ids, pixel_values=scenes.pixel_values, **{CACHE: past})
         labels = [self._fill(turns.labels, codes[turns.rows]) for turns in scenes.turns]
         counts = sum((loss_counts(filled, self.vocabulary) for filled in labels), LossCounts())
         total, parts, states, looking = 0.0, {}, [], []
@@ -147,7 +145,11 @@ class LanguageLesson:
             revision, figures = self.look_up(codes[: self.revise])
             total = total + revision
             parts |= {name: figures[name] for name in ("read", "concluded") if name in figures}
-        return Lesson(total, parts, torch.cat(states), picture_features(prefix), codes)
+        if self.compare:
+            comparison, figures = self.compare_names(codes[: self.compare])
+            total = total + comparison
+            parts["compared"] = figures["compared"]
+        return Lesson(total, parts, torch.cat(states))
 
     def look_up(self, codes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses of questions about spans of `codes` (b, N) alone, see `lookup`."""
@@ -169,6 +171,18 @@ class LanguageLesson:
         if concluding.any():
             figures["concluded"] = right[concluding].mean()
         return parts["text"] + self.alignment * parts["looking"], parts | figures
+
+    def compare_names(self, codes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses of comparisons of named things behind spans of `codes` (b, N), without pictures."""
+        batch = self.asker.comparisons(codes, torch.default_generator)
+        output = self.model.model(input_ids=batch.input_ids, output_attentions=True)
+        learnt = batch.labels[:, 1:] != IGNORED_LABEL
+        logits = self.model.lm_head(output.last_hidden_state[:, :-1][learnt]).float()
+        targets = batch.labels[:, 1:][learnt]
+        words = F.cross_entropy(logits, targets)
+        looking = alignment_loss(output.attentions[_LOOKUP_LAYER][:, : self.heads], batch.looks)
+        right = (logits.argmax(-1) == targets).float().detach()
+        return words + self.alignment * looking, {"words": words, "compared": right.mean()}
 
     def _token_losses(
         self, hidden: Tensor, labels: Tensor, scenes: SceneBatch, turns: TurnBatch, counts: LossCounts

@@ -1,5 +1,7 @@
 """The lessons of the tiny training: spans and steps hold true codes, attention is taught, losses are ours."""
 
+import re
+
 import pytest
 import torch
 
@@ -82,6 +84,44 @@ def test_lookups_are_true(parts, nearness):
             near = {letter: int(level[1:]) for letter, level in zip(steps[::3], steps[2::3], strict=True)}
             assert text.split(":")[1].strip() == max(near, key=near.get)
     assert concluded > 5
+
+
+def test_comparisons_are_true(parts, nearness):
+    model, processor = parts
+    words, to_id = processor.tokenizer, processor.tokenizer.convert_tokens_to_ids
+    asker = LookupAsker(processor, nearness)
+    codes = torch.randint(16, (40, 64), generator=torch.Generator().manual_seed(2))
+    batch = asker.comparisons(codes, torch.Generator().manual_seed(3))
+    first_cell, masked, second = to_id(cell_words(8)[0]), 0, 0
+    for row, ids, labels, looks in zip(codes, batch.input_ids.tolist(), batch.labels, batch.looks, strict=True):
+        question, answer = words.decode(ids).split("<|im_start|>assistant\n")
+        masked += answer.startswith("[SEG][SEG]<DEPTH_START>")
+        steps, nearer = answer.split("<DEPTH_END>")[1].split("<|im_end|>")[0].split(": ")
+        found = re.fullmatch(r"(.+) p(\d\d) d(\d\d) (.+) p(\d\d) d(\d\d)", steps)
+        one, other = (found[1], int(found[2]), int(found[3])), (found[4], int(found[5]), int(found[6]))
+        assert all(name.lower() in question.lower() for name in (one[0], other[0]))
+        assert all(nearness[row[cell]] == level for _, cell, level in (one, other))
+        assert nearer == max(one, other, key=lambda thing: thing[2])[0] and one[2] != other[2]
+        second += other[2] > one[2]
+
+        learnt = [token for token in labels.tolist() if token != -100]
+        assert words.decode(learnt) == f"{one[0]} d{one[2]:02d} {other[0]} d{other[2]:02d}: {nearer}<|im_end|>"
+        start = ids.index(model.config.depth_start_token_id)
+        assert ids[start + 1 : start + 65] == [model.config.depth_token_ids[code] for code in row]
+        for place, key in looks.nonzero().tolist():
+            assert key == start + 1 + ids[place] - first_cell
+        assert looks.sum() == 2
+    assert 10 < masked < 30 and 10 < second < 30
+
+
+def test_a_lesson_compares_names(parts, nearness):
+    model, processor = parts
+    scenes = next(scene_batches(processor, size=128, batch_size=2, first_seed=5, workers=0))
+    torch.manual_seed(0)
+    plain = LanguageLesson(model, processor, nearness).read(scenes)
+    torch.manual_seed(0)
+    both = LanguageLesson(model, processor, nearness, compare=1).read(scenes)
+    assert both.loss > plain.loss and set(both.parts) - set(plain.parts) == {"compared"}
 
 
 def test_lesson_fills_spans_and_steps(parts, nearness):
