@@ -24,7 +24,7 @@ from perceptio_hf.lab.lessons.answers import AnswerForm
 from perceptio_hf.lab.lessons.batches import SceneBatch, click_prompts, scene_batches
 from perceptio_hf.lab.lessons.conversation_lesson import LESSON_WEIGHTS, LanguageLesson, nearness_of_codes
 from perceptio_hf.lab.lessons.model import IMAGE_SIZE
-from perceptio_hf.lab.lessons.optimizers import adamw, schedule, set_rate
+from perceptio_hf.lab.lessons.stages import adamw, schedule, set_rate
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 from perceptio_hf.training.losses import LossWeights, mask_loss, score_loss

@@ -25,6 +25,7 @@ from perceptio_hf.world.scene import COLORS, MATERIALS, SHAPES, SIZES
 
 from .answers import LETTERS, PHRASE, AnswerForm, Marks, Responder, Response, cells_of_objects
 
+_PRACTICE = 5_000_000  # from the first scene that is asked about to the first that is only practised on
 _MARKED, _MARKED_ANYWAY = 0.85, 0.5  # how often the points of a question are shown, and points without one
 
 
@@ -131,12 +132,6 @@ class SceneAsker:
         """Render one scene without marks and ask only for objects, as often as `phrases` allows."""
         scene, rng = render_scene(seed, size=self.size), np.random.default_rng([seed, 3])
         return self._asked(scene, Marks((), ()), self.responder.phrases(scene, rng, self.phrases))
-
-    def grounded(self, seed: int) -> AskedScene:
-        """As `referred`, and ask what is counted and what things are like, which also begins with finding them."""
-        scene, rng = render_scene(seed, size=self.size), np.random.default_rng([seed, 4])
-        responses = self.responder.choose(scene, ask(scene, rng, ("count", "attribute")), Marks((), ()), rng)
-        return self._asked(scene, Marks((), ()), responses + self.responder.phrases(scene, rng, self.phrases))
 
     def practice(self, seed: int) -> AskedScene:
         """Render one scene that nothing is asked about, every other one crowded with marks.
@@ -325,8 +320,9 @@ class SceneStream(IterableDataset):
         rank: int,
         processes: int,
         way: str,
+        practised: int = 0,
     ):
-        self.asker, self.render = asker, getattr(asker, way)
+        self.asker, self.render, self.practised = asker, getattr(asker, way), practised
         self.batch_size, self.first_seed, self.rank, self.processes = batch_size, first_seed, rank, processes
 
     def __iter__(self) -> Iterator[SceneBatch]:
@@ -336,7 +332,10 @@ class SceneStream(IterableDataset):
         for step in itertools.count(number, workers):
             turn = step * self.processes + self.rank
             first = self.first_seed + turn * self.batch_size
-            yield collate([self.render(seed) for seed in range(first, first + self.batch_size)], self.asker)
+            scenes = [self.render(seed) for seed in range(first, first + self.batch_size)]
+            first = self.first_seed + _PRACTICE + turn * self.practised
+            scenes += [self.asker.practice(seed) for seed in range(first, first + self.practised)]
+            yield collate(scenes, self.asker)
 
 
 def scene_batches(
@@ -347,6 +346,7 @@ def scene_batches(
     first_seed: int,
     form: AnswerForm | None = None,
     phrases: int = 0,
+    practised: int = 0,
     way: str = "scene",
     workers: int = 1,
     rank: int = 0,
@@ -355,9 +355,9 @@ def scene_batches(
     """An endless stream of training batches, rendered by `workers` other processes (0: by this one).
 
     Of `processes` that train together, number `rank` gets every `processes`-th batch. `way` is the method of
-    `SceneAsker` that makes scenes: "scene", "practice" (nothing is asked), "referred" (objects alone) or "grounded"
-    (what needs no depth).
+    `SceneAsker` that makes scenes: "scene", "practice" (nothing is asked) or "referred" (objects alone). Behind every
+    batch's scenes come `practised` further ones that nothing is asked about.
     """
     asker = SceneAsker(processor, size, form, phrases)
-    stream = SceneStream(asker, batch_size, first_seed, rank, processes, way)
+    stream = SceneStream(asker, batch_size, first_seed, rank, processes, way, practised)
     return iter(DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))

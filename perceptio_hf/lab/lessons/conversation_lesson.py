@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from perceptio_hf.data.depth_maps import DepthMap
 from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
-from perceptio_hf.modeling.modeling_perceptio import CACHE, PerceptioForConditionalGeneration
+from perceptio_hf.modeling.modeling_perceptio import CACHE, PerceptioForConditionalGeneration, picture_features
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 from perceptio_hf.training.attention.loss import (
     FIND,
@@ -70,11 +70,16 @@ def nearness_of_codes(codec: DepthVQVAE) -> Tensor:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What one batch gave: the loss in words and depth, its parts, and the [SEG] states (m, d) in reading order."""
+    """What one batch gave: the loss in words and depth, its parts, and states for the losses of pictures.
+
+    `seg_states` (m, d) in reading order, `image_states` (b, g * g, d) after the projector, `codes` (b, N).
+    """
 
     loss: Tensor
     parts: dict[str, Tensor]
     seg_states: Tensor
+    image_states: Tensor
+    codes: Tensor
 
 
 class LanguageLesson:
@@ -123,7 +128,7 @@ class LanguageLesson:
         """Losses of all turns of a batch."""
         codes = self.model.depth_model.encode(scenes.inverse_depth)  # (b, N)
         past = DynamicCache()
-        self.model.model(input_ids=scenes.prefix_ids, pixel_values=scenes.pixel_values, **{CACHE: past})
+        prefix = self.model.model(input_ids=scenes.prefix_ids, pixel_values=scenes.pixel_values, **{CACHE: past})
         labels = [self._fill(turns.labels, codes[turns.rows]) for turns in scenes.turns]
         counts = sum((loss_counts(filled, self.vocabulary) for filled in labels), LossCounts())
         total, parts, states, looking = 0.0, {}, [], []
@@ -149,7 +154,7 @@ class LanguageLesson:
             comparison, figures = self.compare_names(codes[: self.compare])
             total = total + comparison
             parts["compared"] = figures["compared"]
-        return Lesson(total, parts, torch.cat(states))
+        return Lesson(total, parts, torch.cat(states), picture_features(prefix), codes)
 
     def look_up(self, codes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses of questions about spans of `codes` (b, N) alone, see `lookup`."""
