@@ -31,7 +31,7 @@ from trl import TrlParser
 from perceptio_hf.conversion.saved_models import load_depth_codec
 from perceptio_hf.data.keys import check_keys, check_value
 from perceptio_hf.data.mixture import mix_tasks
-from perceptio_hf.data.published.labels import check_codec
+from perceptio_hf.data.published.labels import check_codec, folder_of_questions
 from perceptio_hf.data.tasks import SOURCES, load_tasks
 from perceptio_hf.files import expanded, read_yaml, write_json
 from perceptio_hf.modeling.codec_identity import codec_fingerprint
@@ -224,8 +224,8 @@ def check_label_codecs(
     """
     base = expanded(data_folder or "")
     places = [base / expanded(task["labels"]) for task in tasks if "labels" in task and not task.get("maps")]
-    saved = [base / expanded(task["samples"]) for task in tasks if "samples" in task]
-    places += [file.parent for file in saved if file.name == "questions" and (file.parent / "labels.json").is_file()]
+    saved = [folder_of_questions(base / expanded(task["samples"])) for task in tasks if "samples" in task]
+    places += [place for place in saved if place is not None]
     if not places:
         return
     codec = load_depth_codec(codec, revision=revision)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "perceptio labels", 1
 PARTS = ("spans", "questions")
+_ABOUT, _QUESTIONS = "labels.json", "questions"
 _COCO_NAME = re.compile(r"(\d{12})\.(?:jpe?g|png)\b", re.IGNORECASE)
 
 
@@ -63,11 +64,11 @@ def labels(
 
 def _questions(place: Path, part: str) -> "Dataset":
     """All questions, or those of one kind."""
-    if not (place / "questions").is_dir():
+    if not (place / _QUESTIONS).is_dir():
         raise ValueError(
             f"{place} has no questions; label with --questions closest,order,objects, or take part: spans."
         )
-    questions = as_rows(import_datasets().load_from_disk(str(place / "questions")), f"{place / 'questions'}")
+    questions = as_rows(import_datasets().load_from_disk(str(place / _QUESTIONS)), f"{place / _QUESTIONS}")
     if part != "questions":
         kinds = questions.with_format(None)["task"]
         chosen = [number for number, kind in enumerate(kinds) if kind == part]
@@ -98,7 +99,7 @@ def read_label_metadata(folder: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ValueError: for a folder without labels, of a newer version, or whose labelling has not ended.
     """
-    file = expanded(folder) / "labels.json"
+    file = expanded(folder) / _ABOUT
     if not file.is_file():
         raise ValueError(f"{folder} holds no labels ({file.name} is missing); make them with `perceptio label`.")
     about = read_json(file)
@@ -109,6 +110,11 @@ def read_label_metadata(folder: str | os.PathLike) -> dict[str, Any]:
     if about.get("complete") is not True:
         raise ValueError(f"{folder} is not complete; give the same `perceptio label` command again, it goes on.")
     return about
+
+
+def folder_of_questions(place: Path) -> Path | None:
+    """The folder of labels whose questions are saved at `place`; None for any other place."""
+    return place.parent if place.name == _QUESTIONS and (place.parent / _ABOUT).is_file() else None
 
 
 def _spans(place: Path, about: dict[str, Any], maps: bool) -> "Dataset":

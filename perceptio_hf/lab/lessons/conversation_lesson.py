@@ -157,14 +157,12 @@ class LanguageLesson:
         return Lesson(total, parts, torch.cat(states), picture_features(prefix), codes)
 
     def look_up(self, codes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses of questions about spans of `codes` (b, N) alone, see `lookup`."""
+        """Losses of questions about spans of `codes` (b, N) alone, without pictures."""
         batch = self.asker.batch(codes, torch.default_generator)
         past = DynamicCache()
         self.model.model.language_model(input_ids=batch.prefix_ids, **{CACHE: past})
         hidden, attention = self._behind(past, batch.rows, batch.input_ids)
-        learnt = batch.labels[:, 1:] != IGNORED_LABEL
-        logits = self.model.lm_head(hidden[:, :-1][learnt]).float()
-        targets = batch.labels[:, 1:][learnt]
+        logits, targets = self._predicted(hidden, batch.labels)
         parts = {
             "text": F.cross_entropy(logits, targets),
             "looking": alignment_loss(attention[_LOOKUP_LAYER], batch.looks),
@@ -181,22 +179,24 @@ class LanguageLesson:
         """Losses of comparisons of named things behind spans of `codes` (b, N), without pictures."""
         batch = self.asker.comparisons(codes, torch.default_generator)
         output = self.model.model(input_ids=batch.input_ids, output_attentions=True)
-        learnt = batch.labels[:, 1:] != IGNORED_LABEL
-        logits = self.model.lm_head(output.last_hidden_state[:, :-1][learnt]).float()
-        targets = batch.labels[:, 1:][learnt]
+        logits, targets = self._predicted(output.last_hidden_state, batch.labels)
         words = F.cross_entropy(logits, targets)
         looking = alignment_loss(output.attentions[_LOOKUP_LAYER][:, : self.heads], batch.looks)
         right = (logits.argmax(-1) == targets).float().detach()
         return words + self.alignment * looking, {"words": words, "compared": right.mean()}
 
+    def _predicted(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (t, V) for all tokens that are learnt, and these (t,); `hidden` (n, L, d), `labels` (n, L)."""
+        learnt = labels[:, 1:] != IGNORED_LABEL
+        return self.model.lm_head(hidden[:, :-1][learnt]).float(), labels[:, 1:][learnt]
+
     def _token_losses(
         self, hidden: Tensor, labels: Tensor, scenes: SceneBatch, turns: TurnBatch, counts: LossCounts
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if self.plain:
-            learnt = labels[:, 1:] != IGNORED_LABEL
-            logits = self.model.lm_head(hidden[:, :-1][learnt]).float()
-            sums = F.cross_entropy(logits, labels[:, 1:][learnt], reduction="sum")
-            loss = sums / (counts.text + counts.markers + counts.codes)
+            loss = F.cross_entropy(*self._predicted(hidden, labels), reduction="sum") / (
+                counts.text + counts.markers + counts.codes
+            )
             return loss, {"cross_entropy": loss}
         has_span = (turns.labels == self.vocabulary.depth_start).any(1)
         return composite_loss(

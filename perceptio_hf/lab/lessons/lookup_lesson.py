@@ -18,13 +18,14 @@ from perceptio_hf.tokens import SEG_TOKEN, depth_span
 from perceptio_hf.training.losses.labels import IGNORED_LABEL
 from perceptio_hf.world.cells import cell_words, nearness_words
 from perceptio_hf.world.descriptions import any_name, capitalized
+from perceptio_hf.world.parts import pick
 from perceptio_hf.world.questions import CLOSER_QUESTIONS
 
 from .answers import LETTERS, compared_in_words
 
 _CHAINS, _CHAIN_CELLS = 6, 8  # chains of cells behind each span, and their length
 _CONCLUSIONS = 6
-_TRIES = 8  # draws of two cells that are to differ in nearness; where none do, the first is said to be nearer
+_TRIES = 8  # pairs of cells, of which one is to differ in nearness; where none do, the first is said to be nearer
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,11 @@ class LookupAsker:
         """Token ids and labels of one conversation, and (cell's place, its code's place in the span) of its cells."""
         r = random.Random(int(torch.randint(2**62, (), generator=generator)))
         levels = self.nearness[codes].tolist()
-        drawn = [self._draw(2, generator).tolist() for _ in range(_TRIES)]
+        drawn = self._draw(2 * _TRIES, generator).view(_TRIES, 2).tolist()
         cells = next((pair for pair in drawn if levels[pair[0]] != levels[pair[1]]), drawn[0])
         names = [any_name(r), any_name(r)]
         nearer = names[levels[cells[1]] > levels[cells[0]]]
-        question = capitalized(r.choice(CLOSER_QUESTIONS).format(x=names[0], y=names[1]))
+        question = capitalized(pick(r, CLOSER_QUESTIONS).format(x=names[0], y=names[1]))
         masks = SEG_TOKEN * 2 if r.random() < 0.5 else ""
         answer = f"{masks}{depth_span(codes.tolist())}{compared_in_words(names, cells, nearness=True)}: {nearer}"
         asked = self._encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
