@@ -55,6 +55,18 @@ def device_of(module: nn.Module) -> torch.device | None:
     return None
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 itself.
+
+    Others convert number by number: a processor with AVX2 takes ten times as long as for float32, and torch calls the
+    older GPUs, which do the same, capable of it unless asked in this way.
+    """
+    if device.type == "cpu":
+        known = torch.cpu.get_capabilities() if torch.backends.mkldnn.is_available() else {}
+        return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last is ARM's
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def without_casts_down(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """What `Module._apply` is to do to the tensors of a part that keeps its precision.
 

@@ -1,19 +1,24 @@
 """Settings of `PerceptioSFTTrainer`."""
 
+import logging
 import math
 import warnings
 from dataclasses import Field, dataclass, field, make_dataclass
 
 import torch
+from accelerate import Accelerator
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import SFTConfig
 
 from perceptio_hf.extras import how_to_install
+from perceptio_hf.modeling.placement import multiplies_bfloat16
 from perceptio_hf.training.losses.words import TOKEN_OVER, check_over
 
 from . import zero3
 from .losses import PARTS, LossPart, LossWeights
+
+_logger = logging.getLogger(__name__)
 
 ON_ERROR = ("raise", "skip")
 TRACKERS = ("tensorboard", "wandb", "trackio")  # what the extra `track` brings; pictures of cases go there too
@@ -53,6 +58,29 @@ def check_uploads_nothing(settings: TrainingArguments) -> None:
         raise ValueError(
             "push_to_hub is set, but a training uploads nothing here: leave it out, and send what is finished by "
             "`perceptio push OUT/checkpoint OWNER/NAME`."
+        )
+
+
+def fit_to_machine(settings: TrainingArguments) -> None:
+    """What TRL leaves open and the machine decides; to be called before TRL's own `__post_init__`.
+
+    TRL computes in bfloat16 where nobody says otherwise, which a processor that cannot multiply it does ten times as
+    slowly as float32: there it is off by default.
+    """
+    if not torch.accelerator.is_available():
+        settings.use_cpu = True  # as it would be anyway; only then does transformers allow bf16 on a CPU
+    if settings.bf16 is None and settings.use_cpu and not multiplies_bfloat16(torch.device("cpu")):
+        settings.bf16 = False
+
+
+def warn_of_slow_bfloat16(accelerator: Accelerator) -> None:
+    """Say so where somebody asked for bfloat16 on a processor that has to convert every number of it."""
+    if accelerator.mixed_precision != "bf16" or accelerator.device.type != "cpu":
+        return
+    if not multiplies_bfloat16(accelerator.device):
+        _logger.warning(
+            "bf16 is on, and this processor does not multiply bfloat16: a step takes several times as long as in "
+            "float32. Set bf16: false (and no mixed_precision: bf16 in accelerate's configuration)."
         )
 
 
@@ -158,8 +186,7 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
 
     def __post_init__(self):
         self._check()
-        if not torch.accelerator.is_available():
-            self.use_cpu = True  # as it would be anyway; only then does transformers allow bf16 on a CPU
+        fit_to_machine(self)
         with warnings.catch_warnings():  # the name TRL still gives to activation_checkpointing, whoever sets it
             warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
             super().__post_init__()

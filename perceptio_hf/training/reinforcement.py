@@ -23,6 +23,7 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
 
+from .config import warn_of_slow_bfloat16
 from .fsdp import check_adapters
 from .lora import exact_copies, put_back
 from .silence import TellsNobody
@@ -50,6 +51,7 @@ class _WithMaskPixels(TellsNobody):
         with _own_reference(args):
             super().__init__(model, reward_funcs, args, *rest, **kwargs)
         check_adapters(self)
+        warn_of_slow_bfloat16(self.accelerator)
         put_back(self.model, exact)
         head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
         if not hasattr(head, "bias"):

@@ -30,7 +30,7 @@ from perceptio_hf.training.masks.training import LivingMasks
 from . import fsdp, zero3
 from .checkpoints import WholeCheckpoints, last_checkpoint
 from .collator import PerceptioDataCollator
-from .config import PerceptioSFTConfig
+from .config import PerceptioSFTConfig, warn_of_slow_bfloat16
 from .fsdp import check_adapters
 from .lengths import BY_LENGTH, LengthSampler, check_has_lengths, sample_lengths
 from .logging import draw_losses
@@ -130,6 +130,7 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         self._vocabulary = self._perceptio.spatial_vocabulary()
         self._codec = self._perceptio.depth_model
         check_adapters(self)
+        warn_of_slow_bfloat16(self.accelerator)
         if self.is_fsdp_enabled:
             self._prepare_fsdp()
         elif self.is_deepspeed_enabled:  # ZeRO-3 too leaves nothing but shards outside the model's forward

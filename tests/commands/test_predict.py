@@ -65,10 +65,9 @@ def test_several_pictures_give_one_json_document_and_a_folder_each(tiny_folder, 
 
 
 def test_batch_equals_singles(tiny_folder, photo):
-    from perceptio_hf.commands.checkpoints import load
     from perceptio_hf.processing.pictures import load_picture
 
-    loaded = load(str(tiny_folder))
+    loaded = checkpoints.load(str(tiny_folder))
     pictures = [load_picture(photo), Image.new("RGB", (30, 90), "red")]
     questions = [QUESTION, "What?"]
     together = answer_questions(*loaded, pictures, questions, spatial="depth")
@@ -150,14 +149,22 @@ def test_names_that_are_not_utf_8_stop_before_inference(tiny_folder, tmp_path, p
     assert sorted(os.listdir(tmp_path)) == before
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_bfloat16_that_is_slow_is_spoken_of(tiny_folder, monkeypatch, capsys, known):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": known})
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    checkpoints.load(str(tiny_folder), "cpu", "float32")
+    assert not capsys.readouterr().err
+    checkpoints.load(str(tiny_folder), "cpu", "bfloat16")
+    assert ("--dtype float32" in capsys.readouterr().err) is not known
+
+
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
 def test_device_and_dtype(tiny_folder, tmp_path, photo, dtype):
-    from perceptio_hf.commands.checkpoints import load
-
     arguments = (photo, QUESTION, "--spatial", "seg+depth", "--device", "cpu", "--dtype", dtype)
     assert predict(tiny_folder, tmp_path / "out", *arguments) == 0
     assert len(json.loads((tmp_path / "out" / "photo" / "answer.json").read_text())["depth_codes"]) == 16
-    model, _ = load(str(tiny_folder), "cpu", dtype)
+    model, _ = checkpoints.load(str(tiny_folder), "cpu", dtype)
     assert model.model.language_model.dtype == getattr(torch, dtype if dtype != "auto" else "float32")
     assert {parameter.dtype for parameter in model.depth_model.parameters()} == {torch.float32}
 

@@ -8,7 +8,7 @@ import torch
 from helpers import chat, encode, picture
 
 from perceptio_hf import DepthVQVAE, DepthVQVAEConfig
-from perceptio_hf.modeling.placement import full_precision
+from perceptio_hf.modeling.placement import full_precision, multiplies_bfloat16
 
 SMALL = {"image_size": 32, "downsample": 8, "num_codes": 16, "code_dim": 8, "base_channels": 4}
 OURS = ("mask_model.", "depth_model.", "seg_projector.")
@@ -159,3 +159,27 @@ def test_settings_come_back_after_an_error(settings):
     with pytest.raises(ZeroDivisionError), full_precision(torch.device("cpu")):
         raise ZeroDivisionError
     assert products() == before
+
+
+@pytest.mark.parametrize(
+    ("known", "mkldnn", "expected"),
+    [
+        ({"avx2": True, "avx512_f": False, "avx512_bf16": False}, True, False),
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, True, False),
+        ({"avx512_f": True, "avx512_bf16": True}, True, True),
+        ({"amx_bf16": True}, True, True),
+        ({"neon": True, "bf16": True}, True, True),
+        ({"neon": True, "bf16": True}, False, False),
+        ({"neon": True}, True, False),
+    ],
+)
+def test_a_processor_has_bfloat16_where_it_says_so_and_torch_makes_use_of_it(monkeypatch, known, mkldnn, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    monkeypatch.setattr(BACKENDS.mkldnn, "is_available", lambda: mkldnn)
+    assert multiplies_bfloat16(torch.device("cpu")) is expected
+
+
+def test_a_gpu_that_emulates_bfloat16_does_not_have_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not multiplies_bfloat16(torch.device("cuda"))
+    assert not multiplies_bfloat16(torch.device("mps"))

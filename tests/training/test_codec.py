@@ -372,3 +372,19 @@ def test_a_training_that_diverges_is_one_line(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "perceptio: The loss is " in error and "lower the learning rate" in error and "Traceback" not in error
     assert not (tmp_path / "codec").exists()
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("precision", ["auto", "bfloat16", "float32"])
+def test_the_codec_trains_in_bfloat16_where_that_is_not_slower(bank, monkeypatch, known, precision):
+    monkeypatch.setattr("perceptio_hf.training.codec.loop.multiplies_bfloat16", lambda device: known)
+    seen, convolve = set(), F.conv2d
+
+    def look(*arguments):
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return convolve(*arguments)
+
+    monkeypatch.setattr(F, "conv2d", look)
+    options = CodebookOptions(precision=precision, kmeans_start=False)
+    train_codebook(DepthVQVAEConfig(**SMALL), bank, steps=1, options=options)
+    assert seen and (True in seen) is (precision == "bfloat16" or (precision == "auto" and known))

@@ -12,9 +12,10 @@ from datasets import Dataset
 from helpers import cached_repository, random_model
 from PIL import Image
 
-from perceptio_hf import PerceptioSFTTrainer
+from perceptio_hf import PerceptioSFTConfig, PerceptioSFTTrainer
 from perceptio_hf.training.losses import PARTS, composite_loss
 from perceptio_hf.training.losses.labels import loss_counts
+from perceptio_hf.training.rewards.recipe import KINDS as REWARDED_KINDS
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +182,29 @@ def test_mixed_precision_is_close(train):
     plain, mixed = train(max_steps=1), train(max_steps=1, bf16=True)
     assert logged_parts(mixed) == pytest.approx(logged_parts(plain), rel=0.03)
     assert all(parameter.dtype == torch.float32 for parameter in mixed.model.parameters())
+
+
+def knows_bfloat16(monkeypatch, known: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": known})
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_bfloat16_is_the_default_where_the_processor_has_it(tmp_path, monkeypatch, known):
+    knows_bfloat16(monkeypatch, known)
+    for settings in (PerceptioSFTConfig, *(kind for kind, _ in REWARDED_KINDS.values())):
+        options = {"report_to": "none", "use_cpu": True}
+        assert settings(str(tmp_path), **options).bf16 is known
+        assert settings(str(tmp_path), bf16=not known, **options).bf16 is not known  # what is said counts
+        assert not settings(str(tmp_path), fp16=True, **options).bf16
+
+
+@pytest.mark.parametrize(("known", "asked", "said"), [(False, True, 1), (True, True, 0), (False, False, 0)])
+def test_bfloat16_that_is_asked_for_and_slow_is_spoken_of(processor, tmp_path, monkeypatch, caplog, known, asked, said):
+    knows_bfloat16(monkeypatch, known)
+    trainer = sft.trainer(tmp_path / "out", processor=processor, bf16=asked)
+    assert trainer.args.bf16 is asked
+    assert sum("does not multiply bfloat16" in record.getMessage() for record in caplog.records) == said
 
 
 def test_a_batch_without_pictures_masks_or_depth_trains(train):

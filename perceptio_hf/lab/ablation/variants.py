@@ -24,7 +24,7 @@ from perceptio_hf.lab.lessons.answers import AnswerForm
 from perceptio_hf.lab.lessons.batches import SceneBatch, click_prompts, scene_batches
 from perceptio_hf.lab.lessons.conversation_lesson import LESSON_WEIGHTS, LanguageLesson, nearness_of_codes
 from perceptio_hf.lab.lessons.model import IMAGE_SIZE
-from perceptio_hf.lab.lessons.stages import adamw, schedule, set_rate
+from perceptio_hf.lab.lessons.stages import adamw, autocast, schedule, set_rate
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 from perceptio_hf.training.losses import LossWeights, mask_loss, score_loss
@@ -307,7 +307,7 @@ def _train(
     )
     for step, scenes in enumerate(islice(batches, steps)):
         set_rate(optimizer, recipe.learning_rate * schedule(step, steps, warmup=20))
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=device.type == "cpu"):  # see lessons.stages
+        with autocast(device):
             loss, parts = _loss(lesson, scenes.to(device), recipe)
         looked_at = step % _SHOWN_EVERY == 0 or step + 1 == steps  # weights that are lost stay so
         if looked_at and not torch.isfinite(loss):

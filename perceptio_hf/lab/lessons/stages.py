@@ -33,6 +33,7 @@ from perceptio_hf.files import new_folder, read_yaml, replacing, write_text
 from perceptio_hf.modeling.configuration_depth_vqvae import DepthVQVAEConfig
 from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
+from perceptio_hf.modeling.placement import multiplies_bfloat16
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 from perceptio_hf.training.checkpoint_files import own_fault
 from perceptio_hf.training.codec import CodebookOptions, DepthBank, train_codebook
@@ -329,8 +330,7 @@ class _Stages:
         )
 
     def _step(self, stage: str, step: int, scenes: SceneBatch, parameters, optimizer) -> dict[str, torch.Tensor]:
-        # A GPU computes matrices this small faster than it can be told to cast them.
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.device.type == "cpu"):
+        with autocast(self.device):
             loss, parts = getattr(self, f"_{stage}_loss")(scenes, step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -480,6 +480,12 @@ def adamw(
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on processors that multiply it. A GPU computes matrices this small faster than it can be told to cast
+    them."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=device.type == "cpu" and multiplies_bfloat16(device))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from perceptio_hf.files import replacing
 from perceptio_hf.modeling.configuration_depth_vqvae import DepthVQVAEConfig
 from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE, DepthVQVAEOutput
+from perceptio_hf.modeling.placement import multiplies_bfloat16
 
 from .book import code_depths, reorder_codes_, restart_unused_, start_codebook_, update_codebook_
 from .maps import DepthSource, Order, Pair, batches
@@ -242,10 +243,8 @@ class _Training:
 
 
 def _is_half(options: CodebookOptions, device: torch.device) -> bool:
-    """Whether convolutions compute in bfloat16; on a CPU 1.5 times as fast, with the same result."""
-    if options.precision != "auto":
-        return options.precision == "bfloat16"
-    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
+    """Whether convolutions compute in bfloat16, with the same result; on a CPU that has it 1.5 times as fast."""
+    return options.precision == "bfloat16" or (options.precision == "auto" and multiplies_bfloat16(device))
 
 
 def _one_cycle(share: float, warmup: float = 0.05) -> float:

@@ -174,9 +174,14 @@ def _run(model: nn.Module, inputs: dict[str, Tensor], settings: PerceptioSFTConf
     optimizer.step()
 
 
+def _half(settings: PerceptioSFTConfig) -> torch.dtype | None:
+    """What is computed in, where it is not what the weights are."""
+    return torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None
+
+
 def _precision(settings: PerceptioSFTConfig):
-    dtype = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None
-    return nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype, cache_enabled=False)
+    half = _half(settings)
+    return nullcontext() if half is None else torch.autocast("cpu", dtype=half, cache_enabled=False)
 
 
 def _loss(model: nn.Module, inputs: dict[str, Tensor], settings: PerceptioSFTConfig) -> Tensor:
@@ -236,6 +241,7 @@ def _prediction(
 ) -> MemoryPrediction:
     learnt, rows = sum(parameter.numel() for parameter in trained), tuple(batch["input_ids"].shape)
     kept = "inputs of blocks kept, the rest computed again" if settings.checkpoints_activations else "all kept"
+    kept += "" if (half := _half(settings)) is None else f"; in {str(half).removeprefix('torch.')}"
     pictures = len(batch["pixel_values"]) if "pixel_values" in batch else 0
     notes = {
         "weights": shares.note(_products(model.parameters())),

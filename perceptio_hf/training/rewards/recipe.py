@@ -18,12 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from trl import GRPOConfig, RLOOConfig
 
 from perceptio_hf.training import zero3
 from perceptio_hf.training.checkpoints import WholeCheckpoints
-from perceptio_hf.training.config import check_uploads_nothing
+from perceptio_hf.training.config import check_uploads_nothing, fit_to_machine
 from perceptio_hf.training.recipe import Recipe, RecipeArguments, read_recipe, training_set
 from perceptio_hf.training.reinforcement import PerceptioGRPOTrainer, PerceptioRLOOTrainer
 
@@ -70,8 +69,7 @@ class _OnAnyMachine:
     """Settings whose defaults hold without an accelerator too."""
 
     def __post_init__(self):
-        if not torch.accelerator.is_available():
-            self.use_cpu = True  # as it would be anyway; only then does transformers allow bf16 on a CPU
+        fit_to_machine(self)
         check_uploads_nothing(self)
         super().__post_init__()
         zero3.check_precision(self)
