@@ -15,14 +15,28 @@ NO_ADAPTERS = (
 )
 
 
+def is_wanted() -> bool:
+    """Whether this process was launched with `--use_fsdp`."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def check_is_off() -> None:
+    """Raises ValueError for a training by rewards where the model would be sharded by FSDP."""
+    if is_wanted():
+        raise ValueError(
+            "A training by rewards cannot share the model by FSDP: answers are generated and rewarded by every process "
+            "on its own, which needs the whole model. Give every GPU all of it (recipes/accelerate/ddp_8gpu.yaml, with "
+            "adapters), or use DeepSpeed's ZeRO-3, which is gathered for that (zero3_8gpu.yaml)."
+        )
+
+
 def enable_on_cpu(accelerator: Accelerator) -> bool:
     """Let CPU processes that were launched with `--use_fsdp` shard the model; returns whether they do now.
 
     accelerate 1.15 reads the setting on accelerators only and quietly replicates the model on CPUs. Its FSDP2 code
     itself runs there, with gloo.
     """
-    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if not wanted or accelerator.distributed_type != DistributedType.MULTI_CPU:
+    if not is_wanted() or accelerator.distributed_type != DistributedType.MULTI_CPU:
         return False
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     accelerator.state.distributed_type = DistributedType.FSDP

@@ -14,17 +14,18 @@ whole vocabulary: where the model leaves much of it on tokens that the grammar f
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import dropwhile
 from typing import Any
 
 from torch import Tensor
 from trl import GRPOTrainer, RLOOTrainer
+from trl.models.utils import unwrap_model_for_generation
 
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
 
+from . import fsdp, zero3
 from .config import warn_of_slow_bfloat16
-from .fsdp import check_adapters
 from .lora import exact_copies, put_back
 from .silence import TellsNobody
 
@@ -47,10 +48,11 @@ class _WithMaskPixels(TellsNobody):
     """Leaves out what the processor returns for masks and answers; no logit depends on it."""
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any):
+        fsdp.check_is_off()
         exact = exact_copies(model)
         with _own_reference(args):
             super().__init__(model, reward_funcs, args, *rest, **kwargs)
-        check_adapters(self)
+        fsdp.check_adapters(self)
         warn_of_slow_bfloat16(self.accelerator)
         put_back(self.model, exact)
         head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
@@ -61,6 +63,14 @@ class _WithMaskPixels(TellsNobody):
         rows, *rest = super()._tokenize_prompts(prompts)
         pad = self.processing_class.tokenizer.pad_token_id
         return [list(dropwhile(lambda token: token == pad, row)) for row in rows], *rest
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        # How often a reward computes with the model is a matter of each process's own answers: the shards of ZeRO-3,
+        # which are gathered by all processes together, would wait for one another for ever.
+        shares = zero3.is_on(self.args) and any(getattr(reward, "uses_model", False) for reward in self.reward_funcs)
+        whole = unwrap_model_for_generation(self.model_wrapped, self.accelerator) if shares else nullcontext()
+        with whole:
+            return super()._calculate_rewards(*args, **kwargs)
 
     def _get_per_token_logps_and_entropies(
         self,

@@ -69,6 +69,15 @@ def test_nobody_is_told_of_a_training(tiny_folder, processor, tmp_path, monkeypa
     assert len(told) == 1  # where the user asked for it
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_of_fsdp_are_refused(tiny_folder, processor, tmp_path, monkeypatch, kind):
+    trainer_class, config_class = KINDS[kind]
+    settings = config_class(str(tmp_path), report_to="none", bf16=False, use_cpu=True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"by rewards cannot share the model by FSDP.*zero3_8gpu"):
+        trainer_class(str(tiny_folder), reward_funcs=length_and_noise, args=settings, processing_class=processor)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_steps(tiny_folder, processor, tmp_path, kind, name):

@@ -34,7 +34,12 @@ sys.exit(run(sys.argv[1:]))
 """
 
 
-def trained(folder: Path, rows: int, *launch: str) -> tuple[list[dict], dict]:
+NEEDS_DEEPSPEED = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="DeepSpeed is not installed; make test-zero3 installs it"
+)
+
+
+def trained(folder: Path, rows: int, *launch: str, **changes) -> tuple[list[dict], dict]:
     """The logs and the weights of two steps, each of the same four samples."""
     recipe = {
         "model_name_or_path": "tiny",
@@ -44,7 +49,7 @@ def trained(folder: Path, rows: int, *launch: str) -> tuple[list[dict], dict]:
         "save_steps": 2,
     }
     recipe |= {"per_device_train_batch_size": rows, "use_cpu": True, "bf16": False, "report_to": "none"}
-    recipe |= {"disable_tqdm": True, "learning_rate": 1e-4}
+    recipe |= {"disable_tqdm": True, "learning_rate": 1e-4} | changes
     config = folder.with_suffix(".yaml")
     config.write_text(yaml.safe_dump(recipe))
     arguments = ["train", "--config", str(config), "--out", str(folder)]
@@ -55,25 +60,33 @@ def trained(folder: Path, rows: int, *launch: str) -> tuple[list[dict], dict]:
         assert done.returncode == 0, done.stderr[-4000:]
     else:
         assert run(arguments) == 0
-    state = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
+    state = json.loads((folder / f"checkpoint-{recipe['max_steps']}" / "trainer_state.json").read_text())
     return state["log_history"], PerceptioForConditionalGeneration.from_pretrained(folder / "checkpoint").state_dict()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed; make test-zero3 installs it")
-def test_two_processes_take_the_steps_of_one(tmp_path):
-    settings = yaml.safe_load((ROOT / "recipes" / "accelerate" / "zero3_8gpu.yaml").read_text())
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        settings |= {"num_processes": 2, "use_cpu": True}
-        settings["main_process_port"] = probe.getsockname()[1]
-    (tmp_path / "zero3.yaml").write_text(yaml.safe_dump(settings))
-    (tmp_path / "train.py").write_text(TRAIN)
+        return probe.getsockname()[1]
+
+
+def by_zero3(folder: Path, **changes) -> list[str]:
+    """What launches two processes by the recipe's configuration."""
+    settings = yaml.safe_load((ROOT / "recipes" / "accelerate" / "zero3_8gpu.yaml").read_text())
+    settings |= {"num_processes": 2, "use_cpu": True, "main_process_port": free_port()} | changes
+    (folder / "zero3.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "train.py").write_text(TRAIN)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "zero3.yaml")]
+    return [*launch, str(folder / "train.py")]
+
+
+@pytest.mark.slow
+@NEEDS_DEEPSPEED
+def test_two_processes_take_the_steps_of_one(tmp_path):
     kinds = ("refer", "depth", "spatial", "refer")
     rows = [next(iter(iter_world_samples(kind, seeds=[seed]))) for seed, kind in enumerate(kinds)]
     write_samples(tmp_path / "samples", rows)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "zero3.yaml")]
-    logs, weights = trained(tmp_path / "two", 2, *launch, str(tmp_path / "train.py"))
+    logs, weights = trained(tmp_path / "two", 2, *by_zero3(tmp_path))
     expected_logs, expected = trained(tmp_path / "one", 4)
     names = ("loss", "text", "token", "marker", "reconstruction", "mask_bce", "mask_dice", "grad_norm")
     for found, should in zip(logs[:2], expected_logs[:2], strict=True):
@@ -84,6 +97,32 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     moved = [name for name in start if not weights[name].equal(start[name])]
     assert any("language_model" in name for name in moved) and any("mask_decoder" in name for name in moved)
     assert not any("depth_model" in name for name in moved)
+
+
+@pytest.mark.slow
+@NEEDS_DEEPSPEED
+def test_rewards_see_the_whole_model(tmp_path):
+    """Whole or in shards: the same rewards and steps, though the processes' answers ask the model for more or less.
+    All is sharded here; by default DeepSpeed leaves parts as small as the codec's whole."""
+    recipe = {"recipe": "grpo", "num_generations": 4, "max_completion_length": 110, "beta": 0.02, "max_steps": 6}
+    recipe["tasks"] = [{"world": kind, "scenes": 200, "first_seed": 500_000_000} for kind in ("closest", "refer")]
+    recipe["rewards"] = {"right_answer": 1.0, "mask_iou": 1.0, "depth_error": 0.5}
+    recipe |= {"save_steps": 6, "gradient_checkpointing": False}
+    shards = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    values = dict.fromkeys(
+        ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+    )
+    (tmp_path / "deepspeed.json").write_text(json.dumps(values | {"zero_optimization": shards}))
+    settings = {"deepspeed_config_file": str(tmp_path / "deepspeed.json"), "zero3_init_flag": True}
+    launch = by_zero3(tmp_path, deepspeed_config=settings, mixed_precision=None)
+    logs, _ = trained(tmp_path / "shards", 4, *launch, **recipe)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    expected, _ = trained(tmp_path / "whole", 4, sys.executable, *launch, str(tmp_path / "train.py"), **recipe)
+    names = ("loss", "reward", "rewards/mask_iou/mean", "rewards/depth_error/mean", "grad_norm")
+    assert any(entry.get("rewards/mask_iou/mean") for entry in logs)
+    for found, should in zip(logs[:6], expected[:6], strict=True):
+        for name in names:
+            assert found[name] == (None if should[name] is None else pytest.approx(should[name], rel=1e-3, abs=1e-5))
 
 
 @pytest.mark.parametrize("settings", [sft.settings, *(kind[0] for kind in KINDS.values())])

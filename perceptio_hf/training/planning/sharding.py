@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from perceptio_hf.files import read_yaml
-from perceptio_hf.training import zero3
-from perceptio_hf.training.fsdp import NO_ADAPTERS
+from perceptio_hf.training import fsdp, zero3
 
 if TYPE_CHECKING:
     from perceptio_hf.training.recipe import Recipe
@@ -79,7 +78,7 @@ def layout_of_environment() -> Layout:
         ValueError: for a stage of ZeRO that does not shard parameters.
     """
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if fsdp.is_wanted():
         return Layout(processes, "fsdp")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 3))
@@ -91,7 +90,7 @@ def check_layout(layout: Layout, recipe: "Recipe") -> None:
     """ValueError for what a training refuses where processes share the model in this way."""
     arguments, settings = recipe.arguments, recipe.settings
     if layout.strategy != "ddp" and arguments.lora_r is not None:
-        raise ValueError(NO_ADAPTERS)
+        raise ValueError(fsdp.NO_ADAPTERS)
     if layout.strategy == "zero3":
         if settings.bf16 or settings.fp16:
             raise ValueError(zero3.what_is_rounded("bf16" if settings.bf16 else "fp16"))

@@ -27,6 +27,8 @@ _CLEAR = 0.05  # relative inverse depth by which one must be nearer than the oth
 class _OfDepth:
     """A reward of the first span of a completion, for samples with a depth map; 0 where there is no whole span."""
 
+    uses_model = True  # its codec
+
     def __init__(self, codec: "DepthVQVAE"):
         self.codec = codec
 
@@ -94,6 +96,7 @@ class MaskIoU:
     """
 
     __name__ = "mask_iou"
+    uses_model = True
 
     def __init__(self, model: "PerceptioForConditionalGeneration", processor: "PerceptioProcessor"):
         self.model, self.processor = model, processor
