@@ -12,9 +12,10 @@ seconds (on a GPU: seconds). The sides are
 - `loop`: our `generate` in transformers' own loop, one code a pass, the whole vocabulary at every step;
 - `sequential` and `parallel`: our `generate` with that `spatial_decoding`.
 
-`large` is a model of 152 M parameters with a vocabulary of 151,674 and random weights, whose spans would not converge:
-with them every code hangs on the one before. All is computed, but which codes a pass predicts is arranged
-(`converging`), so that a span takes the passes of the shipped weights.
+`large` is a model of 152 M parameters with a vocabulary of 151,674 and random weights. These would write [SEG] and
+nothing else, and their spans would not converge, since every code hangs on the one before. All is computed, but when
+[SEG] and the span come is arranged (`writing`), and which codes a pass predicts (`converging`), so that an answer is
+three masks, a span that takes the passes of the shipped weights, and words.
 """
 
 import argparse
@@ -51,6 +52,7 @@ from perceptio_hf.world import HELD_OUT_SEED, render_scene
 SHARE = 0.3  # of the codes of a span: a little more passes than those that the shipped weights take, in float32
 PARTS = ("spans", "answers", "steps", "masks", "codec", "second", "grammar", "large")
 STEPS = 32  # outside of spans
+MASKS, WORDS = 3, 32  # in an answer of the large model, beside its span
 QUESTIONS = ("Which is closer, A or B?", "How many objects are there?", "Give me the depth map.")
 
 
@@ -143,6 +145,43 @@ def converging(ids: torch.Tensor, share: float) -> Iterator[None]:
         yield
     finally:
         spatial_loop.SpanDecoder = decoder
+
+
+@contextmanager
+def writing(model: PerceptioForConditionalGeneration, start: int, masks: int) -> Iterator[None]:
+    """Within, behind prompts of `start` tokens without padding, a model of random weights writes `masks` [SEG], one
+    span, and words that end nowhere.
+
+    The last two numbers of a hidden state decide about [SEG] and the span's start, and about nothing else.
+    """
+    words, head = model.spatial_vocabulary(), model.get_output_embeddings().weight
+    with torch.no_grad():
+        head[:, -2:] = 0
+        head[[words.seg, words.depth_start, model.generation_config.eos_token_id]] = 0
+        head[words.seg, -1] = head[words.depth_start, -2] = 1
+
+    def decide(module, given, kwargs, output):
+        cache, states = kwargs.get("past_key_values"), output.last_hidden_state
+        length = states.shape[1] if cache is None else int(cache.get_seq_length())
+        place = torch.arange(length - states.shape[1], length, device=states.device) + 1 - start  # of what comes next
+        states[..., -1] = torch.where((place >= 0) & (place < masks), 20.0, -20.0)
+        states[..., -2] = torch.where(place == masks, 20.0, -20.0)
+        return output
+
+    hook = model.model.language_model.register_forward_hook(decide, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def check_answers(model: PerceptioForConditionalGeneration, ids: torch.Tensor, masks: int) -> None:
+    """RuntimeError unless every row of `ids` has so many [SEG] and one span."""
+    words = model.spatial_vocabulary()
+    for token, expected in ((words.seg, masks), (words.depth_start, 1), (words.depth_end, 1)):
+        found = (ids == token).sum(1)
+        if not (found == expected).all():
+            raise RuntimeError(f"Token {token} comes {found.tolist()} times in the rows, not {expected} times.")
 
 
 def tiny(device: torch.device):
@@ -378,16 +417,18 @@ def large_inputs(model, batch: int, device: torch.device) -> dict:
 
 
 def large_figures(rounds: int, batches: tuple[int, ...], share: float, device: torch.device) -> dict:
-    """Whole answers at 152 M parameters: a mask, a span of 100 codes and 32 words."""
+    """Whole answers at 152 M parameters: three masks, a span of 100 codes and 32 words."""
     model = large_model(device)
     words, figures = model.spatial_vocabulary(), {}
     for batch in batches:
         inputs = large_inputs(model, batch, device)
-        length = words.span_length + 34
+        length, start = MASKS + words.span_length + WORDS, inputs["input_ids"].shape[1]
         sequential = {"spatial_decoding": "sequential", "do_sample": False}
-        out = model.generate(**inputs, spatial="seg+depth", max_new_tokens=length, **sequential)
-        with converging(out, share), counted_passes() as passes:
-            figures[f"batch {batch}"] = in_turns(answer_sides(model, inputs, out, "seg+depth"), rounds, device)
+        with writing(model, start, MASKS):
+            out = model.generate(**inputs, spatial="seg+depth", max_new_tokens=length, **sequential)
+            check_answers(model, out, MASKS)
+            with converging(out, share), counted_passes() as passes:
+                figures[f"batch {batch}"] = in_turns(answer_sides(model, inputs, out, "seg+depth"), rounds, device)
         figures[f"batch {batch}"]["passes"] = passes[-1]
     return figures
 
@@ -428,6 +469,7 @@ def main() -> None:
         "large": lambda: large_figures(rounds, batches, arguments.share, device),
     }
     about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": arguments.device}
+    about["kernels"] = torch.backends.cpu.get_cpu_capability()
     for part in arguments.parts:
         figures = make[part]()
         print(table({part: figures}), flush=True)

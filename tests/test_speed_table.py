@@ -1,9 +1,11 @@
 """The tables of docs/generation.md are those of the figures that were measured, and how random weights are measured."""
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from helpers import chat, encode, picture
 from transformers import AutoModel, AutoProcessor
@@ -59,3 +61,21 @@ def test_spans_of_random_weights_take_the_passes_that_are_arranged(model, proces
             assert torch.equal(model.generate(**inputs, **options), ids)
         hard = round(share * model.config.num_depth_tokens)
         assert hard <= passes[0] - 4 <= hard + 2, "words, the first guess and the codes that have to wait"
+
+
+def test_random_weights_write_as_many_masks_as_are_arranged(model, processor, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from speed import check_answers, writing
+
+    model = copy.deepcopy(model)  # its head is written to
+    inputs = encode(processor, chat(picture(seed=1)), chat(picture(seed=2)))
+    start, words = inputs["input_ids"].shape[1], model.spatial_vocabulary()
+    options = {"spatial": "seg+depth", "max_new_tokens": 3 + words.span_length + 5}
+    with writing(model, start, 3):
+        ways = [model.generate(**inputs, spatial_decoding=way, **options) for way in ("sequential", "parallel")]
+    for ids in ways:
+        check_answers(model, ids, 3)
+        assert ids.shape[1] == start + options["max_new_tokens"]
+        assert (ids[:, start : start + 3] == words.seg).all() and (ids[:, start + 3] == words.depth_start).all()
+    with pytest.raises(RuntimeError, match="not 2 times"):
+        check_answers(model, ways[0], 2)

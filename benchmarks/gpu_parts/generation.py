@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from speed import SHARE, converging, counted_passes, peers, prompts, tiny
+from speed import MASKS, SHARE, check_answers, converging, counted_passes, peers, prompts, tiny, writing
 
 from perceptio_hf.modeling.span_grammar import SpanGrammar
 from perceptio_hf.modeling.spans.grammar_state import GrammarState, LoopGrammar
@@ -136,20 +136,26 @@ def generation_1b(setup, record):
 
 
 def whole_answers(setup, record, model, config, words) -> None:
-    """A mask, a depth map and words: ours, SAM2's share of it, the peers' pipeline; and waiting for the device."""
+    """Three masks, a depth map and words: ours, SAM2's share of it, the peers' pipeline; and waiting for the device."""
     inputs = question(setup, config, 1, torch.bfloat16, masks=True)
-    length = words.span_length + setup.size(32, 3)
+    length = MASKS + words.span_length + setup.size(32, 3)
     options = {"spatial": "seg+depth", "do_sample": False, "max_new_tokens": length}
+    with writing(model, inputs["input_ids"].shape[1], MASKS):
+        _whole_answers(setup, record, model, config, inputs, options)
+
+
+def _whole_answers(setup, record, model, config, inputs, options) -> None:
     ids = model.generate(**inputs, **options, spatial_decoding="sequential")
+    check_answers(model, ids, MASKS)
     with record.case("whole answer, bfloat16, batch 1") as figures, converging(ids, SHARE):
         for decoding in WAYS:
             chosen = options | {"spatial_decoding": decoding, "return_dict_in_generate": True}
             run = lambda chosen=chosen: model.generate(**inputs, **chosen)  # noqa: E731
             figures[f"{decoding}_seconds"] = seconds_of(setup, run, warm=1)  # matrices of every new length load code
-        pixels, state = inputs["mask_pixel_values"], torch.randn(1, config.text_config.hidden_size).to(setup.device)
+        pixels, state = inputs["mask_pixel_values"], torch.randn(MASKS, config.text_config.hidden_size).to(setup.device)
         with torch.no_grad():
             figures["sam2_seconds"] = seconds_of(
-                setup, lambda: model.predict_masks(state, pixels, [0]), repeats=3, warm=1
+                setup, lambda: model.predict_masks(state, pixels, [0] * MASKS), repeats=3, warm=1
             )
         figures["sam2_share"] = figures["sam2_seconds"] / figures["parallel_seconds"]
         new = ids.shape[1] - inputs["input_ids"].shape[1]
