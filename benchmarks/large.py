@@ -196,6 +196,7 @@ def build(folder: Path) -> dict[str, float]:
 def answer(folder: Path) -> dict[str, float]:
     """Load the model and let it answer a picture with one tile: a mask, a depth map and 8 words."""
     import torch
+    from speed import check_answers, writing
 
     from perceptio_hf import PerceptioForConditionalGeneration
 
@@ -204,19 +205,21 @@ def answer(folder: Path) -> dict[str, float]:
     tokens = model.config.image_seq_length
     prompt = torch.cat([torch.full((tokens,), model.config.image_token_id), torch.randint(1000, 2000, (16,))])[None]
     side = model.config.mask_config.prompt_encoder_config.image_size
-    started = time.perf_counter()
-    out = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        pixel_values=torch.randn(1, 3, 448, 448, dtype=torch.bfloat16),
-        mask_pixel_values=torch.randn(1, 3, side, side),
-        spatial="seg+depth",
-        max_new_tokens=120,
-        return_dict_in_generate=True,
-        do_sample=False,
-    )
-    seconds = time.perf_counter() - started
-    assert out.mask_logits[0].ndim == 3 and len(out.depth_maps[0]) == 1
+    with writing(model, prompt.shape[1], masks=1):
+        started = time.perf_counter()
+        out = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            pixel_values=torch.randn(1, 3, 448, 448, dtype=torch.bfloat16),
+            mask_pixel_values=torch.randn(1, 3, side, side),
+            spatial="seg+depth",
+            max_new_tokens=1 + model.spatial_vocabulary().span_length + 8,
+            return_dict_in_generate=True,
+            do_sample=False,
+        )
+        seconds = time.perf_counter() - started
+    check_answers(model, out.sequences, 1)
+    assert len(out.mask_logits[0]) == 1 and len(out.depth_maps[0]) == 1
     return {"answer_seconds": seconds, "new_tokens": out.sequences.shape[1] - prompt.shape[1]}
 
 

@@ -39,6 +39,13 @@ def others(figures: dict) -> list[str]:
             f"| a step outside of spans, 152 M parameters, {name} | {step['ours'] / step['stock']:.2f} of the time of "
             f"stock `generate`, which knows no grammar; in transformers' loop {step['loop'] / step['stock']:.2f} |"
         )
+    for name, sides in figures.get("large", {}).items():
+        if "without the span" in sides:
+            share = sides["without the span"] / sides["loop"]
+            lines.append(
+                f"| an answer without its span, 152 M parameters, {name} | {share:.2f} of the time of one with it in "
+                "transformers' loop |"
+            )
     for name, encoding in figures.get("codec", {}).items():
         lines.append(f"| codes of depth maps, {name} | {encoding['ours'] / encoding['AiT']:.2f} of AiT's time |")
     if "masks" in figures:
@@ -51,8 +58,12 @@ def others(figures: dict) -> list[str]:
         second = figures["second"]
         lines.append(f"| a second question | {second['known'] / second['afresh']:.2f} of the time of asking afresh |")
     if "grammar" in figures:
-        state, reference = (1000 * figures["grammar"][side] for side in ("state", "reference"))
-        lines.append(f"| the grammar, 32 x 151,674 | {state:.2f} ms a step (read off the ids: {reference:.0f} ms) |")
+        sides = ("state", "state, forced", "in loops of transformers")
+        state, forced, loop = (1000 * figures["grammar"].get(side, float("nan")) for side in sides)
+        lines.append(
+            f"| the grammar, 32 x 151,674 | {state:.2f} ms a step, {forced:.1f} ms where a spatial token must come; "
+            f"read off the ids, in transformers' loops, {loop:.0f} ms |"
+        )
     return lines
 
 

@@ -14,13 +14,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset, IterableDataset
 from helpers import depth_config, picture, random_model
+from trl import GRPOConfig
 
 from perceptio_hf import PerceptioProcessor, PerceptioSFTConfig, PerceptioSFTTrainer
 from perceptio_hf.data.run_length import encode_mask
 from perceptio_hf.training import checkpoints
+from perceptio_hf.training.reinforcement import PerceptioGRPOTrainer
 
 TEXTS = ["Which is closer, the red ball or the blue box?", "Segment the red ball.", "Here is the depth map."]
 GRID = 16  # depth codes of one span, and codes in the codebook
@@ -135,9 +137,17 @@ def distributed(out: Path) -> None:
     uneven = trainer(out / "uneven", train=stream(one), evaluation=stream(one), max_steps=3, **few)
     uneven.train()  # of one process the shard holds two samples less
     streamed = uneven.state.global_step, uneven.evaluate(samples(6)), uneven.evaluate()
+    thirds = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]  # which two processes do not divide
+    divided = trainer(out / "divided", train=stream(thirds), max_steps=6, per_device_train_batch_size=1)
+    divided.data_collator = _Noting(divided.data_collator)
+    divided.train()
+    used = gather_object([divided.data_collator.ids])
+    if training.accelerator.distributed_type == DistributedType.MULTI_CPU:
+        rewarded(out / "rewarded")
     if training.is_world_process_zero():
         result = {
             "streamed": streamed,
+            "used": used,
             "checked": checked,
             "history": training.state.log_history,
             "evaluation": evaluation,
@@ -145,6 +155,47 @@ def distributed(out: Path) -> None:
             "sharded": sum(hasattr(parameter, "full_tensor") for parameter in training.model.parameters()),
         }
         (out / "result.json").write_text(json.dumps(result))
+
+
+class _Noting:
+    """A collator like the given one, which keeps the ids of the samples that it gets."""
+
+    def __init__(self, collator):
+        self.collator, self.ids = collator, []
+
+    def __getattr__(self, name: str):
+        return getattr(self.collator, name)
+
+    def __call__(self, rows: list[dict]) -> dict:
+        self.ids += [row["id"] for row in rows]
+        return self.collator(rows)
+
+
+def rewarded(out: Path) -> None:
+    """A step by rewards of prompts that have a picture for one process, and none for the other."""
+    turns = [{"role": "user", "content": TEXTS[0]}]
+    prompts = [{"prompt": turns, "images": [] if number % 2 else [picture(seed=number)]} for number in range(4)]
+    settings = GRPOConfig(
+        str(out),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        num_generations=2,
+        max_completion_length=4,
+        shuffle_dataset=False,
+        report_to="none",
+        bf16=False,
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    words = processor()
+    PerceptioGRPOTrainer(
+        random_model(words),
+        reward_funcs=lambda completions, **columns: [float(index % 2) for index in range(len(completions))],
+        args=settings,
+        train_dataset=Dataset.from_list(prompts),
+        processing_class=words,
+    ).train()
 
 
 if __name__ == "__main__":

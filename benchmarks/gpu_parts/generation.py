@@ -106,11 +106,13 @@ def waiting(setup, record, model, inputs, options, name: str, decodings) -> None
         for whole in (False, True):
             with record.case(f"{name}, waiting, {decoding}, {'masks and depth' if whole else 'ids'}") as figures:
                 chosen = options | {"spatial_decoding": decoding, "return_dict_in_generate": whole}
+                out = []
                 with counted_passes() as passes:
                     figures["synchronisations"] = synchronisations(
-                        setup, lambda chosen=chosen: model.generate(**inputs, **chosen)
+                        setup, lambda chosen=chosen, out=out: out.append(model.generate(**inputs, **chosen))
                     )
-                figures["passes"], figures["tokens"] = passes[-1], chosen["max_new_tokens"]
+                ids = out[0].sequences if whole else out[0]
+                figures["passes"], figures["tokens"] = passes[-1], ids.shape[1] - inputs["input_ids"].shape[1]
                 if figures["synchronisations"] is not None:
                     figures["a_pass"] = figures["synchronisations"] / passes[-1]
                     figures["a_token"] = figures["synchronisations"] / figures["tokens"]
@@ -159,7 +161,7 @@ def _whole_answers(setup, record, model, config, inputs, options) -> None:
             )
         figures["sam2_share"] = figures["sam2_seconds"] / figures["parallel_seconds"]
         new = ids.shape[1] - inputs["input_ids"].shape[1]
-        figures["peers_seconds"] = seconds_of(setup, lambda: peers(model, inputs, ids, new))
+        figures["peers_seconds"] = seconds_of(setup, lambda: peers(model, inputs, ids, new), warm=1)
         figures["peers_over_parallel"] = figures["peers_seconds"] / figures["parallel_seconds"]
     with converging(ids, SHARE):
         waiting(setup, record, model, inputs, options, "1b", WAYS[1:])

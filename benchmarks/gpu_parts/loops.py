@@ -62,7 +62,8 @@ def measure_ways(setup, record, model, inputs, plan: list[tuple[str, str]], *, t
                 figures |= {"passes": passes[-1], "passes_per_second": passes[-1] / figures["seconds"]}
                 figures |= {"graphs": _graphs(), "graphs_after_the_second_call": _graphs() - before}
                 figures["graph_breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
-                figures["tokens_per_second"] = length / figures["seconds"]
+                new = ids[-1].shape[1] - inputs["input_ids"].shape[1]
+                figures["tokens_per_second"] = new / figures["seconds"]
                 figures["same_ids"] = torch.equal(ids[-1], expected[decoding])
 
 

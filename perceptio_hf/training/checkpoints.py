@@ -47,6 +47,13 @@ def last_checkpoint(folder: str | Path, *, quiet: bool = False) -> Path | None:
     return None
 
 
+def _processes_of(checkpoint: Path | None) -> int | None:
+    """How many processes wrote a checkpoint: each leaves the state of its random numbers. None: it cannot be told."""
+    if checkpoint is None:
+        return None
+    return len(list(checkpoint.glob("rng_state_*.pth"))) or (1 if (checkpoint / "rng_state.pth").exists() else None)
+
+
 def checkpoint_to_go_on_from(folder: str | Path) -> Path | None:
     """As `last_checkpoint`; None only for a folder without any checkpoint.
 
@@ -223,6 +230,15 @@ class WholeCheckpoints(Trainer):
         fault = None if checkpoint is None else self._told(lambda: fault_of(checkpoint))
         if fault is not None:
             raise ValueError(f"{checkpoint} cannot be used: {fault}. Resume from another checkpoint, or begin anew.")
+        before, now = _processes_of(checkpoint), self.accelerator.num_processes
+        if before not in (None, now):
+            _logger.warning(
+                "%s was trained by %d processes, and this training has %d: it does not go on at the same sample, and "
+                "draws other random numbers.",
+                checkpoint,
+                before,
+                now,
+            )
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             set_aside_later(self.args.output_dir, 0 if checkpoint is None else _step_of(checkpoint))

@@ -18,6 +18,8 @@ from contextlib import contextmanager, nullcontext
 from itertools import dropwhile
 from typing import Any
 
+import datasets
+import pyarrow.compute as pc
 from torch import Tensor
 from trl import GRPOTrainer, RLOOTrainer
 from trl.models.utils import unwrap_model_for_generation
@@ -44,6 +46,20 @@ def _own_reference(settings: Any) -> Iterator[None]:
         settings.model_init_kwargs = kept
 
 
+def _check_pictures(prompts: Any) -> None:
+    """ValueError where some prompts have pictures and others none: under ZeRO-3 a process whose prompts have none asks
+    for no shard of the vision tower, for which the others wait."""
+    if not isinstance(prompts, datasets.Dataset) or "images" not in prompts.column_names:
+        return
+    lengths = pc.fill_null(pc.list_value_length(prompts.data.column("images")), 0)
+    if len(lengths) and not pc.min(lengths).as_py() and pc.max(lengths).as_py():
+        raise ValueError(
+            "Some prompts have pictures and others have none, which a training by rewards under DeepSpeed's ZeRO-3 "
+            "cannot mix: leave out the one or the other, or give every GPU the whole model (recipes/accelerate/"
+            "ddp_8gpu.yaml)."
+        )
+
+
 class _WithMaskPixels(TellsNobody):
     """Leaves out what the processor returns for masks and answers; no logit depends on it."""
 
@@ -53,6 +69,11 @@ class _WithMaskPixels(TellsNobody):
         with _own_reference(args):
             super().__init__(model, reward_funcs, args, *rest, **kwargs)
         fsdp.check_adapters(self)
+        if zero3.is_on(self.args):
+            _check_pictures(self.train_dataset)
+        if self.accelerator.num_processes > 1:
+            # TRL gathers pictures for its tables on the processes that have some, and waits for those that have none.
+            self.log_multimodal = False
         warn_of_slow_bfloat16(self.accelerator)
         put_back(self.model, exact)
         head = self.accelerator.unwrap_model(self.model).get_output_embeddings()

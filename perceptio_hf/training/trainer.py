@@ -73,6 +73,7 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
     """
 
     loss_is_scaled_for_ga = True
+    _told_of_shards = False
     _by_length: LengthSampler | None = None  # the order of training, where batches are of one length
 
     def __init__(
@@ -131,6 +132,12 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         self._codec = self._perceptio.depth_model
         check_adapters(self)
         warn_of_slow_bfloat16(self.accelerator)
+        if compute_metrics is not None and (self.is_fsdp_enabled or zero3.is_on(self.args)):
+            raise ValueError(
+                "compute_metrics takes a second pass through the model, where processes that share it (FSDP, ZeRO-3) "
+                "would wait for one another wherever one has a picture or mask less: leave it out, and measure "
+                "checkpoints by `perceptio eval`."
+            )
         if self.is_fsdp_enabled:
             self._prepare_fsdp()
         elif self.is_deepspeed_enabled:  # ZeRO-3 too leaves nothing but shards outside the model's forward
@@ -180,9 +187,11 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         return None if self.args.train_sampling_strategy == BY_LENGTH else super()._get_eval_sampler(eval_dataset)
 
     def _get_dataloader(self, dataset: Dataset | IterableDataset, description: str, *args, **kwargs) -> DataLoader:
-        """As ever, but all processes evaluate as many batches of a stream."""
-        several = self.accelerator.num_processes > 1
-        if several and description == "Evaluation" and isinstance(dataset, IterableDataset):
+        """As ever, but all processes take as many batches of a stream. In training each reads shards of its own where
+        there are equally many for all."""
+        processes = self.accelerator.num_processes
+        several = processes > 1 and isinstance(dataset, IterableDataset)
+        if several and (description == "Evaluation" or dataset.num_shards % processes):
             dataset = SharedStream(dataset)
         return super()._get_dataloader(dataset, description, *args, **kwargs)
 
@@ -198,12 +207,22 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
 
         Where a stream ends before a step is complete, for some process earlier than for others, all leave that step out
         and begin the next epoch: half a step would stay in the gradients, and a process without its share would not
-        come to where the others wait.
+        come to where the others wait. A process that had more is told.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = sum(map(self._counts, batches), LossCounts())
         *counts, found = self._reduced([*vars(counts).values(), len(batches)])
         if found < num_batches * self.accelerator.num_processes:
+            if found < len(batches) * self.accelerator.num_processes and not self._told_of_shards:
+                self._told_of_shards = True
+                _logger.warning(
+                    "The epoch ends at step %d, for the shards of another process hold less than those of process %d, "
+                    "whose other samples are left out. Write the stream's shards alike, or in a number that the %d "
+                    "processes do not divide: all of them then read all shards.",
+                    self.state.global_step,
+                    self.accelerator.process_index,
+                    self.accelerator.num_processes,
+                )
             self.control.should_epoch_stop = True
             return [], LossCounts()
         counts = LossCounts(*counts)

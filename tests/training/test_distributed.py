@@ -41,6 +41,7 @@ def launched(tmp_path_factory) -> Path:
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
+    (out / "said.txt").write_text(done.stderr)
     return out
 
 
@@ -86,6 +87,15 @@ def test_a_stream_whose_shards_hold_different_numbers_of_samples(launched, kind)
     assert steps == 3
     names = [f"eval_{name}" for name in (*PARTS, "loss")]
     assert {name: found[name] for name in names} == pytest.approx({name: expected[name] for name in names}, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_sample_of_a_stream_is_left_out_unsaid(launched, kind):
+    """Of three shards two processes would take two and one; and of two that differ the longer one says so."""
+    one, other = json.loads((launched / kind / "result.json").read_text())["used"]
+    assert len(one) == len(other) == 6 and len({*one, *other}) == 12
+    assert (launched / "said.txt").read_text().count("hold less than those of process 0") == len(KINDS)
 
 
 def test_fsdp_settings_that_do_not_fit():

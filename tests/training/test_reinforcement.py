@@ -8,6 +8,7 @@ from sft_helpers import TEXTS
 from trl import GRPOConfig, RLOOConfig
 
 from perceptio_hf import PerceptioForConditionalGeneration
+from perceptio_hf.training import zero3
 from perceptio_hf.training.lora import lora_config
 from perceptio_hf.training.reinforcement import PerceptioGRPOTrainer, PerceptioRLOOTrainer
 
@@ -76,6 +77,27 @@ def test_shards_of_fsdp_are_refused(tiny_folder, processor, tmp_path, monkeypatc
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"by rewards cannot share the model by FSDP.*zero3_8gpu"):
         trainer_class(str(tiny_folder), reward_funcs=length_and_noise, args=settings, processing_class=processor)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero3_does_not_mix_prompts_with_and_without_pictures(tiny_folder, processor, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(zero3, "is_on", lambda settings: True)
+    trainer_class, config_class = KINDS[kind]
+    rows = prompts().to_list()
+    mixed = Dataset.from_list([rows[0], rows[1] | {"images": []}], features=prompts().features)
+    for data, refused in ((prompts(), False), (mixed, True)):
+        options = {
+            "reward_funcs": length_and_noise,
+            "args": config_class(str(tmp_path), report_to="none", bf16=False, use_cpu=True),
+            "train_dataset": data,
+            "processing_class": processor,
+        }
+        model = PerceptioForConditionalGeneration.from_pretrained(tiny_folder)
+        if refused:
+            with pytest.raises(ValueError, match=r"Some prompts have pictures and others have none.*ddp_8gpu"):
+                trainer_class(model, **options)
+        else:
+            trainer_class(model, **options)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

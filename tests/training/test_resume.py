@@ -251,3 +251,18 @@ def _no_space(*args, **kwargs):
 
 def _no_memory(*args, **kwargs):
     raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"), [(["rng_state.pth"], 0), (["rng_state_0.pth", "rng_state_1.pth"], 1), ([], 0)]
+)
+def test_another_number_of_processes_is_spoken_of(processor, tmp_path, monkeypatch, caplog, names, said):
+    for name in ("fault_of", "set_aside_later"):  # there is nothing in the checkpoint but what is looked at
+        monkeypatch.setattr(f"perceptio_hf.training.checkpoints.{name}", lambda *arguments: None)
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    for name in names:
+        (checkpoint / name).touch()
+    sft.trainer(tmp_path / "out", processor=processor)._prepare_to_begin(checkpoint)
+    words = "was trained by 2 processes, and this training has 1"
+    assert sum(words in record.getMessage() for record in caplog.records) == said

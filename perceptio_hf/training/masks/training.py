@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
@@ -50,6 +51,8 @@ class LivingMasks(Trainer):
             self._started_at = step
             self._start_seg_projector()
             for parameter in self._perceptio.seg_projector.parameters():
+                if dist.is_initialized():  # DDP sees to equal weights at its own start alone
+                    dist.broadcast(parameter.data, 0)
                 self.optimizer.state.pop(parameter, None)  # what it has learnt of weights that are gone
         return super().training_step(model, inputs, *args, **kwargs)
 
