@@ -30,6 +30,7 @@ from perceptio_hf import DepthVQVAE, DepthVQVAEConfig
 from perceptio_hf.data.depth_maps import DepthMap, read_depth
 from perceptio_hf.evaluation.metrics.depth import codebook_usage, depth_metrics
 from perceptio_hf.files import out_file
+from perceptio_hf.modeling.placement import multiplies_bfloat16
 from perceptio_hf.training.codec import CodebookOptions, DepthBank, train_codebook
 
 SIZE, CODES, BATCH = 320, 128, 8
@@ -149,6 +150,7 @@ def main() -> None:
     torch.set_num_threads(1)
     train, held_out = read_frames(options.frames, options.train, options.held_out)
     results: dict[str, Any] = {"minutes": options.minutes, "frames": len(train), "held_out": len(held_out), "sides": {}}
+    results["ours_in"] = "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32"  # theirs is in float32
 
     def note(name: str, steps: int, reconstruct: Reconstruct) -> None:
         some = train[:: max(1, len(train) // 50)]

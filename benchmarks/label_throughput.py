@@ -2,7 +2,7 @@
 
 A random small Depth Anything in its stock layout labels rendered scenes: one process, two workers of Ray, and two of
 which one is killed in the middle; then one process that is killed and goes on. All must give equal rows and maps. Said
-are pictures per second, what a picture adds to the memory of the process, and how long starting Ray takes.
+are pictures per second, and the most memory of the process for a tenth of the pictures and for all.
 """
 
 import argparse
@@ -135,7 +135,7 @@ def differences(parts: Path, out: str) -> int:
 
 
 def memory(parts: Path) -> dict[str, float]:
-    """What the process takes for a tenth of the pictures and for all of them, in MB, with nothing left to label."""
+    """The most that the process takes while it labels a tenth of the pictures, and all of them, in MB."""
     program = (
         "import resource, sys; from perceptio_hf.commands.main import run; code = run(sys.argv[1:]); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr); sys.exit(code)"
