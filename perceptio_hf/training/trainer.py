@@ -329,9 +329,12 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         """
         is_code = torch.isin(labels, torch.tensor(self._vocabulary.codes, device=labels.device))
         codes = input_ids[is_code].view(-1, self._vocabulary.num_depth_tokens)  # (spans, N) token ids
-        share = 2 * self.args.span_noise * torch.rand(len(codes), 1, device=codes.device)
-        others = codes.gather(1, torch.randint(codes.shape[1], codes.shape, device=codes.device))
-        disturbed = torch.where(torch.rand(codes.shape, device=codes.device) < share, others, codes)
+        # transformers seeds all processes alike, which would disturb the spans of all in the same places.
+        own = torch.Generator(codes.device).manual_seed(int(torch.randint(2**62, ())) + self.accelerator.process_index)
+        draw = {"device": codes.device, "generator": own}
+        share = 2 * self.args.span_noise * torch.rand(len(codes), 1, **draw)
+        others = codes.gather(1, torch.randint(codes.shape[1], codes.shape, **draw))
+        disturbed = torch.where(torch.rand(codes.shape, **draw) < share, others, codes)
         return input_ids.masked_scatter(is_code, disturbed)
 
     def _criterion(

@@ -466,7 +466,7 @@ def test_bitsandbytes_is_silent_about_a_kernel_that_nobody_asked_for(caplog):
     assert [record.message for record in caplog.records] == ["Something else: x."]
 
 
-def test_disturbed_spans_keep_their_targets_and_their_form(tmp_path):
+def test_disturbed_spans_keep_their_targets_and_their_form(tmp_path, monkeypatch):
     run = sft.trainer(tmp_path, span_noise=0.25)
     batch = run.fill_spans(run.data_collator([sft.sample(1), sft.sample(2)] * 40))
     kept = batch["input_ids"].clone()
@@ -479,6 +479,11 @@ def test_disturbed_spans_keep_their_targets_and_their_form(tmp_path):
     assert all(set(new) <= set(old) for new, old in zip(after.tolist(), before.tolist(), strict=True))
     shares = (before != after).float().mean(1)
     assert 0.15 < shares.mean() <= 0.25 and shares.max() <= 0.75 and shares.min() < 0.1  # some draw the code they had
+    torch.manual_seed(0)
+    assert torch.equal(run.disturb_spans(batch["input_ids"], batch["labels"]), disturbed)
+    monkeypatch.setattr(type(run.accelerator), "process_index", 1)
+    torch.manual_seed(0)  # as all processes are seeded
+    assert not torch.equal(run.disturb_spans(batch["input_ids"], batch["labels"]), disturbed)
 
 
 def test_spans_are_disturbed_in_training_only(tmp_path):
