@@ -138,10 +138,14 @@ def distributed(out: Path) -> None:
     uneven.train()  # of one process the shard holds two samples less
     streamed = uneven.state.global_step, uneven.evaluate(samples(6)), uneven.evaluate()
     thirds = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]  # which two processes do not divide
-    divided = trainer(out / "divided", train=stream(thirds), max_steps=6, per_device_train_batch_size=1)
+    few = {"max_steps": 6, "per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 3}
+    divided, again = (trainer(out / name, train=stream(thirds), **few) for name in ("divided", "again"))
     divided.data_collator = _Noting(divided.data_collator)
     divided.train()
     used = gather_object([divided.data_collator.ids])
+    again.train(resume_from_checkpoint=str(out / "divided" / "checkpoint-3"))
+    for name, run in (("divided", divided), ("again", again)):
+        run.save_model(str(out / name))
     if training.accelerator.distributed_type == DistributedType.MULTI_CPU:
         rewarded(out / "rewarded")
     if training.is_world_process_zero():

@@ -95,6 +95,11 @@ def test_no_sample_of_a_stream_is_left_out_unsaid(launched, kind):
     """Of three shards two processes would take two and one; and of two that differ the longer one says so."""
     one, other = json.loads((launched / kind / "result.json").read_text())["used"]
     assert len(one) == len(other) == 6 and len({*one, *other}) == 12
+    whole, resumed = (
+        PerceptioForConditionalGeneration.from_pretrained(launched / kind / name).state_dict()
+        for name in ("divided", "again")
+    )
+    assert max(float((resumed[name] - whole[name]).abs().max()) for name in whole) < 1e-6
     assert (launched / "said.txt").read_text().count("hold less than those of process 0") == len(KINDS)
 
 
