@@ -84,7 +84,8 @@ def load(
 ) -> "tuple[PerceptioForConditionalGeneration, PerceptioProcessor]":
     """Model (in evaluation mode) and processor of a checkpoint.
 
-    A small model on the CPU sets torch to one thread. One in bfloat16 on a CPU that does not multiply it is spoken of.
+    A small model on the CPU sets torch to one thread. One that was saved in bfloat16 is spoken of on a CPU that does
+    not multiply it, unless `dtype` asks for it.
 
     Args:
         device: where the model goes; default: the GPU where there is one.
@@ -108,7 +109,8 @@ def load(
         raise _not_loaded(folder, error) from error
     if device == "cpu" and model.num_parameters() < SMALL:
         torch.set_num_threads(1)
-    if model.get_input_embeddings().weight.dtype == torch.bfloat16 and _converts_bfloat16(device):
+    half = dtype == "auto" and model.get_input_embeddings().weight.dtype == torch.bfloat16
+    if half and _converts_bfloat16(device):
         print(
             f"perceptio: {folder} is in bfloat16, which this processor does not multiply: --dtype float32 takes twice "
             "the memory and a fraction of the time.",

@@ -150,12 +150,16 @@ def test_names_that_are_not_utf_8_stop_before_inference(tiny_folder, tmp_path, p
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_bfloat16_that_is_slow_is_spoken_of(tiny_folder, monkeypatch, capsys, known):
+def test_bfloat16_that_is_slow_is_spoken_of(tiny_folder, tmp_path, monkeypatch, capsys, known):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": known})
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    checkpoints.load(str(tiny_folder), "cpu", "float32")
+    model, processor = checkpoints.load(str(tiny_folder), "cpu", "bfloat16")
+    assert not capsys.readouterr().err, "somebody asked for it"
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "half")
+    checkpoints.load(str(tmp_path / "half"), "cpu", "float32")
     assert not capsys.readouterr().err
-    checkpoints.load(str(tiny_folder), "cpu", "bfloat16")
+    checkpoints.load(str(tmp_path / "half"), "cpu")
     assert ("--dtype float32" in capsys.readouterr().err) is not known
 
 
