@@ -15,8 +15,9 @@ import pytest
 import sft_helpers as sft
 import yaml
 from accelerate.utils import DeepSpeedPlugin
+from helpers import random_model
 
-from perceptio_hf import PerceptioForConditionalGeneration, tiny_checkpoint
+from perceptio_hf import PerceptioForConditionalGeneration, PerceptioSFTTrainer, tiny_checkpoint
 from perceptio_hf.commands.main import run
 from perceptio_hf.data.sources import write_samples
 from perceptio_hf.data.world_samples import iter_world_samples
@@ -140,3 +141,16 @@ def test_half_precision_would_round_sam2_and_the_codec(tmp_path, monkeypatch, se
                 settings(str(tmp_path), **options | {"bf16": bf16})
         else:
             assert zero3.is_on(settings(str(tmp_path), **options | {"bf16": bf16})) == (stage == "3")
+
+
+def test_compute_metrics_would_wait_for_other_processes(tmp_path, monkeypatch):
+    args = sft.settings(tmp_path)
+    monkeypatch.setattr(zero3, "is_on", lambda settings: True)
+    with pytest.raises(ValueError, match=r"compute_metrics takes a second pass.*perceptio eval"):
+        PerceptioSFTTrainer(
+            random_model(sft.processor()),
+            args,
+            train_dataset=sft.samples(4),
+            processing_class=sft.processor(),
+            compute_metrics=lambda prediction: {},
+        )
