@@ -59,7 +59,7 @@ def others(figures: dict) -> list[str]:
         lines.append(f"| a second question | {second['known'] / second['afresh']:.2f} of the time of asking afresh |")
     if "grammar" in figures:
         sides = ("state", "state, forced", "in loops of transformers")
-        state, forced, loop = (1000 * figures["grammar"].get(side, float("nan")) for side in sides)
+        state, forced, loop = (1000 * figures["grammar"][side] for side in sides)
         lines.append(
             f"| the grammar, 32 x 151,674 | {state:.2f} ms a step, {forced:.1f} ms where a spatial token must come; "
             f"read off the ids, in transformers' loops, {loop:.0f} ms |"

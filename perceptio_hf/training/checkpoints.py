@@ -231,7 +231,7 @@ class WholeCheckpoints(Trainer):
         if fault is not None:
             raise ValueError(f"{checkpoint} cannot be used: {fault}. Resume from another checkpoint, or begin anew.")
         before, now = _processes_of(checkpoint), self.accelerator.num_processes
-        if before not in (None, now):
+        if before not in (None, now) and self.accelerator.is_main_process:
             _logger.warning(
                 "%s was trained by %d processes, and this training has %d: it does not go on at the same sample, and "
                 "draws other random numbers.",

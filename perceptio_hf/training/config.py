@@ -77,7 +77,7 @@ def warn_of_slow_bfloat16(accelerator: Accelerator) -> None:
     """Say so where somebody asked for bfloat16 on a processor that has to convert every number of it."""
     if accelerator.mixed_precision != "bf16" or accelerator.device.type != "cpu":
         return
-    if not multiplies_bfloat16(accelerator.device):
+    if accelerator.is_main_process and not multiplies_bfloat16(accelerator.device):
         _logger.warning(
             "bf16 is on, and this processor does not multiply bfloat16: a step takes several times as long as in "
             "float32. Set bf16: false (and no mixed_precision: bf16 in accelerate's configuration)."
