@@ -65,8 +65,8 @@ class LocalEngine:
             yield from work_through(job(), batches)
 
 
-def open_engine(name: str, address: str | None = None, workers: int | None = None) -> Engine:
-    """The engine that `--engine`, `--address` and `--workers` ask for.
+def open_engine(name: str, address: str | None = None, workers: int | None = None, device: str | None = None) -> Engine:
+    """The engine that `--engine`, `--address` and `--workers` ask for; `--device` is one of its own machines'.
 
     Raises:
         ValueError: for options that the engine does not have.
@@ -75,7 +75,7 @@ def open_engine(name: str, address: str | None = None, workers: int | None = Non
     if name == "ray":
         from .ray_engine import RayEngine
 
-        return RayEngine(address, workers)
+        return RayEngine(address, workers, device)
     if address is not None or workers not in (None, 1):
         option = "--address" if address is not None else "--workers"
         raise ValueError(f"{option} is for several workers, which Ray runs; add --engine ray.")

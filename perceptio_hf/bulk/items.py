@@ -74,6 +74,13 @@ class Item:
     extra: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
 
+    @property
+    def file(self) -> str | None:
+        """The file that holds the picture, on whatever machine it is opened; None where none does."""
+        if isinstance(self.source, str):
+            return None if SCHEMES.match(self.source) else self.source
+        return getattr(self.source, "file", getattr(self.source, "folder", None))
+
     def open(self) -> Image.Image:
         """The picture, RGB and upright.
 

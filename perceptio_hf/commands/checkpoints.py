@@ -112,8 +112,8 @@ def load(
     half = dtype == "auto" and model.get_input_embeddings().weight.dtype == torch.bfloat16
     if half and _converts_bfloat16(device):
         print(
-            f"perceptio: {folder} is in bfloat16, which this processor does not multiply: --dtype float32 takes twice "
-            "the memory and a fraction of the time.",
+            f"perceptio: {folder} is in bfloat16, which this processor does not multiply. In float32 (--dtype float32 "
+            "where a command has it, or saved so) it takes twice the memory and a fraction of the time.",
             file=sys.stderr,
         )
     return (model.eval() if load_in else model.eval().to(device)), processor

@@ -91,8 +91,8 @@ def label(
 
     checkpoints.quieten()
     items = list_items(pictures, out)  # before what takes longer
-    opened = open_engine(engine, address, workers)
-    if device is not None:
+    opened = open_engine(engine, address, workers, device)
+    if device is not None and engine == "local":
         checkpoints.check_device(device)
     teacher = os.path.abspath(os.path.expanduser(teacher)) if os.path.isdir(os.path.expanduser(teacher)) else teacher
     info = teacher_info(teacher, teacher_unit)

@@ -93,8 +93,8 @@ def predict(
 
     from . import checkpoints
 
-    name, opened = checkpoints.resolve(model), open_engine(engine, address, workers)
-    if device is not None:
+    name, opened = checkpoints.resolve(model), open_engine(engine, address, workers, device)
+    if device is not None and engine == "local":
         checkpoints.check_device(device)
     note = checkpoints.TINY_NOTE if checkpoints.is_tiny(name) else None
     load = partial(checkpoints.load, os.path.abspath(name) if os.path.isdir(name) else name, device, dtype, load_in)

@@ -12,7 +12,8 @@ from helpers import picture
 from PIL import Image
 
 from perceptio_hf.bulk import archives
-from perceptio_hf.bulk.items import is_collection, list_items
+from perceptio_hf.bulk.archives import ParquetRow, SavedRow, TarMember
+from perceptio_hf.bulk.items import Fetched, Item, is_collection, list_items
 from perceptio_hf.bulk.order import order_by_size
 from perceptio_hf.data.rows import import_datasets
 
@@ -343,3 +344,15 @@ def test_size_is_that_of_the_picture_as_seen(tmp_path):
     text, turned = list_items([str(tmp_path)])
     assert turned.size() == turned.open().size == (6, 8)
     assert text.size() is None
+
+
+def test_the_file_that_a_machine_needs(tmp_path):
+    def file_of(source) -> str | None:
+        return Item(0, "a", "a", source).file
+
+    assert file_of("/pictures/a.png") == "/pictures/a.png"
+    assert file_of(TarMember("/shards/0.tar", "a.png", 512, 10)) == "/shards/0.tar"
+    assert file_of(ParquetRow("/tables/0.parquet", 0, 1)) == "/tables/0.parquet"
+    assert file_of(SavedRow("/saved", 3)) == "/saved"
+    for elsewhere in ("https://example.org/a.png", "data:image/png;base64,AA==", Fetched("https://x", b""), None):
+        assert file_of(elsewhere) is None

@@ -6,10 +6,12 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -105,6 +107,120 @@ def test_a_worker_that_is_killed_loses_nothing(cluster, tmp_path):
     assert killed and len(workers) >= 2, "another one took its place"
     assert [result.record["id"] for result in results] == list(range(80)), "all of them, once, in order"
     assert results[7].record["twice"] == 14 and results[7].files == {"a": b"\0"}
+
+
+class Deadly(Sleeper):
+    """Ends its process, as a decoder's crash would: at 99, or when it is opened."""
+
+    def __init__(self, folder: str, opening: bool):
+        super().__init__(folder)
+        if opening:
+            os._exit(1)
+
+    def work(self, batch, read):
+        if 99 in batch:
+            os._exit(1)
+        return super().work(batch, read)
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    ("opening", "message"),
+    [
+        (
+            True,
+            r"^The processes of Ray's workers ended 3 times each before they had done anything; .*--workers may help.$",
+        ),
+        (
+            False,
+            r"^3 processes of Ray's ended over 98, 99\. Where memory is short, a smaller --batch-size may help; .*on.$",
+        ),
+    ],
+)
+def test_what_ends_every_worker_is_not_tried_for_ever(cluster, tmp_path, opening, message):
+    batches, done = [[number] for number in range(6)] + [[98, 99]], []
+    with pytest.raises(ValueError, match=message):
+        for results in cluster.run(partial(Deadly, str(tmp_path), opening), batches):
+            done += results
+    assert 2 < len(list(tmp_path.iterdir())) < 12
+    assert [result.record["id"] for result in done] == ([] if opening else list(range(6)))
+
+
+@dataclass(frozen=True)
+class Picture:
+    file: str
+
+
+class Opener(Sleeper):
+    def work(self, batch, read):
+        return [Result({"id": item.file}) for item in batch]
+
+
+@needs_ray
+def test_a_file_that_a_workers_machine_lacks_is_no_failure_of_its_item(cluster, tmp_path):
+    job, everywhere, nowhere = partial(Opener, str(tmp_path)), Picture(str(tmp_path)), Picture(str(tmp_path / "none"))
+    assert len(list(cluster.run(job, [[everywhere, nowhere]]))) == 1, "no machine has it: that is the item's own fault"
+    here_alone = Picture(f"/proc/self/task/{os.getpid()}")  # each process sees its own threads there
+    with pytest.raises(ValueError, match=rf"^{here_alone.file} is not on the machine {socket.gethostname()}, where a"):
+        list(cluster.run(job, [[everywhere], [here_alone]]))
+
+
+class Counter(Sleeper):
+    def work(self, batch, read):
+        return [Result({"id": os.environ["OMP_NUM_THREADS"]}) for _ in batch]
+
+
+@needs_ray
+def test_workers_share_the_processors_of_one_machine(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "workers", 1)
+    found = [
+        result.record["id"] for part in cluster.run(partial(Counter, str(tmp_path)), [[1], [2]]) for result in part
+    ]
+    assert found == [str(max(os.cpu_count(), 2))] * 2
+    few, gpus, cluster_of_two = {"CPU": 6.0}, {"CPU": 8.0, "GPU": 4.0}, 2
+    for device, workers, resources, machines, expected in (
+        (None, 2, few, 1, (2, {"num_cpus": 3})),
+        (None, 2, few, cluster_of_two, (2, {"num_cpus": 1})),
+        (None, None, gpus, cluster_of_two, (4, {"num_gpus": 1})),
+        ("cpu", None, gpus, 1, (1, {"num_cpus": 8})),
+        ("cuda", 3, gpus, 1, (3, {"num_gpus": 1})),
+    ):
+        assert open_engine("ray", None, workers, device)._share(resources, machines, 100) == expected
+    for device, workers, resources, message in (
+        ("cuda", None, few, "Ray has no GPU"),
+        (None, 5, gpus, "Ray has 4 GPUs"),
+        (None, 7, few, "Ray has 6 processors"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_engine("ray", None, workers, device)._share(resources, 1, 100)
+    with pytest.raises(ValueError, match="a worker of Ray sees its own GPU alone; name cpu, cuda, mps, or none"):
+        open_engine("ray", device="cuda:1")
+
+
+@needs_ray
+def test_the_variable_of_ray_names_a_cluster(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ValueError, match=r"RAY_ADDRESS=127.0.0.1:1: no Ray cluster answers there"):
+        open_engine("ray")._check_address()
+    with pytest.raises(ValueError, match=r"--address 127.0.0.1:2: no Ray cluster answers there"):
+        open_engine("ray", "127.0.0.1:2")._check_address()
+
+
+@needs_ray
+def test_who_waits_is_told_for_what(cluster, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("perceptio_hf.bulk.ray_engine._PATIENCE", 0.5)
+    threading.Timer(3, (tmp_path / "go").touch).start()
+    list(cluster.run(partial(Waiter, str(tmp_path)), [[1], [2]]))
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "no result of Ray's for 0.5 seconds" in line and "2 of them ask for 1 CPU each; " in line
+
+
+def test_a_parcel_holds_few_pictures_where_batches_are_large():
+    from perceptio_hf.bulk.ray_engine import _parcels
+
+    small, large = [[0] * 4] * 200, [[0] * 48] * 20
+    assert [len(parcel) for parcel in _parcels(small, 2)] == [8] * 25
+    assert [len(parcel) for parcel in _parcels(large, 2)] == [1] * 20
 
 
 @needs_ray

@@ -266,6 +266,8 @@ class _Runner:
             )
             self.watch("replacing", journal.done, len(spans), shown)
 
+        if settings.oracle is not None and Path(settings.oracle).is_dir():  # workers have other working folders
+            settings = replace(settings, oracle=str(Path(settings.oracle).absolute()))
         job = partial(_ReplaceWorker, self.parts, settings, oracle or open_oracle)
         fill_journal(journal, self.engine, job, self._batches(items), tell)
         return journal.records

@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import random_model
 
+from perceptio_hf.bulk.engines import LocalEngine
 from perceptio_hf.bulk.journal import Journal
 from perceptio_hf.data.run_length import decode_mask
 from perceptio_hf.evaluation.benchmarks import PictureSource
@@ -271,6 +272,25 @@ def test_rows_without_a_span_are_counted_not_replaced(run, tmp_path, processor):
     assert (told["samples"], told["without_span"]) == (2, 5)
     with pytest.raises(ValueError, match="no answer has a depth span"):  # a random model rarely begins one by itself
         run(benchmark_helpers.points(2), tmp_path / "auto", spatial="auto", max_new_tokens=3, replacements=("random",))
+
+
+def test_workers_elsewhere_find_the_oracles_folder(wordy, processor, tmp_path, monkeypatch):
+    """They have other working folders."""
+    jobs = []
+
+    class Elsewhere(LocalEngine):
+        def run(self, job, batches):
+            jobs.append(job)
+            return super().run(job, batches)
+
+    benchmark = benchmark_helpers.points(2)
+    monkeypatch.chdir(tmp_path)
+    Path("maps").mkdir()
+    for sample in benchmark.samples:
+        np.save(Path("maps") / f"{Path(sample.picture.name).stem}.npy", np.linspace(1, 2, 64 * 64).reshape(64, 64))
+    settings = RunSettings("depth", BUDGET, replacements=("oracle",), oracle="maps", oracle_unit="m")
+    run_benchmark(wordy, processor, benchmark, tmp_path / "out", settings, weights="w", engine=Elsewhere())
+    assert jobs[-1].args[1].oracle == str(tmp_path / "maps")
 
 
 def test_settings_that_contradict_one_another_are_refused(run, tmp_path):
