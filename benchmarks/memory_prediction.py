@@ -7,23 +7,25 @@ the public checkpoints (320 pixels, 10 x 10 codes of 128), rows of 7 tiles (1,79
 mask and a depth span, bfloat16 autocast over float32 weights, activations of blocks computed again.
 
 Measured: a model of 0.07 billion parameters is trained for two steps on this machine, in a process of its own, as a
-whole and with adapters. Its memory is the largest resident set during training above what was resident before the
-model was made, as Linux reports it after its counter was reset (on a GPU what torch reports). The allocator hands
-memory back to the system at once where it can (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_), so that both compare.
+whole and with adapters. Its memory is the most that torch had allocated at a time, as torch reports it: on a GPU by its
+own counter, on a processor by its profiler's list of allocations. The resident set would also count libraries that are
+loaded meanwhile.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from large import PeakMemory, internvl_config, sam2_config
+from large import internvl_config, sam2_config
 from torch import Tensor
 
 from perceptio_hf.files import out_file
@@ -214,9 +216,7 @@ def measured(kind: str) -> dict[str, Any]:
         train()
         peak = torch.cuda.max_memory_allocated()
     else:
-        with PeakMemory() as memory:
-            train()
-        peak = memory.peak
+        peak = allocated(train)
     return {
         "kind": kind,
         "device": device,
@@ -228,10 +228,19 @@ def measured(kind: str) -> dict[str, Any]:
     }
 
 
+def allocated(work: Callable[[], None]) -> int:
+    """The most bytes that torch has allocated on the CPU at a time during `work`, above those of before."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
 def in_process(kind: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--kind", kind]
-    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    environment = os.environ | allocator | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise RuntimeError(f"{kind} failed:\n{done.stderr[-3000:]}")
