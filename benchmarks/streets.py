@@ -1,9 +1,11 @@
 """CamVid as samples of referring segmentation, and masks measured on it; used by photographs.py.
 
-python benchmarks/streets.py FOLDER/train OUT
+python benchmarks/streets.py FOLDER/train OUT [--with-depth]
 
 FOLDER/train and FOLDER/val hold NAME.jpg and NAME.label.png (8 bits, the class of each pixel), as prepared for SegNet.
-OUT becomes a folder of samples, which recipes read.
+OUT becomes a folder of samples, which recipes read: all classes of a picture in one conversation, or with depth, one
+question about each picture, answered by a mask, a depth span and words. CamVid has no depth; it is read off the labels:
+ground recedes evenly to the horizon in inverse depth, what stands on it is as far as its foot, the sky is farthest.
 """
 
 import argparse
@@ -19,10 +21,12 @@ from PIL import Image
 
 from perceptio_hf.data.run_length import encode_mask
 from perceptio_hf.data.sources import paired_files, write_samples
+from perceptio_hf.tokens import DEPTH_END_TOKEN, DEPTH_START_TOKEN, SEG_TOKEN
 
 CLASSES = {3: "the road", 0: "the sky", 1: "the buildings", 4: "the pavement", 5: "the trees", 8: "the cars"}
 LEAST_SHARE = 0.01  # of the picture: what covers less is neither taught nor asked about
-QUESTION, ANSWER = "Please segment {}.", "[SEG] Here {} {}."
+QUESTION, ANSWER = "Please segment {}.", "Here {} {}."
+SKY, GROUND = 0, (3, 4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +36,7 @@ class Street:
     name: str
     file: Path
     masks: dict[int, np.ndarray]
+    labels: Path
 
     def picture(self) -> Image.Image:
         return Image.open(self.file).convert("RGB")
@@ -43,7 +48,7 @@ def read_streets(folder: Path, classes: dict[int, str] = CLASSES) -> list[Street
         classes_of = np.asarray(Image.open(labels))
         masks = {number: classes_of == number for number in classes}
         kept = {number: mask for number, mask in masks.items() if mask.mean() >= LEAST_SHARE}
-        streets.append(Street(name, picture, kept))
+        streets.append(Street(name, picture, kept, labels))
     return streets
 
 
@@ -61,16 +66,47 @@ def conversations(streets: list[Street], seed: int = 0) -> Iterator[dict[str, An
         messages = []
         for number in numbers:
             question, answer = question_and_answer(number)
-            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            said = f"{SEG_TOKEN} {answer}"
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
         masks = [encode_mask(street.masks[number]) for number in numbers]
         yield {"id": street.name, "images": [street.file], "messages": messages, "masks": masks}
 
 
-def write_streets(folder: Path, out: Path, classes: dict[int, str] = CLASSES) -> Path:
+def answers_with_depth(streets: list[Street], seed: int = 0) -> Iterator[dict[str, Any]]:
+    """One sample for each picture, about one of its classes."""
+    rng = random.Random(seed)
+    for street in streets:
+        number = rng.choice(sorted(street.masks))
+        question, answer = question_and_answer(number)
+        said = SEG_TOKEN + DEPTH_START_TOKEN + DEPTH_END_TOKEN + answer
+        yield {
+            "id": street.name,
+            "images": [street.file],
+            "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": said}],
+            "masks": [encode_mask(street.masks[number])],
+            "depth": depth_of_labels(np.asarray(Image.open(street.labels))),
+            "depth_unit": "disparity",
+        }
+
+
+def depth_of_labels(classes: np.ndarray) -> np.ndarray:
+    """(height, width) classes -> (height, width) float32 inverse depth in [0, 1], see above."""
+    rows = np.broadcast_to(np.arange(len(classes))[:, None], classes.shape)
+    ground = np.isin(classes, GROUND)
+    horizon = np.quantile(rows[ground], 0.01) if ground.any() else len(classes) / 2
+    foot = np.where(ground, rows, len(classes) - 1)  # the ground that is next below; at the edge the picture's end
+    for row in range(len(classes) - 2, -1, -1):
+        foot[row] = np.where(ground[row], row, foot[row + 1])
+    nearness = (foot - horizon).clip(0) / (len(classes) - 1 - horizon)
+    return np.where(classes == SKY, 0, nearness).astype(np.float32)
+
+
+def write_streets(folder: Path, out: Path, classes: dict[int, str] = CLASSES, *, depth: bool = False) -> Path:
     """The photographs of `folder` as a folder of samples; one that is there already stays."""
     if out.exists():
         return out
-    return write_samples(out, conversations([street for street in read_streets(folder, classes) if street.masks]))
+    streets = [street for street in read_streets(folder, classes) if street.masks]
+    return write_samples(out, answers_with_depth(streets) if depth else conversations(streets))
 
 
 @torch.no_grad()
@@ -84,7 +120,7 @@ def predict_masks(
     processor.tokenizer.padding_side = "left"
     for start in range(0, len(asked), batch):
         part = asked[start : start + batch]
-        chats = [_chat(streets[place].picture(), question_and_answer(number)[0]) for place, number in part]
+        chats = [chat(streets[place].picture(), question_and_answer(number)[0]) for place, number in part]
         inputs = processor.apply_chat_template(
             chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
         )
@@ -94,7 +130,7 @@ def predict_masks(
     return drawn
 
 
-def _chat(picture: Image.Image, question: str) -> list[dict]:
+def chat(picture: Image.Image, question: str) -> list[dict]:
     return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
 
 
@@ -132,5 +168,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--with-depth", action="store_true")
     options = parser.parse_args()
-    write_streets(options.folder, options.out)
+    write_streets(options.folder, options.out, depth=options.with_depth)

@@ -1,4 +1,4 @@
-"""Photographs of streets as samples, and the recipes that the comparisons run."""
+"""Photographs of streets and rooms as samples, and the recipes that the comparisons run."""
 
 import sys
 from pathlib import Path
@@ -56,6 +56,23 @@ def test_each_picture_is_one_conversation_about_its_classes(streets, folder, tmp
     for question, answer, mask in zip(texts[1][::2], texts[1][1::2], loaded.masks, strict=True):
         name = question.removeprefix("Please segment ").removesuffix(".")
         assert answer in (f"[SEG] Here is {name}.", f"[SEG] Here are {name}.") and mask.sum() == areas[name]
+
+
+def test_depth_of_streets_is_read_off_their_labels(streets, folder, tmp_path):
+    """Road from row 10 to 20, sky above; a building to row 15, a car down to the edge, a tree above the horizon."""
+    classes = np.zeros((21, 4), dtype=np.uint8)
+    classes[10:] = 3
+    classes[2:15, 1], classes[12:, 2], classes[4:8, 3] = 1, 8, 5
+    depth = streets.depth_of_labels(classes)
+    assert np.allclose(depth[:, 0], [0] * 10 + [step / 10 for step in range(11)])
+    assert np.allclose(depth[2:15, 1], 0.5) and np.allclose(depth[12:, 2], 1) and np.allclose(depth[4:8, 3], 0)
+    rows = load_samples(streets.write_streets(folder, tmp_path / "samples", depth=True))
+    assert len(rows) == 2 and {row["depth_unit"] for row in rows} == {"disparity"}
+    for row in rows:
+        question, answer = (message["content"][-1]["text"] for message in row["messages"])
+        name = question.removeprefix("Please segment ").removesuffix(".")
+        is_are = "are" if name.endswith("s") else "is"
+        assert answer == f"[SEG]<DEPTH_START><DEPTH_END>Here {is_are} {name}." and len(row["masks"]) == 1
 
 
 def test_figures_are_means_over_pictures_then_over_classes(streets, folder):
