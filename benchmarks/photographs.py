@@ -159,7 +159,7 @@ def measure_both(options: argparse.Namespace, data: Path, run: Path, overrides: 
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """A question whose answer is to hold a mask, depth and words; with the true mask (height, width), if there is one."""
+    """A question whose answer is to hold a mask, depth and words; with the true mask (height, width), if known."""
 
     place: str
     picture: Image.Image
