@@ -40,6 +40,7 @@ from transformers import AutoModel, AutoProcessor
 
 import perceptio_hf
 from perceptio_hf.data.sources import DEPTH_ANSWER
+from perceptio_hf.evaluation.run.answering import answer_questions
 from perceptio_hf.files import out_file, write_json, write_picture
 from perceptio_hf.processing.processing_perceptio import SpatialAnswer
 from perceptio_hf.training.recipe import read_recipe
@@ -178,20 +179,14 @@ def questions(shown: list[streets.Street], frames: list[room.Frame]) -> list[Ask
     return asked
 
 
-@torch.no_grad()
 def answer_all(model: torch.nn.Module, processor, asked: list[Asked], *, batch: int = 16) -> list[SpatialAnswer]:
     """Mask and depth forced, greedy."""
     answers: list[SpatialAnswer] = []
-    processor.tokenizer.padding_side = "left"
     for start in tqdm(range(0, len(asked), batch), desc="answers with mask, depth and words"):
-        chats = [streets.chat(one.picture, one.question) for one in asked[start : start + batch]]
-        inputs = processor.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
-        )
-        out = model.generate(
-            **inputs, do_sample=False, spatial="seg+depth", max_new_tokens=160, return_dict_in_generate=True
-        )
-        answers += processor.post_process_spatial(out)
+        part = asked[start : start + batch]
+        pictures, questions = [one.picture for one in part], [one.question for one in part]
+        options = {"spatial": "seg+depth", "max_new_tokens": 160}
+        answers += [one.answer for one in answer_questions(model, processor, pictures, questions, **options)]
     return answers
 
 

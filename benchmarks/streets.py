@@ -21,6 +21,7 @@ from PIL import Image
 
 from perceptio_hf.data.run_length import encode_mask
 from perceptio_hf.data.sources import paired_files, write_samples
+from perceptio_hf.evaluation.run.answering import answer_questions
 from perceptio_hf.tokens import DEPTH_END_TOKEN, DEPTH_START_TOKEN, SEG_TOKEN
 
 CLASSES = {3: "the road", 0: "the sky", 1: "the buildings", 4: "the pavement", 5: "the trees", 8: "the cars"}
@@ -109,7 +110,6 @@ def write_streets(folder: Path, out: Path, classes: dict[int, str] = CLASSES, *,
     return write_samples(out, answers_with_depth(streets) if depth else conversations(streets))
 
 
-@torch.no_grad()
 def predict_masks(
     model: torch.nn.Module, processor: Callable, streets: list[Street], *, batch: int = 16
 ) -> list[dict[int, np.ndarray]]:
@@ -117,21 +117,14 @@ def predict_masks(
     a [SEG] forced and greedy decoding."""
     asked = [(place, number) for place, street in enumerate(streets) for number in street.masks]
     drawn: list[dict[int, np.ndarray]] = [{} for _ in streets]
-    processor.tokenizer.padding_side = "left"
     for start in range(0, len(asked), batch):
         part = asked[start : start + batch]
-        chats = [chat(streets[place].picture(), question_and_answer(number)[0]) for place, number in part]
-        inputs = processor.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
-        )
-        out = model.generate(**inputs, do_sample=False, spatial="seg", max_new_tokens=24, return_dict_in_generate=True)
-        for (place, number), answer in zip(part, processor.post_process_spatial(out), strict=True):
-            drawn[place][number] = answer.masks[0]
+        pictures = [streets[place].picture() for place, _ in part]
+        questions = [question_and_answer(number)[0] for _, number in part]
+        found = answer_questions(model, processor, pictures, questions, spatial="seg", max_new_tokens=24)
+        for (place, number), response in zip(part, found, strict=True):
+            drawn[place][number] = response.answer.masks[0]
     return drawn
-
-
-def chat(picture: Image.Image, question: str) -> list[dict]:
-    return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
 
 
 def intersection_over_union(one: np.ndarray, other: np.ndarray) -> float:

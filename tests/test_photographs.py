@@ -1,4 +1,4 @@
-"""Photographs of streets and rooms as samples, and the recipes that the comparisons run."""
+"""Photographs of streets as samples, and the recipes that the comparisons run."""
 
 import sys
 from pathlib import Path

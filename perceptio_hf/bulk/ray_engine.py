@@ -81,7 +81,7 @@ class RayEngine:
             parcels = [
                 {"number": number, "parcel": _pack(parcel)} for number, parcel in enumerate(_parcels(batches, workers))
             ]
-            tally = ray.remote(_Tally).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(workers)
+            tally = _open_tally(workers)
             done = ray.data.from_items(parcels, override_num_blocks=len(parcels)).map(
                 _RayWorker,
                 fn_constructor_args=(_pack(job), tally),
@@ -165,20 +165,20 @@ def _rows(rows: Iterator[dict[str, bytes]]) -> Iterator[dict[str, bytes]]:
         except StopIteration:
             return
         except Exception as error:
-            raise ValueError(
-                f"Ray's workers ended, also when they were started again ({_reason(error)}). This package must be "
-                "installed on every machine; where memory is short, a smaller --batch-size or fewer --workers help. "
-                "The same command goes on from the results that are there."
-            ) from None
+            raise _ended(error) from None
         yield row
 
 
-def _reason(error: BaseException) -> str:
-    """The last line of what Ray says: before it stands a traceback of processes elsewhere."""
+def _ended(error: BaseException) -> ValueError:
+    """An error of Ray's own in one line, the last of what it says: before it stands a traceback of other processes."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1][:200] if lines else 'no reason'}"
+    return ValueError(
+        f"Ray's workers ended ({type(error).__name__}: {lines[-1][:200] if lines else 'no reason'}). This package must "
+        "be installed on every machine; where memory is short, a smaller --batch-size or fewer --workers help. The "
+        "same command goes on from the results that are there."
+    )
 
 
 @contextmanager
@@ -226,8 +226,8 @@ def _check_there(outcome: _Outcome) -> None:
     here = [path for path in outcome.absent if os.path.exists(path)]
     if here:
         raise ValueError(
-            f"{here[0]} is not on the machine {outcome.host}, where a worker of Ray runs, nor are {len(here) - 1} "
-            "others; pictures must be found on every machine under the same names."
+            f"{here[0]} is not on the machine {outcome.host}, where a worker of Ray runs; pictures must be found on "
+            "every machine under the same names."
         )
 
 
@@ -255,6 +255,22 @@ class _Tally:
     def done(self) -> None:
         """A parcel is: workers that open the job from now on replace some that worked."""
         self.opened = 0
+
+
+def _open_tally(workers: int) -> Any:
+    """A tally that all workers ask.
+
+    Raises:
+        ValueError: where Ray cannot run it, as on a machine without this package.
+    """
+    import ray
+
+    tally = ray.remote(_Tally).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(workers)
+    try:
+        ray.get(tally.done.remote())
+    except ray.exceptions.RayError as error:
+        raise _ended(error) from None
+    return tally
 
 
 class _RayWorker:
