@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -76,8 +78,6 @@ def test_parts_that_fail_or_hang_or_no_longer_fit_hinder_no_other(tmp_path, gpu,
         raise RuntimeError("the device is gone")
 
     def hangs(setup, record):
-        import time
-
         record.add("before", value=2)
         assert (tmp_path / "hangs.partial.json").exists()
         record.add("kept", value=3)
@@ -110,6 +110,52 @@ def test_parts_that_fail_or_hang_or_no_longer_fit_hinder_no_other(tmp_path, gpu,
     assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
     assert json.loads((tmp_path / "gpu.json").read_text()) == document
     assert "the device is gone" in gpu.table(document)
+
+
+def test_what_needs_no_gpu_runs_beside_the_parts_on_one(tmp_path, gpu, monkeypatch):
+    """The first part on the device waits until the one beside it has begun, and that one until the other has ended."""
+    from gpu_parts.tools import PARTS, Part, Setup
+
+    class OnCuda(Setup):
+        is_cuda = True
+
+    def until(path: Path) -> float:
+        begun = time.monotonic()
+        while not path.exists():
+            assert time.monotonic() - begun < 30, f"{path.name} did not come"
+            time.sleep(0.01)
+        return time.monotonic() - begun
+
+    def on_device(setup, record):
+        until(tmp_path / "host.partial.json")
+        record.add("ended", cuda=setup.is_cuda)
+        time.sleep(0.5)  # what it wrote goes with it
+
+    def on_host(setup, record):
+        record.add("begun", cuda=setup.is_cuda, visible=os.environ["CUDA_VISIBLE_DEVICES"])
+        until(tmp_path / "last.partial.json")
+
+    def hangs(setup, record):
+        record.add("begun")
+        time.sleep(60)
+
+    parts = {"host": Part(1.0, on_host, True), "first": Part(1.0, on_device), "last": Part(1.0, on_device)}
+    before = dict(PARTS)
+    PARTS.clear(), PARTS.update(parts)
+    monkeypatch.setattr(gpu, "run_part", lambda name, setup, path: PARTS[name].run(setup, gpu.Record(path)))
+    try:
+        document = gpu.run_all(list(parts), OnCuda(gpu.torch.device("cpu"), quick=False), 1.0, tmp_path, [])
+        assert list(document["parts"]) == list(parts), "in their order, however they end"
+        assert {part["state"] for part in document["parts"].values()} == {"done"}
+        assert document["parts"]["host"]["cases"]["begun"] == {"cuda": False, "visible": ""}
+        assert document["parts"]["last"]["cases"]["ended"] == {"cuda": True}
+        PARTS["host"] = Part(1.0, hangs, True)
+        monkeypatch.setattr(gpu, "GRACE", 0.5)
+        document = gpu.run_all(list(parts), OnCuda(gpu.torch.device("cpu"), quick=False), 0.05, tmp_path, [])
+        assert document["parts"]["host"]["state"] == "stopped", "no longer than all are given"
+    finally:
+        PARTS.clear(), PARTS.update(before)
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
 
 
 def test_a_part_begins_from_nothing_where_the_fork_is_bad(tmp_path):

@@ -13,7 +13,7 @@ from perceptio_hf import DepthVQVAE, DepthVQVAEConfig
 from .tools import device_ms, part, peak_memory, perceptio_config, random_model, seconds_of
 
 
-@part(seconds=15)
+@part(seconds=12)
 def masks(setup, record):
     """SAM2.1-large at 1024 pixels beside the 1B shape: encoder, and k masks of one picture."""
     config = perceptio_config(setup, layers=1)
@@ -41,7 +41,7 @@ def masks(setup, record):
                 figures["ms"] = 1000 * seconds_of(setup, run, repeats=setup.size(5, 1), warm=2)
 
 
-@part(seconds=20)
+@part(seconds=8)
 def codec(setup, record):
     """The codec of real checkpoints: encode, decode, and steps of its training a second."""
     config = perceptio_config(setup).depth_config
@@ -119,7 +119,7 @@ def _teacher(setup) -> DepthAnythingForDepthEstimation:
     return DepthAnythingForDepthEstimation(config).eval().to(setup.device)
 
 
-@part(seconds=20)
+@part(seconds=10)
 def labels(setup, record):
     """From pictures on the host to depth codes on the host: teacher, relative depth, codec."""
     teacher = _teacher(setup)

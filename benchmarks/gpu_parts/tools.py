@@ -66,18 +66,19 @@ class Setup:
 
 @dataclass(frozen=True)
 class Part:
-    """A part by its name: what it takes on an H100 by estimate (seconds), and the function."""
+    """A part by its name: what it takes on an H100 by estimate (seconds), the function, and whether it needs no GPU."""
 
     seconds: float
     run: Callable[[Setup, Record], None]
+    on_host: bool = False
 
 
 PARTS: dict[str, Part] = {}
 
 
-def part(seconds: float) -> Callable:
+def part(seconds: float, *, on_host: bool = False) -> Callable:
     def register(function: Callable[[Setup, Record], None]) -> Callable:
-        PARTS[function.__name__] = Part(seconds, function)
+        PARTS[function.__name__] = Part(seconds, function, on_host)
         return function
 
     return register

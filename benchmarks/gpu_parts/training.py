@@ -112,7 +112,7 @@ def _cases(setup) -> list[tuple[str, tuple]]:
     return list(CASES.items())[setup.size(slice(None), slice(1, 3))]
 
 
-@part(seconds=60)
+@part(seconds=35)
 def training(setup, record):
     """Steps of 4 rows with forward, backward and AdamW; memory by torch's own counter."""
     config = perceptio_config(setup)
@@ -177,7 +177,7 @@ def measure_case(setup, config, figures: dict, weights, autocast, adapters: bool
     figures["rest_gib"] = (memory["allocated"] - sum(sums.values())) / 2**30
 
 
-@part(seconds=40)
+@part(seconds=40, on_host=True)
 def memory(setup, record):
     """The memory of `training`'s cases as `perceptio train --dry-run` predicts it, by a step without numbers."""
     from perceptio_hf import PerceptioSFTConfig
@@ -197,7 +197,7 @@ def memory(setup, record):
                 figures[f"{kind}_gib"] = getattr(found, kind) / 2**30
 
 
-@part(seconds=30)
+@part(seconds=40)
 def trainer(setup, record):
     """The embedded checkpoint through the trainer that users have: its pace, its memory, its losses."""
     from perceptio_hf import PerceptioSFTConfig, PerceptioSFTTrainer, tiny_checkpoint
@@ -220,7 +220,7 @@ def trainer(setup, record):
             figures["device"], figures["found_gib"] = str(training.model.device), found["allocated"] / 2**30
 
 
-@part(seconds=25)
+@part(seconds=12)
 def fsdp(setup, record):
     """FSDP2 by accelerate, one process: what the trainer does when launched with `--use_fsdp`."""
     from accelerate import Accelerator
