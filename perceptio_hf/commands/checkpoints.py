@@ -48,7 +48,7 @@ def resolve(model: str | None) -> str:
         return tiny_checkpoint()
     folder = os.path.expanduser(model)
     if os.path.isdir(folder):
-        if not os.path.isfile(os.path.join(folder, "config.json")):
+        if not any(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", "adapter_config.json")):
             raise ValueError(f"{model} has no config.json, so it is not a saved checkpoint; name the folder that does.")
         return folder
     if os.path.exists(folder):
@@ -82,7 +82,7 @@ def check_device(device: str) -> None:
 def load(
     folder: str, device: str | None = None, dtype: str = "auto", load_in: str | None = None
 ) -> "tuple[PerceptioForConditionalGeneration, PerceptioProcessor]":
-    """Model (in evaluation mode) and processor of a checkpoint.
+    """Model (in evaluation mode) and processor of a checkpoint; an adapter's is its base with the adapter merged in.
 
     A small model on the CPU sets torch to one thread. One that was saved in bfloat16 is spoken of on a CPU that does
     not multiply it, unless `dtype` asks for it.
@@ -95,16 +95,25 @@ def load(
 
     Raises:
         ValueError: where the checkpoint is of another kind, incomplete, damaged, or not to be had.
-        ImportError: for `load_in` without bitsandbytes.
+        ImportError: for `load_in` without bitsandbytes, for an adapter without PEFT.
     """
     import torch
     from transformers import AutoModel
 
+    from perceptio_hf.training.lora import base_of_adapter, load_merged
+
     processor = load_processor(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    adapts = base_of_adapter(folder) is not None
+    if adapts and load_in is not None:  # merged into 4 or 8 bit it would be rounded away
+        raise ValueError(
+            f"--load-in takes whole checkpoints and {folder} is an adapter: merge it first (docs/lora.md)."
+        )
     options = {} if load_in is None else _quantised(load_in, device, dtype)
     try:
-        model = AutoModel.from_pretrained(folder, dtype=dtype, **options)
+        model = (load_merged if adapts else AutoModel.from_pretrained)(folder, dtype=dtype, **options)
+    except ImportError:
+        raise
     except Exception as error:  # whatever transformers, safetensors or the Hub raise: the user named a wrong checkpoint
         raise _not_loaded(folder, error) from error
     if device == "cpu" and model.num_parameters() < SMALL:
@@ -125,14 +134,19 @@ def load_processor(folder: str) -> "PerceptioProcessor":
     Raises:
         ValueError: as `load`.
     """
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import AutoConfig
+
+    from perceptio_hf import PerceptioProcessor
+    from perceptio_hf.training.lora import base_of_adapter
 
     quieten()
     try:
-        kind = AutoConfig.from_pretrained(folder).model_type
-        if kind != "perceptio":
-            raise ValueError(f"it is a {kind!r} model")
-        return AutoProcessor.from_pretrained(folder)
+        base = base_of_adapter(folder)
+        if base is None or os.path.isdir(base) or not os.path.isabs(base):  # else `load` says what is missing
+            kind = AutoConfig.from_pretrained(base or folder).model_type
+            if kind != "perceptio":
+                raise ValueError(f"it is a {kind!r} model" if base is None else f"it adapts {base}, a {kind!r} model")
+        return PerceptioProcessor.from_pretrained(folder)
     except Exception as error:  # as above
         raise _not_loaded(folder, error) from error
 
@@ -174,6 +188,8 @@ def fingerprint(folder: str) -> str:
         from transformers import AutoConfig
 
         return f"{folder}@{getattr(AutoConfig.from_pretrained(folder), '_commit_hash', None)}"
+    from perceptio_hf.training.lora import base_of_adapter
+
     digest = hashlib.sha256()
     for path in sorted(Path(folder).iterdir()):
         if path.suffix in (".json", ".jinja", ".safetensors", ".bin") and path.is_file():
@@ -181,6 +197,8 @@ def fingerprint(folder: str) -> str:
             with open(path, "rb") as file:
                 while part := file.read(1 << 24):
                     digest.update(part)
+    if (base := base_of_adapter(folder)) is not None:
+        digest.update(fingerprint(base).encode())
     return digest.hexdigest()
 
 

@@ -316,6 +316,13 @@ def _check_kind(source: str, revision: dict[str, str]) -> None:
     """ValueError for a checkpoint of another kind, with what makes a Perceptio of it, or one that is not there."""
     from transformers import PreTrainedConfig
 
+    from perceptio_hf.training.lora import base_of_adapter
+
+    if (base := base_of_adapter(source)) is not None:
+        raise ValueError(
+            f"{source} is an adapter of {base}, no model to begin with: merge it into that (lora_merge: true writes "
+            "OUT/merged; docs/lora.md), or go on with its own training, by the same recipe and --out."
+        )
     try:
         kind = PreTrainedConfig.get_config_dict(source, **revision)[0].get("model_type")
     except Exception as error:  # as above

@@ -1,7 +1,7 @@
 """Perceptio: InternVL whose language model also writes masks ([SEG]) and depth (a span of codes)."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar
@@ -176,6 +176,8 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
+        # PEFT saves what two tensors of an adapter share once, and transformers calls the other one missing.
+        info["missing_keys"] = _without_shared(model, info["missing_keys"])
         if not kwargs.get("ignore_mismatched_sizes"):
             check_loaded(pretrained_model_name_or_path, info)
         keep_own_settings(model.generation_config)  # also where the configuration is saved without the model
@@ -452,6 +454,15 @@ def _place_of(picture: int, places: dict[int, int]) -> int:
             f"{sorted(places)} (mask_pixel_pictures); give the pixels of every picture that a [SEG] speaks of."
         )
     return places[picture]
+
+
+def _without_shared(model: nn.Module, missing: Collection[str]) -> set[str]:
+    """Those of the `missing` names whose parameter has no other name that was loaded."""
+    if not missing:
+        return set()
+    loaded = {id(value) for name, value in model.named_parameters(remove_duplicate=False) if name not in missing}
+    everything = dict(model.named_parameters(remove_duplicate=False))
+    return {name for name in missing if name not in everything or id(everything[name]) not in loaded}
 
 
 def check_loaded(source, info: dict) -> None:

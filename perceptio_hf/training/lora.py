@@ -7,6 +7,7 @@ What is trained is an ordinary PEFT adapter: `PeftModel.from_pretrained(base, fo
 makes a plain Perceptio of both.
 """
 
+import json
 import math
 import os
 import re
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
     from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 
+_ADAPTER = "adapter_config.json"
 _BLOCKS = "model.language_model.layers"
 MODULES_TO_SAVE = ("seg_projector", "mask_decoder")
 
@@ -103,6 +105,52 @@ def save_merged(model: "PeftModel", processor: "PerceptioProcessor", folder: str
         model.merge_and_unload().save_pretrained(fresh)
         processor.save_pretrained(fresh)
     return Path(folder)
+
+
+def base_of_adapter(folder: str | os.PathLike) -> str | None:
+    """The checkpoint that the adapter in `folder` was trained on, a folder or a name on the Hub; None for a `folder`
+    that holds a model, or nothing.
+
+    Raises:
+        ValueError: for an adapter that does not say.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").is_file() or not (folder / _ADAPTER).is_file():
+        return None
+    try:
+        base = json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, TypeError, KeyError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{folder / _ADAPTER} does not say in base_model_name_or_path which checkpoint it adapts.")
+    return base
+
+
+def load_merged(folder: str | os.PathLike, **options) -> "PerceptioForConditionalGeneration":
+    """The base of the adapter in `folder`, with the adapter merged in; in evaluation mode, on the CPU.
+
+    Args:
+        options: of the base's `from_pretrained`, such as `dtype`.
+
+    Raises:
+        ValueError: for a folder without an adapter, or where its base is not there.
+        ImportError: without PEFT.
+    """
+    _import_peft()
+    from peft import PeftModel
+
+    from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
+
+    base = base_of_adapter(folder)
+    if base is None:
+        raise ValueError(f"{folder} holds no adapter; name a folder with {_ADAPTER}.")
+    if os.path.isabs(base) and not os.path.isdir(base):
+        raise ValueError(
+            f"{folder} is an adapter of {base}, and there is no such folder; write where it is now into {_ADAPTER} "
+            "(base_model_name_or_path)."
+        )
+    model = PerceptioForConditionalGeneration.from_pretrained(base, **options)
+    return PeftModel.from_pretrained(model, os.fspath(folder)).merge_and_unload().eval()
 
 
 def exact_copies(model: nn.Module | str) -> dict[int, Tensor]:

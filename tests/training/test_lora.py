@@ -1,5 +1,6 @@
 """LoRA: what is adapted, what moves, and that an adapter survives saving, resuming, merging and a fresh base."""
 
+import json
 import re
 import shutil
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ import torch
 from datasets import Dataset
 from helpers import assert_alike, assert_trained_alike, chat, encode, picture, random_model
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
-from transformers import BitsAndBytesConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, BitsAndBytesConfig
 from trl import GRPOConfig
 
 from perceptio_hf import (
@@ -23,9 +24,10 @@ from perceptio_hf import (
     PerceptioSFTTrainer,
     tiny_checkpoint,
 )
+from perceptio_hf.commands import checkpoints
 from perceptio_hf.commands.train import _fine_tune
 from perceptio_hf.training import fsdp
-from perceptio_hf.training.lora import MODULES_TO_SAVE, block_layers, lora_config
+from perceptio_hf.training.lora import MODULES_TO_SAVE, block_layers, load_merged, lora_config
 from perceptio_hf.training.recipe import read_recipe, training_set
 from perceptio_hf.training.reinforcement import PerceptioGRPOTrainer
 
@@ -165,6 +167,90 @@ def test_a_fresh_base_takes_the_adapter_by_pefts_own_call(trained, processor):
     assert_same(fresh, trained.model, processor)
     with fresh.disable_adapter():
         assert_same(fresh, base, processor)
+
+
+def test_the_folder_of_an_adapter_is_loaded_as_a_model_is(trained, processor):
+    for kind in (AutoModel, PerceptioForConditionalGeneration):
+        loaded = by_transformers(kind, trained.adapter)
+        assert type(loaded) is PerceptioForConditionalGeneration
+        assert_same(loaded, trained.model, processor)
+
+
+def by_transformers(kind, folder: Path):
+    try:
+        return kind.from_pretrained(folder)
+    except (ValueError, ImportError) as error:
+        if "version of PEFT" in str(error):
+            pytest.skip(f"this transformers takes no PEFT that is released: {error}")
+        raise
+
+
+def test_the_commands_load_the_folder_of_an_adapter_merged(trained, processor):
+    assert checkpoints.resolve(str(trained.adapter)) == str(trained.adapter)
+    merged, own = checkpoints.load(str(trained.adapter), "cpu")
+    assert not any(is_learnt(name) for name, _ in merged.named_parameters()) and not merged.training
+    assert_same(merged, trained.model, processor)
+    assert own.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+
+
+def test_an_adapter_of_another_base_is_another_checkpoint(trained, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(trained.adapter, folder)
+    assert checkpoints.fingerprint(folder) == checkpoints.fingerprint(trained.adapter)
+    base = tmp_path / "base"
+    shutil.copytree(trained.base, base)
+    point_to(folder, base)
+    before = checkpoints.fingerprint(folder)
+    model = load(base)
+    model.lm_head.weight.data[0] += 1
+    model.save_pretrained(base)
+    assert checkpoints.fingerprint(folder) != before
+
+
+def point_to(folder: Path, base: Path | str | None) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base and str(base)}))
+
+
+def test_what_is_wrong_with_an_adapter_is_said(trained, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(trained.adapter, folder)
+    with pytest.raises(ValueError, match=r"--load-in takes whole checkpoints.*merge it first"):
+        checkpoints.load(str(folder), "cpu", load_in="4bit")
+    for base, says in (
+        (tmp_path / "gone", r"is an adapter of .*gone, and there is no such folder.*adapter_config\.json"),
+        (None, "does not say in base_model_name_or_path which checkpoint it adapts"),
+        (another_kind(tmp_path), "it adapts .*other, a 'bert' model"),
+    ):
+        point_to(folder, base)
+        with pytest.raises(ValueError, match=says):
+            checkpoints.load(str(folder), "cpu")
+    with pytest.raises(ValueError, match="holds no adapter"):
+        load_merged(trained.base)
+
+
+def another_kind(folder: Path) -> Path:
+    (folder / "other").mkdir()
+    (folder / "other" / "config.json").write_text('{"model_type": "bert"}')
+    return folder / "other"
+
+
+def test_a_training_does_not_begin_with_an_adapter(trained, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model_name_or_path: {trained.adapter}\ntasks: [{{world: refer, scenes: 4}}]\nmax_steps: 1\n")
+    with pytest.raises(ValueError, match=f"{trained.adapter} is an adapter of {trained.base}.*lora_merge"):
+        _fine_tune(recipe, tmp_path / "out", (), "sft")
+
+
+def test_a_weight_that_is_missing_is_still_missed(trained, tmp_path):
+    """What an adapter shares with another tensor is not: see `_without_shared`."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(trained.adapter, folder)
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in weights if "lora_A" in name)
+    save_file({key: value for key, value in weights.items() if key != name}, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"1 missing keys.*lora_A"):
+        by_transformers(AutoModel, folder)
 
 
 def test_merged_and_saved_it_is_a_plain_perceptio(trained, processor, tmp_path):
