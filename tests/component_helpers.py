@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from helpers import depth_config
+from torch import nn
 from transformers import (
     GotOcr2ImageProcessorPil,
     InternVLConfig,
@@ -112,7 +113,11 @@ def codec(seed: int = 0, **changes) -> DepthVQVAE:
 
 
 def save_teacher(folder: Path, *, kind: str = "relative", seed: int = 0) -> Path:
-    """A small random Depth Anything as transformers' repositories have it: Depth Anything V2's layout, 56 pixels."""
+    """A small random Depth Anything as transformers' repositories have it: Depth Anything V2's layout, 56 pixels.
+
+    Its numbers differ from place to place in any release: which weights a seed gives is transformers' to choose, and by
+    some of them the ReLU at its end cuts off three quarters of a map.
+    """
     from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config, DPTImageProcessor
 
     stages = [f"stage{number}" for number in (1, 2, 3, 4)]
@@ -129,14 +134,20 @@ def save_teacher(folder: Path, *, kind: str = "relative", seed: int = 0) -> Path
         depth_estimation_type=kind,
         max_depth=1 if kind == "relative" else 10,
     )
-    torch.manual_seed(seed)
     model = DepthAnythingForDepthEstimation(config).eval()
+    torch.manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=1.4 / parameter[0].numel() ** 0.5)
-            elif name == "head.conv3.bias":
-                parameter.fill_(3.0 if kind == "relative" else 0.0)  # above the ReLU that ends it
+        last, found = model.head.conv3, []
+        last.bias.zero_()
+        hook = last.register_forward_hook(lambda layer, given, out: found.append(out))
+        model(nn.functional.interpolate(torch.randn(8, 3, 7, 7), 56, mode="bilinear"))
+        hook.remove()
+        last.weight /= found[0].std()
+        above = 4.0 if kind == "relative" else 0.0  # the ReLU that ends it; where a sigmoid does, in its middle
+        last.bias += above - found[0].mean() / found[0].std()
     model.save_pretrained(folder)
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     DPTImageProcessor(
