@@ -14,6 +14,7 @@ A step that is done is not done again; one that was stopped goes on, as the comm
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ def stand_ins(folder: Path, scenes: int) -> None:
 
     from perceptio_hf.world import ask
 
+    shutil.rmtree(folder, ignore_errors=True)  # what a stopped run left, half of it
     shown = scenes_of(range(scenes))
     train, held_out = shown[:-HELD_OUT], shown[-HELD_OUT:]
     save_internvl(folder / "internvl")

@@ -247,7 +247,8 @@ def fsdp(setup, record):
         words = model.spatial_vocabulary()
         codec = copy.deepcopy(model.depth_model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-5)
+        # Fused, as trainers have it on a GPU; else the step holds another copy of all that learns.
+        optimizer = torch.optim.AdamW(trained, lr=1e-5, **({"fused": True} if setup.is_cuda else {}))
         model, optimizer = accelerator.prepare(model.train(), optimizer)
         batch = {name: value.to(setup.device) for name, value in batch_of(setup, config).items()}
         rows, losses = len(batch["input_ids"]), []

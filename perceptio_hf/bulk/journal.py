@@ -38,7 +38,8 @@ class Journal:
                 "another --out."
             )
         try:
-            self._check_claim(claim_path(path), claim)
+            if path.exists() and path.stat().st_size:  # a run that began and has no result hinders no other
+                self._check_claim(claim_path(path), claim)
             self._read()
         except ValueError:
             if not overwrite:
@@ -95,9 +96,10 @@ class Journal:
         changed = [key for key in {**claim, **old} if old.get(key) != claim.get(key)]
         if changed:
             key = changed[0]
+            there, now, within = _first_difference(old.get(key), claim.get(key))
             raise ValueError(
-                f"{self.path} holds results of another {key.replace('_', ' ')}: {_short(old.get(key))} there, "
-                f"{_short(claim.get(key))} now; {_WAY_OUT}"
+                f"{self.path} holds results of another {key.replace('_', ' ')}: {within}{_short(there)} there, "
+                f"{within}{_short(now)} now; {_WAY_OUT}"
             )
 
     def _read(self) -> None:
@@ -130,6 +132,14 @@ def claim_path(path: Path) -> Path:
 
 
 _WAY_OUT = "name another --out, or give --overwrite to start anew."
+
+
+def _first_difference(there: Any, now: Any) -> tuple[Any, Any, str]:
+    """Of two objects the entry in which they differ first, with its name; anything else as it is."""
+    if isinstance(there, dict) and isinstance(now, dict):
+        key = next(key for key in {**now, **there} if there.get(key) != now.get(key))
+        return there.get(key), now.get(key), f"{key.replace('_', ' ')} "
+    return there, now, ""
 
 
 def _short(value: Any) -> str:

@@ -15,6 +15,7 @@ from .predict import Address, EngineName, Workers, check_out
 if TYPE_CHECKING:
     from perceptio_hf import DepthVQVAE
     from perceptio_hf.labelling.labels import Tally
+    from perceptio_hf.labelling.objects import Annotations
     from perceptio_hf.labelling.teacher import Teacher, TeacherInfo
 
 Unit = Literal["mm", "m", "disparity", "relative"]
@@ -84,13 +85,22 @@ def label(
 
     from perceptio_hf import tiny_checkpoint
     from perceptio_hf.bulk.engines import open_engine
-    from perceptio_hf.bulk.items import list_items
+    from perceptio_hf.bulk.items import SCHEMES, is_collection, list_items
+    from perceptio_hf.files import expanded
+    from perceptio_hf.labelling.objects import Annotations
     from perceptio_hf.labelling.teacher import teacher_info
 
     from . import checkpoints
 
     checkpoints.quieten()
+    out = expanded(out)
+    for word in pictures:
+        if not is_collection(word) and not SCHEMES.match(word) and not os.path.lexists(os.path.expanduser(word)):
+            raise ValueError(f"There is no picture, folder or list {word}.")
     items = list_items(pictures, out)  # before what takes longer
+    instances = None if annotations is None else Annotations(annotations)  # all that is named is read before the work
+    if instances is not None:
+        instances.check([item.id, item.picture or ""] for item in items)
     opened = open_engine(engine, address, workers, device)
     if device is not None and engine == "local":
         checkpoints.check_device(device)
@@ -108,7 +118,7 @@ def label(
         summary["pictures_per_second"] = round(tally.fresh / seconds, 2)
     summary["out"] = str(out)
     if kinds:
-        summary["questions"] = _ask(out, kinds, annotations)
+        summary["questions"] = _ask(out, kinds, instances)
     print(json.dumps(summary, indent=2) if as_json else _shown(summary))
 
 
@@ -180,7 +190,7 @@ def _label(items, out: Path, engine, load, about: dict, batch_size: int, overwri
             )
 
 
-def _ask(out: Path, kinds: tuple[str, ...], annotations: Path | None) -> dict[str, Any]:
+def _ask(out: Path, kinds: tuple[str, ...], annotations: "Annotations | None") -> dict[str, Any]:
     from perceptio_hf.bulk.progress import progress
     from perceptio_hf.files import in_use
     from perceptio_hf.labelling.questions import write_questions
@@ -198,4 +208,8 @@ def _shown(summary: dict[str, Any]) -> str:
         rules = ", ".join(f"{rule} {share:.3f}" for rule, share in found["rules"].items())
         chance = f"; chance {found['chance']:.3f}; {rules}" if rules else ": more pictures would give fair sets"
         lines.append(f"{found['questions']:,} questions {kind}{chance}")
+    if other := summary.get("questions", {}).get("annotations", {}).get("pictures_of_another_size_than_annotated"):
+        lines.append(
+            f"{other:,} pictures have another size than their annotations say; no objects were asked about there"
+        )
     return "\n".join(lines)

@@ -79,7 +79,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """
     _ask_nothing_of_the_network()
     try:
-        code = app(args=None if arguments is None else list(arguments), prog_name="perceptio", standalone_mode=False)
+        given = sys.argv[1:] if arguments is None else arguments
+        code = app(args=[_with_home(word) for word in given], prog_name="perceptio", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort) as error:
         if isinstance(error.__cause__, EOFError):  # typer takes a file that ends too early for the end of input
             return _failed(error.__cause__, f"a file ends too early: {error.__cause__}")
@@ -126,6 +127,12 @@ def _one_line(error: Exception) -> str:
         text += "; make room there and give the same command again, or name a folder on another disk."
     from_worker = _OF_WORKER.match(text)
     return " ".join((from_worker[2] if from_worker else text).split()) or type(error).__name__
+
+
+def _with_home(word: str) -> str:
+    """`--out=~/x` as `--out ~/x` reaches a program: shells leave a tilde alone that no space comes before."""
+    option, equals, value = word.partition("=")
+    return f"{option}={os.path.expanduser(value)}" if equals and re.fullmatch(r"--[\w-]+", option) else word
 
 
 def main() -> None:

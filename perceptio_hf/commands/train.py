@@ -181,6 +181,11 @@ def _plan(config: Path, overrides: Sequence[str], measure: int | None, launch: P
     _check_file_says(SFT, recipe)
     if launch is not None:
         check_layout(layout, recipe)
+        if measure is not None and layout != (here := layout_of_environment()):
+            raise ValueError(
+                f"--measure trains with the processes that are here, {here.processes}, and --launch plans for "
+                f"{layout.processes}: leave --launch out, or start the command by accelerate launch without it."
+            )
     checkpoints.quieten()
     source, revision = _source(recipe.arguments)
     _check_kind(source, revision)

@@ -111,15 +111,20 @@ def _row(sample: Any, place: str, folder: Path) -> dict[str, Any]:
     ):
         keys = sorted(sample) if isinstance(sample, dict) else type(sample).__name__
         raise ValueError(f"{place} has {keys}; a sample is a JSON object with `messages` (and `images`, `masks`, ...).")
-    for key in _FILE_KEYS:
-        if sample.get(key) is not None:
-            sample[key] = _located(sample[key], folder)
-    for part in _parts(sample.get("messages")):
-        part |= {key: _located(part[key], folder) for key in PART_KEYS if key in part and key != "base64"}
     try:
-        return to_row({"id": place, **sample})
+        return to_row({"id": place, **with_places(sample, folder)})
     except ValueError as error:
         raise ValueError(f"{place}: {error}" if sample.get("id") is not None else str(error)) from None
+
+
+def with_places(sample: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A sample whose files are named from `folder`, with the folder in front of them; its messages are changed."""
+    for key in _FILE_KEYS:
+        if sample.get(key) is not None:
+            sample = {**sample, key: _located(sample[key], folder)}
+    for part in _parts(sample.get("messages")):
+        part |= {key: _located(part[key], folder) for key in PART_KEYS if part.get(key) is not None and key != "base64"}
+    return sample
 
 
 def _parts(messages: Any) -> Iterator[dict]:

@@ -162,7 +162,7 @@ def as_rows(dataset: "Dataset | IterableDataset", name: str = "the data set") ->
     if columns is not None and dataset.features == sample_features():
         _check_not_empty(dataset, name)
         return dataset
-    dataset = _undecoded(dataset)
+    dataset = undecoded(dataset)
     first = _check_not_empty(dataset, name)
     _check_columns(list(columns or first), name)
     map_style = hasattr(dataset, "select")
@@ -209,7 +209,7 @@ def _check_columns(columns: list[str], name: str) -> None:
     )
 
 
-def _undecoded(dataset: "Dataset | IterableDataset") -> "Dataset | IterableDataset":
+def undecoded(dataset: "Dataset | IterableDataset") -> "Dataset | IterableDataset":
     """The same data set, giving files instead of decoded pictures."""
     features = dataset.features or {}
     for column in _ENCODED_COLUMNS:

@@ -50,9 +50,10 @@ def load_tasks(
         data_folder: where the tasks' places lie, unless they are absolute.
 
     Raises:
-        ValueError: for a task without a source, with two, with unknown keys, or with the name of another.
+        ValueError: for a task without a source, with two, with unknown keys, or with the name of another; for sources
+            that cannot be opened, all of them.
     """
-    datasets, weights = {}, {}
+    datasets, weights, wrong = {}, {}, []
     for number, task in enumerate(tasks, 1):
         place = f"Task {number}"
         if not isinstance(task, Mapping) or sum(key in SOURCES for key in task) != 1:
@@ -63,9 +64,17 @@ def load_tasks(
             raise ValueError(f"{place} has the name {name!r} of an earlier one; give it another `name`.")
         weight = task.get("weight", 1.0)
         check_value(f"{place} ({name}): weight", weight, float)
-        dataset = _load_task(task, kind, f"{place} ({name})", data_folder)
-        dataset = _part_of(dataset, task, f"{place} ({name})")
-        datasets[name], weights[name] = _varied(dataset, task, f"{place} ({name})"), float(weight)
+        datasets[name], weights[name] = None, float(weight)
+        try:
+            dataset = _load_task(task, kind, f"{place} ({name})", data_folder)
+            dataset = _part_of(dataset, task, f"{place} ({name})")
+            datasets[name] = _varied(dataset, task, f"{place} ({name})")
+        except ValueError as error:
+            wrong.append(error)
+    if len(wrong) == 1:
+        raise wrong[0]
+    if wrong:
+        raise ValueError(f"{len(wrong)} of {len(tasks)} sources cannot be opened: {'; '.join(map(str, wrong))}")
     return datasets, weights
 
 

@@ -69,7 +69,9 @@ def label_items(
     order = read_order(folder / JOURNAL_FOLDER / _ORDER_FILE, what) or _order(items)
     batches = [[items[place] for place in batch] for batch in cut(order, [None] * len(items), batch_size)]
     ids = [items[place].id for place in order]
-    claim = {**about, "set_of_pictures": what}
+    # Fingerprints tell teachers and codecs apart; a folder that was moved holds the same one.
+    parts = {part: {key: value for key, value in about[part].items() if key != "name"} for part in ("teacher", "codec")}
+    claim = {**about, **parts, "set_of_pictures": what}
     _check_own(folder)
     journal = Journal(folder / JOURNAL_FOLDER / _LINES_FILE, claim, ids, overwrite=overwrite, keep=False)
     if not journal.done:

@@ -69,6 +69,18 @@ class Annotations:
         # Sets, since several threads ask.
         self.file, self.found, self.without, self.other_size = file, set(), set(), set()
 
+    def check(self, names: Iterable[Sequence[str]]) -> None:
+        """Raises ValueError where pictures of these names are given and none of them has annotations."""
+        shown = None
+        for of_one in names:
+            if self._find(of_one) is not None:
+                return
+            shown = shown or of_one[0]
+        if shown is not None:
+            raise ValueError(
+                f"--annotations {self.file} is about none of these pictures: their names are such as {shown}."
+            )
+
     def of(self, names: Sequence[str], size: tuple[int, int]) -> list[Thing]:
         """The objects of a picture that can be named by their category; none where it has no annotations.
 

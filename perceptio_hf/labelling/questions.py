@@ -60,7 +60,7 @@ def check_kinds(given: str | None, annotations: Path | None) -> tuple[str, ...]:
 
 
 def write_questions(
-    folder: Path, kinds: Sequence[str], annotations: Path | None = None, *, watch: Watch | None = None
+    folder: Path, kinds: Sequence[str], annotations: Annotations | None = None, *, watch: Watch | None = None
 ) -> dict[str, Any]:
     """Write questions about the pictures of a folder of labels, in the place of those that are there.
 
@@ -73,7 +73,7 @@ def write_questions(
     about = read_label_metadata(folder)
     if not about["maps"]:
         raise ValueError(f"{folder} has no maps, which questions are made from; label with --maps.")
-    asker = _Asker(folder, kinds, None if annotations is None else Annotations(annotations), watch)
+    asker = _Asker(folder, kinds, annotations, watch)
     write_dataset(folder / QUESTIONS_FOLDER, asker.samples(), sample_features(), {"labels": about})
     report = asker.report()
     write_json(folder / REPORT_FILE, report)
@@ -107,10 +107,7 @@ class _Asker:
                     yield from _mapped(pool, self._point_sample, sorted(places, key=lambda place: place[0]))
             if self.annotations is not None:
                 if not self.annotations.found:
-                    raise ValueError(
-                        f"--annotations {self.annotations.file} is about none of these pictures: their names are such "
-                        f"as {self.rows[0]['id']}."
-                    )
+                    self.annotations.check([row["id"], row["image"]["path"] or ""] for row in self.rows)
                 chosen = balanced(pairs, np.random.default_rng(KINDS.index("objects")))
                 self.asked["objects"] = chosen
                 yield from _mapped(pool, self._pair_sample, [(pair.picture, pair) for pair in chosen])

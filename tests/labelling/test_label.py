@@ -225,6 +225,56 @@ def test_a_finished_run_does_nothing_and_other_labels_are_not_mixed(label, parts
     assert len(read_rows(out)) == 4
 
 
+def test_a_moved_teacher_is_the_same_one_and_a_difference_is_named(label, parts, tmp_path):
+    for name in ("teacher", "codec"):
+        shutil.copytree(parts / name, tmp_path / name)
+    assert label(parts / "photos", "--out", tmp_path / "out")[1]["fresh"] == 9
+    moved = {"teacher": tmp_path / "teacher", "depth_codec": tmp_path / "codec"}
+    code, said, error = label(parts / "photos", "--out", tmp_path / "out", **moved)
+    assert code == 0 and said["fresh"] == 0, error
+    code, _, error = label(parts / "photos", "--out", tmp_path / "out", "--dtype", "float32")
+    assert code == 2 and "results of another teacher: dtype auto there, dtype float32 now" in error
+
+
+def test_a_start_that_failed_hinders_no_other(label, parts, tmp_path):
+    """What was mistyped, or a cluster that was not there, left no result; nothing speaks against other words."""
+    out = tmp_path / "out"
+    code, _, error = label(parts / "photoz", "--out", out)
+    assert code == 2 and error == f"perceptio: There is no picture, folder or list {parts / 'photoz'}.\n"
+    (out / "journal").mkdir(parents=True)
+    (out / "journal" / "labels.claim.json").write_text('{"maps": true}')
+    (out / "labels.json").write_text("{}")
+    assert label(parts / "photos", "--out", out)[1]["labelled"] == 9
+
+
+def test_a_tilde_is_the_home_folder(label, parts, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert label(parts / "photos" / "more", "--out=~/a")[1]["labelled"] == 4
+    assert label(parts / "photos" / "more", "--out", "~/b")[1]["labelled"] == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    assert len(read_rows(tmp_path / "a")) == len(read_rows(tmp_path / "b")) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{broken", "is not JSON"),
+        ("[1, 2]", "is not of COCO's form"),
+        (
+            '{"images": [{"id": 1, "file_name": "zebra.png"}], "annotations": [], "categories": []}',
+            "none of these pict",
+        ),
+    ],
+)
+def test_annotations_are_looked_at_before_the_work(label, parts, tmp_path, text, says):
+    (tmp_path / "a.json").write_text(text)
+    words = ["--questions", "objects", "--annotations", tmp_path / "a.json", "--out", tmp_path / "out"]
+    code, _, error = label(parts / "photos", *words)
+    assert code == 2 and says in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_rows(label, parts, tmp_path):
     photos, out = tmp_path / "photos", tmp_path / "out"
     shutil.copytree(parts / "photos", photos)

@@ -69,7 +69,7 @@ def labelled(scenes, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def asked(labelled):
     """The report, and the samples."""
-    report = write_questions(labelled, ("closest", "order", "objects"), labelled / "instances.json")
+    report = write_questions(labelled, ("closest", "order", "objects"), Annotations(labelled / "instances.json"))
     return report, load_samples(labelled / "questions")
 
 
@@ -173,7 +173,7 @@ def test_what_has_no_counterpart_is_counted(asked, labelled, tmp_path):
         image["file_name"] = "other" + image["file_name"]
     (tmp_path / "a.json").write_text(json.dumps(document))
     with pytest.raises(ValueError, match="about none of these pictures"):
-        write_questions(labelled, ("objects",), tmp_path / "a.json")
+        write_questions(labelled, ("objects",), Annotations(tmp_path / "a.json"))
     assert len(load_samples(labelled / "questions")) == len(asked[1]), "the old questions stay"
 
 

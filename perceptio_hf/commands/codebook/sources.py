@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,10 +10,12 @@ import typer
 
 if TYPE_CHECKING:
     from perceptio_hf import DepthVQVAE
+    from perceptio_hf.bulk.items import Item
     from perceptio_hf.labelling.teacher import Teacher
     from perceptio_hf.training.codec import DepthSource
 
 Unit = Literal["mm", "m", "disparity", "relative"]
+_HEADERS = 8  # threads that read the sizes of pictures
 SCENES = 4000  # of the rendered world, where no number is given
 UnitOption = Annotated[Unit | None, typer.Option(help="What the values of the files are.", show_default=False)]
 Pattern = Annotated[
@@ -55,7 +58,7 @@ def depth_source(
     if teacher is not None:
         from perceptio_hf.bulk.items import list_items
 
-        return TeacherMaps(list_items([data], leave_out)[:maps], teacher, size)
+        return TeacherMaps(_readable(list_items([data], leave_out)[:maps]), teacher, size)
     if kind == "world":
         if start and not start.isdigit():
             raise ValueError(f"--data {data}: after `world:` comes the number of the first scene.")
@@ -64,6 +67,22 @@ def depth_source(
         return FileMaps(_labelled_maps(Path(data))[:maps], "relative", size)
     paths = list_depth_folder(data, pattern)[:maps]
     return FileMaps(paths, needed_unit(unit), size)
+
+
+def _readable(items: "list[Item]") -> "list[Item]":
+    """The pictures, after a look at the header of each file: one that is no picture would end the training in hours."""
+    from perceptio_hf.data.lines import SCHEMES
+
+    here = [item for item in items if item.error or (isinstance(item.source, str) and not SCHEMES.match(item.source))]
+    with ThreadPoolExecutor(_HEADERS) as pool:
+        sizes = list(pool.map(lambda item: item.size(), here))
+    wrong = [item.id for item, size in zip(here, sizes, strict=True) if size is None]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {len(items)} pictures cannot be read, such as {', '.join(wrong[:3])}; remove them, or "
+            "let `perceptio label --maps` leave them out and train on what it writes."
+        )
+    return items
 
 
 def _labelled_maps(folder: Path) -> list[Path]:

@@ -1,11 +1,14 @@
 """Data sets of the `datasets` library, by their name on the Hub or from a folder."""
 
+import copy
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perceptio_hf.data.formats.hub_tables import split_name
-from perceptio_hf.data.rows import as_rows, import_datasets
+from perceptio_hf.data.lines import with_places
+from perceptio_hf.data.rows import as_rows, import_datasets, undecoded
 from perceptio_hf.files import expanded
 
 from .listing import checked_pictures
@@ -62,11 +65,33 @@ def _opened(
             elif dataset.split is not None and split_name(dataset) != split:
                 raise ValueError(f"it is the split {split_name(dataset)!r}, saved by itself; ask for that one")
             return dataset.to_iterable_dataset() if streaming else dataset
-        place = str(folder) if folder.is_dir() else name
-        return datasets.load_dataset(place, subset, split=split, revision=revision, streaming=streaming)
+        if not folder.is_dir():
+            return datasets.load_dataset(name, subset, split=split, revision=revision, streaming=streaming)
+        dataset = datasets.load_dataset(str(folder), subset, split=split, streaming=streaming)
+        lines = _lines_among_pictures(dataset, folder, split)
+        if lines:
+            dataset = datasets.load_dataset("json", data_files={split: lines}, split=split, streaming=streaming)
+        return _placed(dataset, folder)
     except Exception as error:  # what the Hub, the network, pyarrow and `datasets` raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"The data set {name} (split {split!r}) cannot be had: {reason}") from error
+
+
+def _lines_among_pictures(dataset: "Dataset | IterableDataset", folder: Path, split: str) -> list[str]:
+    """Files of samples beside pictures so many that `datasets` takes the folder for one of pictures alone."""
+    if dataset.column_names and dataset.column_names[0] != "image":
+        return []
+    lines = [path for path in sorted(folder.glob("*.jsonl")) if path.stem != "metadata"]
+    return [str(path) for path in lines if split in path.stem] or ([str(path) for path in lines] * (split == "train"))
+
+
+def _placed(dataset: "Dataset | IterableDataset", folder: Path) -> "Dataset | IterableDataset":
+    """Files that rows name from the folder on, with the folder in front; `datasets` leaves them as they are."""
+    dataset = undecoded(dataset)
+    first = next(iter(dataset), None)
+    if first is None or with_places(copy.deepcopy(first), folder) == first:
+        return dataset
+    return dataset.map(functools.partial(with_places, folder=folder), features=dataset.features)
 
 
 def _renamed(

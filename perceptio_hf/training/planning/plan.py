@@ -158,8 +158,8 @@ def plan_training(recipe: "Recipe", source: str, revision: Mapping[str, str], la
     arguments, settings = recipe.arguments, recipe.settings
     config = PerceptioConfig.from_pretrained(source, **revision)
     processor = PerceptioProcessor.from_pretrained(source, **revision)
-    _check_codes(arguments, source)
     datasets, weights = load_tasks(arguments.tasks, arguments.data_folder)
+    _check_codes(arguments, source)
     if arguments.eval_tasks:
         load_tasks(arguments.eval_tasks, arguments.data_folder)
     collator = PerceptioDataCollator(

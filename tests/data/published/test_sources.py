@@ -18,6 +18,7 @@ from evaluation.published_formats import (
     write_parquet,
     write_refcoco,
 )
+from helpers import picture
 from PIL import Image
 
 from perceptio_hf.data import lines
@@ -233,6 +234,24 @@ def test_names_and_all_their_masks(scenes, tmp_path):
         assert len(questions(row)) == len(present) + 1
 
 
+@pytest.mark.parametrize("box", [None, [], "absent"])
+def test_things_without_a_box(box, scenes, tmp_path):
+    document = write_instances(tmp_path, scenes)
+    asked = [questions(row) for row in load({"coco_instances": str(tmp_path)})]
+    for item in document["annotations"][:4]:
+        item.update(bbox=box) if box != "absent" else item.pop("bbox")
+    (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(document))
+    assert [questions(row) for row in load({"coco_instances": str(tmp_path)})] == asked
+
+
+def test_a_box_of_another_form_is_named(scenes, tmp_path):
+    document = write_instances(tmp_path, scenes)
+    document["annotations"][0]["bbox"] = [1, "2", 3]
+    (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"annotation \d+: its bbox is \[1, '2', 3\]; expected 4 numbers"):
+        load({"coco_instances": str(tmp_path)})
+
+
 def test_crowds_and_too_many_things_are_not_asked_for(scenes, tmp_path):
     document = write_instances(tmp_path, scenes)
     for item in document["annotations"]:
@@ -390,6 +409,24 @@ def test_a_data_set_of_the_hub_s_library(scenes, tmp_path):
         load({"hub": str(tmp_path / "set")})
     with pytest.raises(ValueError, match=r"set \(split 'test'\) cannot be had: "):
         load({"hub": str(tmp_path / "set"), "split": "test"})
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pictures_that_a_folder_of_lines_names_lie_in_it(tmp_path, monkeypatch, streaming):
+    """Not in the working folder, where a file of the same name may be."""
+    rows = []
+    for number in range(3):
+        (tmp_path / "data" / "im").mkdir(parents=True, exist_ok=True)
+        picture(seed=number).save(tmp_path / "data" / "im" / f"{number}.png")
+        talk = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A ball."}]
+        rows.append({"images": [f"im/{number}.png"], "messages": talk})
+    (tmp_path / "data" / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "im").mkdir()
+    picture(seed=9).save(tmp_path / "im" / "0.png")
+    monkeypatch.chdir(tmp_path)
+    dataset = load({"hub": str(tmp_path / "data"), "streaming": streaming})
+    names = [row["images"][0]["path"] for row in dataset]
+    assert names == [str(tmp_path / "data" / "im" / f"{number}.png") for number in range(3)]
 
 
 def test_pictures_of_the_hub_s_library_are_looked_for_too(tmp_path):

@@ -104,11 +104,16 @@ def test_gpus_of_the_launch_are_reckoned_with(recipe, plan, capsys):
     assert shards["memory"]["gathered"] > 0 and shards["memory"]["activations"] == plan["memory"]["activations"]
 
 
+BOTH = "2 of 3 sources cannot be opened: "
+
+
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
         ({"tasks": [{"samples": "gone"}]}, ["--dry-run"], "gone holds no samples"),
+        ({"tasks": [{"samples": "gone"}, {"world": "refer", "scenes": 2}, {"labels": "lost"}]}, ["--dry-run"], BOTH),
         ({"tasks": [{"world": "refer", "scenes": 2}]}, ["--dry-run"], "set max_steps"),
+        ({}, ["--dry-run", "--launch", "fsdp2_8gpu", "--measure", "2"], "processes that are here, 1, and --launch"),
         ({"max_length": 5}, ["--dry-run"], "more than max_length=5"),
         ({}, ["--measure", "5"], "belong to --dry-run"),
         ({"recipe": "tiny"}, ["--dry-run"], "--dry-run is for fine-tuning"),
