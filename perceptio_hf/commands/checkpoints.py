@@ -142,11 +142,12 @@ def load_processor(folder: str) -> "PerceptioProcessor":
     quieten()
     try:
         base = base_of_adapter(folder)
-        if base is None or os.path.isdir(base) or not os.path.isabs(base):  # else `load` says what is missing
-            kind = AutoConfig.from_pretrained(base or folder).model_type
-            if kind != "perceptio":
-                raise ValueError(f"it is a {kind!r} model" if base is None else f"it adapts {base}, a {kind!r} model")
-        return PerceptioProcessor.from_pretrained(folder)
+        kind = AutoConfig.from_pretrained(base or folder).model_type
+        if kind != "perceptio":
+            raise ValueError(f"it is a {kind!r} model" if base is None else f"it adapts {base}, a {kind!r} model")
+        # PEFT alone saves an adapter without its processor.
+        own = base is None or os.path.isfile(os.path.join(folder, "processor_config.json"))
+        return PerceptioProcessor.from_pretrained(folder if own else base)
     except Exception as error:  # as above
         raise _not_loaded(folder, error) from error
 

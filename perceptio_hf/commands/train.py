@@ -1,6 +1,7 @@
 """`perceptio train`: fine-tune a checkpoint by a recipe, or train the tiny one from scratch."""
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -212,9 +213,12 @@ def _with_times(plan: "Plan", config: Path, overrides: Sequence[str], steps: int
 def _train_into(folder: Path, recipe: "Recipe") -> None:
     from perceptio_hf.files import check_new_folder
     from perceptio_hf.training.checkpoints import told_by_first
+    from perceptio_hf.training.lora import check_goes_on
     from perceptio_hf.training.recipe import where_to_resume, write_recipe
 
     resume = told_by_first(lambda: where_to_resume(recipe, folder))
+    if resume is not None:
+        check_goes_on(resume, recipe.arguments.lora_r)
     merges = recipe.arguments.lora_r is not None and recipe.arguments.lora_merge
     if merges:  # not after hours of training
         check_new_folder(folder / "merged", overwrite=True, sources=[_source(recipe.arguments)[0]])
@@ -272,6 +276,8 @@ def _source(arguments: "RecipeArguments") -> tuple[str, dict[str, str]]:
     from perceptio_hf import tiny_checkpoint
 
     source = tiny_checkpoint() if arguments.model_name_or_path == "tiny" else arguments.model_name_or_path
+    if arguments.lora_r is not None and Path(source).is_dir():  # an adapter names its base, from wherever it is used
+        source = os.path.abspath(source)
     return str(source), {} if Path(source).is_dir() else {"revision": arguments.model_revision}
 
 

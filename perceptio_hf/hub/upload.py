@@ -112,9 +112,7 @@ def write_files(files: Mapping[str, Path | bytes], folder: Path) -> None:
 def _weight_files(folder: Path) -> list[str]:
     """The names of a folder's weights, after a look at all of their headers and sizes."""
     if (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{folder} holds an adapter, not a model: merge it into its base (see docs/lora.md) and push the result."
-        )
+        raise ValueError(f"{folder} holds an adapter, not a model: merge it into its base first (docs/lora.md).")
     kind = read_json(folder / "config.json").get("model_type")
     if kind != "perceptio":
         raise ValueError(f"{folder} holds a {kind!r} model, no Perceptio.")

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
     from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 
-_ADAPTER = "adapter_config.json"
+_ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _BLOCKS = "model.language_model.layers"
 MODULES_TO_SAVE = ("seg_projector", "mask_decoder")
 
@@ -112,18 +113,45 @@ def base_of_adapter(folder: str | os.PathLike) -> str | None:
     that holds a model, or nothing.
 
     Raises:
-        ValueError: for an adapter that does not say.
+        ValueError: for an adapter that does not say, or whose base is in no folder, or is an adapter too.
     """
     folder = Path(folder)
-    if (folder / "config.json").is_file() or not (folder / _ADAPTER).is_file():
+    if not _holds_adapter(folder):
         return None
     try:
-        base = json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, TypeError, KeyError):
-        base = None
+        settings = json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / _ADAPTER} is damaged ({error}); save the adapter again.") from None
+    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
     if not isinstance(base, str) or not base:
         raise ValueError(f"{folder / _ADAPTER} does not say in base_model_name_or_path which checkpoint it adapts.")
+    place = os.path.expanduser(base)
+    if os.path.isdir(place):
+        if _holds_adapter(Path(place)):
+            raise ValueError(f"{folder} is an adapter of {base}, which is one itself; merge that into its base first.")
+        return place
+    if base.count("/") != 1 or base.startswith((".", "/", "~")):  # else it may be a name on the Hub
+        raise ValueError(
+            f"{folder} is an adapter of {base}, and there is no such folder; write where it is now into {_ADAPTER} "
+            "(base_model_name_or_path)."
+        )
     return base
+
+
+def _holds_adapter(folder: Path) -> bool:
+    return (folder / _ADAPTER).is_file() and not (folder / "config.json").is_file()
+
+
+def check_goes_on(checkpoint: str | os.PathLike, r: int | None) -> None:
+    """ValueError where a training with adapters of rank `r`, or without, cannot go on from a `checkpoint`."""
+    held = None
+    if (Path(checkpoint) / _ADAPTER).is_file():
+        held = json.loads((Path(checkpoint) / _ADAPTER).read_text(encoding="utf-8")).get("r")
+    if held != r:
+        kinds = ["a whole model" if rank is None else f"adapters of rank {rank}" for rank in (held, r)]
+        raise ValueError(
+            f"{checkpoint} is of a training of {kinds[0]}, and the recipe trains {kinds[1]}; name another --out."
+        )
 
 
 def load_merged(folder: str | os.PathLike, **options) -> "PerceptioForConditionalGeneration":
@@ -133,24 +161,62 @@ def load_merged(folder: str | os.PathLike, **options) -> "PerceptioForConditiona
         options: of the base's `from_pretrained`, such as `dtype`.
 
     Raises:
-        ValueError: for a folder without an adapter, or where its base is not there.
+        ValueError: for a folder without an adapter, or with one that is damaged or does not fit its base.
         ImportError: without PEFT.
     """
     _import_peft()
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
 
     base = base_of_adapter(folder)
     if base is None:
         raise ValueError(f"{folder} holds no adapter; name a folder with {_ADAPTER}.")
-    if os.path.isabs(base) and not os.path.isdir(base):
-        raise ValueError(
-            f"{folder} is an adapter of {base}, and there is no such folder; write where it is now into {_ADAPTER} "
-            "(base_model_name_or_path)."
-        )
+    saved = _names_in(Path(folder) / _ADAPTER_WEIGHTS)
     model = PerceptioForConditionalGeneration.from_pretrained(base, **options)
-    return PeftModel.from_pretrained(model, os.fspath(folder)).merge_and_unload().eval()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of PEFT's own old calls, and of tensors that are compared below
+            model = PeftModel.from_pretrained(model, os.fspath(folder))
+            names = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    except Exception as error:  # whatever PEFT and torch raise at settings and shapes that do not fit
+        reason = str(error).strip().splitlines()[-1].strip()[:200] if str(error).strip() else type(error).__name__
+        raise ValueError(f"the adapter in {folder} does not fit its base {base}: {reason}") from error
+    if names != saved:  # PEFT leaves out what has no place, and starts at random what is missing
+        missing, over = sorted(names - saved), sorted(saved - names)
+        raise ValueError(
+            f"the adapter in {folder} does not fit its base {base}: {len(missing)} tensors are missing and {len(over)} "
+            f"have no place, the first is {(missing or over)[0]}."
+        )
+    return model.merge_and_unload().eval()
+
+
+def _names_in(file: Path) -> set[str]:
+    """The names of an adapter's tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; it holds the adapter's weights.")
+    try:
+        with safe_open(file, "pt") as weights:
+            return set(weights.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}); save the adapter again.") from None
+
+
+def check_has_no_adapter(model: nn.Module | str) -> None:
+    """Raises ValueError for a model, or a folder, with an adapter inside that a training would lose: all would learn,
+    and the adapter alone be saved."""
+    if isinstance(model, str):
+        within = base_of_adapter(model) is not None
+    else:
+        within = getattr(model, "_hf_peft_config_loaded", False)
+    if within:
+        raise ValueError(
+            "The model has an adapter inside (AutoModel puts one there from an adapter's folder); begin with "
+            "perceptio_hf.training.lora.load_merged(folder), or give PeftModel.from_pretrained(base, folder, "
+            "is_trainable=True) to train that one on."
+        )
 
 
 def exact_copies(model: nn.Module | str) -> dict[int, Tensor]:

@@ -95,9 +95,10 @@ class RecipeArguments:
             raise ValueError("The recipe names no model: set model_name_or_path, e.g. to tiny.")
         if not self.tasks:
             raise ValueError(f"The recipe trains on nothing: list tasks, each with one of {', '.join(SOURCES)}.")
-        if self.lora_r is None and self.lora_options():
+        given = [*self.lora_options(), *(["merge"] if self.lora_merge else [])]
+        if self.lora_r is None and given:
             raise ValueError(
-                f"The recipe has {', '.join(f'lora_{name}' for name in self.lora_options())}, but no lora_r; give the "
+                f"The recipe has {', '.join(f'lora_{name}' for name in given)}, but no lora_r; give the "
                 "rank, e.g. lora_r: 16, or leave them out to train the whole model."
             )
 

@@ -34,7 +34,7 @@ from .config import PerceptioSFTConfig, warn_of_slow_bfloat16
 from .fsdp import check_adapters
 from .lengths import BY_LENGTH, LengthSampler, check_has_lengths, sample_lengths
 from .logging import draw_losses
-from .lora import exact_copies, put_back
+from .lora import check_has_no_adapter, exact_copies, put_back
 from .losses import PARTS, composite_loss
 from .silence import TellsNobody
 from .streams import SharedStream
@@ -90,6 +90,7 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: Any = None,
     ):
+        check_has_no_adapter(model)
         args = _checked_args(model, args)
         train_dataset, eval_dataset = _with_columns(train_dataset, "training"), _evaluation_sets(eval_dataset)
         check_has_lengths(args, train_dataset)

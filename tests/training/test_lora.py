@@ -27,7 +27,7 @@ from perceptio_hf import (
 from perceptio_hf.commands import checkpoints
 from perceptio_hf.commands.train import _fine_tune
 from perceptio_hf.training import fsdp
-from perceptio_hf.training.lora import MODULES_TO_SAVE, block_layers, load_merged, lora_config
+from perceptio_hf.training.lora import MODULES_TO_SAVE, block_layers, check_goes_on, load_merged, lora_config
 from perceptio_hf.training.recipe import read_recipe, training_set
 from perceptio_hf.training.reinforcement import PerceptioGRPOTrainer
 
@@ -220,13 +220,83 @@ def test_what_is_wrong_with_an_adapter_is_said(trained, tmp_path):
     for base, says in (
         (tmp_path / "gone", r"is an adapter of .*gone, and there is no such folder.*adapter_config\.json"),
         (None, "does not say in base_model_name_or_path which checkpoint it adapts"),
+        ("../gone", r"is an adapter of \.\./gone, and there is no such folder"),
         (another_kind(tmp_path), "it adapts .*other, a 'bert' model"),
+        (trained.adapter, "is an adapter of .*, which is one itself; merge that"),
+        (folder, "is an adapter of .*, which is one itself; merge that"),
     ):
         point_to(folder, base)
         with pytest.raises(ValueError, match=says):
             checkpoints.load(str(folder), "cpu")
     with pytest.raises(ValueError, match="holds no adapter"):
         load_merged(trained.base)
+
+
+def damaged(trained, folder: Path, how: str) -> None:
+    """What is left of an adapter, or of its base, in `folder`."""
+    weights = folder / "adapter_model.safetensors"
+    held = load_file(weights)
+    if how == "no weights":
+        weights.unlink()
+    elif how == "cut off":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif how == "settings":
+        (folder / "adapter_config.json").write_text("{broken")
+    elif how == "tensors lost":
+        save_file({name: value for name, value in held.items() if "lora_" not in name}, weights)
+    elif how == "fewer layers":
+        file = folder / "adapter_config.json"
+        settings = json.loads(file.read_text())
+        file.write_text(json.dumps(settings | {"target_modules": "model.language_model.layers.0.self_attn.q_proj"}))
+    else:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 3}))
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("no weights", r"adapter_model\.safetensors is missing"),
+        ("cut off", r"adapter_model\.safetensors is damaged"),
+        ("settings", r"adapter_config\.json is damaged"),
+        (
+            "tensors lost",
+            r"does not fit .*: \d+ tensors are missing and 0 have no place, the first is .*lora_A",
+        ),
+        ("fewer layers", r"does not fit its base .*: 0 tensors are missing and \d+ have no place"),
+        ("rank", "does not fit its base .*: size mismatch"),
+    ],
+)
+def test_what_is_left_of_an_adapter_is_not_answered_with(trained, tmp_path, how, says):
+    shutil.copytree(trained.adapter, tmp_path / "adapter")
+    damaged(trained, tmp_path / "adapter", how)
+    with pytest.raises(ValueError, match=says) as caught:
+        checkpoints.load(str(tmp_path / "adapter"), "cpu")
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 700
+
+
+def test_an_adapter_without_its_processor_takes_the_base_s(trained, processor, tmp_path):
+    trained.fresh().save_pretrained(tmp_path)
+    merged, own = checkpoints.load(str(tmp_path), "cpu")
+    assert_same(merged, trained.model, processor)
+    assert own.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("as_path", [True, False])
+def test_a_trainer_does_not_take_an_adapter_for_its_base(trained, processor, tmp_path, as_path):
+    model = str(trained.adapter) if as_path else by_transformers(AutoModel, trained.adapter)
+    options = {"train_dataset": sft.samples(4), "processing_class": processor}
+    with pytest.raises(ValueError, match=r"has an adapter inside.*load_merged\(folder\)"):
+        PerceptioSFTTrainer(model, sft.settings(tmp_path), **options)
+
+
+@pytest.mark.parametrize(("held", "wanted"), [(None, 4), (2, None), (2, 4)])
+def test_adapters_do_not_go_on_from_other_ones(tmp_path, held, wanted):
+    if held is not None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": held}))
+    check_goes_on(tmp_path, held)
+    with pytest.raises(ValueError, match=r"is of a training of .*, and the recipe trains .*; name another --out"):
+        check_goes_on(tmp_path, wanted)
 
 
 def another_kind(folder: Path) -> Path:
