@@ -7,9 +7,9 @@ the public checkpoints (320 pixels, 10 x 10 codes of 128), rows of 7 tiles (1,79
 mask and a depth span, bfloat16 autocast over float32 weights, activations of blocks computed again.
 
 Measured: a model of 0.07 billion parameters is trained for two steps on this machine, in a process of its own, as a
-whole and with adapters. Its memory is the most that torch had allocated at a time, as torch reports it: on a GPU by its
-own counter, on a processor by its profiler's list of allocations. The resident set would also count libraries that are
-loaded meanwhile.
+whole, with adapters, and shared by 1, 2 and 4 processes on the processor (FSDP2). Its memory is the most that torch had
+allocated at a time, as torch reports it: on a GPU by its own counter, on a processor by its profiler's list of
+allocations. The resident set would also count libraries that are loaded meanwhile.
 """
 
 import argparse
@@ -183,13 +183,19 @@ def measured(kind: str) -> dict[str, Any]:
     from perceptio_hf import PerceptioForConditionalGeneration
     from perceptio_hf.training.lora import lora_config
     from perceptio_hf.training.planning.memory import _inner, _loss, predict_memory
+    from perceptio_hf.training.planning.sharding import Layout
     from perceptio_hf.training.trainer import choose_trainable
 
     config, precise = small_config(), kind.endswith("float32")
-    settings = settings_of(2, bf16=not precise, gradient_checkpointing=not precise)
+    settings = settings_of(2, bf16=not precise, gradient_checkpointing=not precise or kind.startswith("fsdp"))
     batch, device = batch_of(config, 2, tiles=1, words=150), "cuda" if torch.cuda.is_available() else "cpu"
     adapters = functools.partial(lora_config, r=16) if kind.startswith("lora") else None
-    guess = predict_memory(config, batch, settings, adapters=adapters)
+    layout = Layout(int(os.environ["WORLD_SIZE"]), "fsdp") if kind.startswith("fsdp") else None
+    if layout is not None:
+        device = "cpu"
+        if not torch.distributed.is_initialized():  # reading the settings may have done that
+            torch.distributed.init_process_group("gloo")
+    guess = predict_memory(config, batch, settings, adapters=adapters, layout=layout)
 
     def train() -> None:
         model = PerceptioForConditionalGeneration(config).to(device)
@@ -200,6 +206,8 @@ def measured(kind: str) -> dict[str, Any]:
         if settings.checkpoints_activations:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
+        if layout is not None:
+            shard(model)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
         given = {name: value.to(device) for name, value in batch.items()}
         for _ in range(2):
@@ -228,6 +236,18 @@ def measured(kind: str) -> dict[str, Any]:
     }
 
 
+def shard(model) -> None:
+    """By FSDP2, as accelerate does with TRANSFORMER_BASED_WRAP: every block, and what is left."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    names = set(model._no_split_modules)
+    for block in [module for module in model.modules() if type(module).__name__ in names]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
 def allocated(work: Callable[[], None]) -> int:
     """The most bytes that torch has allocated on the CPU at a time during `work`, above those of before."""
     from torch.profiler import ProfilerActivity, profile
@@ -241,6 +261,11 @@ def allocated(work: Callable[[], None]) -> int:
 def in_process(kind: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--kind", kind]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    if kind.startswith("fsdp"):
+        processes = kind.split()[1]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        command = [sys.executable, *launch, *command[1:]]
+        environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise RuntimeError(f"{kind} failed:\n{done.stderr[-3000:]}")
@@ -254,14 +279,19 @@ def main() -> int:
     parser.add_argument("--without", choices=("predicted", "measured"), help="leave out one of the two tables")
     options = parser.parse_args()
     if options.kind:
-        print(json.dumps(measured(options.kind)))
+        found = measured(options.kind)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(json.dumps(found))
         return 0
-    kinds = ("whole", "whole float32", "lora", "lora float32")
-    rows = [] if options.without == "measured" else [in_process(kind) for kind in kinds]
-    for row in rows:
-        print(row, flush=True)
-    result = {"measured": rows, "predicted": [] if options.without == "predicted" else predicted()}
-    result["passed"] = all(abs(row["error"]) <= MOST_ERROR for row in rows)
+    alone, shared = ("whole", "whole float32", "lora", "lora float32"), [f"fsdp {n} float32" for n in (1, 2, 4)]
+    rows = {}
+    for kind in () if options.without == "measured" else (*alone, *shared):
+        rows[kind] = in_process(kind)
+        print(rows[kind], flush=True)
+    result = {"measured": [rows[kind] for kind in alone if kind in rows]}
+    result["shared"] = [rows[kind] for kind in shared if kind in rows]
+    result |= {"predicted": [] if options.without == "predicted" else predicted()}
+    result["passed"] = all(abs(row["error"]) <= MOST_ERROR for row in result["measured"])
     if options.out:
         from perceptio_hf.files import write_json
 

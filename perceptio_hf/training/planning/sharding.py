@@ -40,7 +40,8 @@ class Layout:
 
     @property
     def shards(self) -> bool:
-        return self.strategy != "ddp" and self.processes > 1
+        """Also with one process, which gathers what it has."""
+        return self.strategy != "ddp"
 
 
 def layout_of_file(file: str | os.PathLike) -> Layout:
