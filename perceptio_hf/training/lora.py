@@ -178,7 +178,7 @@ def load_merged(folder: str | os.PathLike, **options) -> "PerceptioForConditiona
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of PEFT's own old calls, and of tensors that are compared below
             model = PeftModel.from_pretrained(model, os.fspath(folder))
-            names = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+            names = set(get_peft_model_state_dict(model))
     except Exception as error:  # whatever PEFT and torch raise at settings and shapes that do not fit
         reason = str(error).strip().splitlines()[-1].strip()[:200] if str(error).strip() else type(error).__name__
         raise ValueError(f"the adapter in {folder} does not fit its base {base}: {reason}") from error
