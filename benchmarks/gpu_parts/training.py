@@ -98,6 +98,7 @@ def adapted(model):
     return get_peft_model(model, lora_config(model, r=16))
 
 
+FSDP2 = "full, bfloat16, float32 weights"  # the case of `fsdp`
 CASES = {  # weights, autocast, adapters, activations again in the backward pass
     "full, bfloat16, float32 weights": (torch.float32, torch.bfloat16, False, True),
     "LoRA, bfloat16, bfloat16 weights": (torch.bfloat16, torch.bfloat16, True, True),
@@ -179,21 +180,24 @@ def measure_case(setup, config, figures: dict, weights, autocast, adapters: bool
 
 @part(seconds=40, on_host=True)
 def memory(setup, record):
-    """The memory of `training`'s cases as `perceptio train --dry-run` predicts it, by a step without numbers."""
+    """The memory of `training` and `fsdp` as `perceptio train --dry-run` predicts it, by a step without numbers."""
     from perceptio_hf import PerceptioSFTConfig
     from perceptio_hf.training.lora import lora_config
     from perceptio_hf.training.planning.memory import predict_memory
+    from perceptio_hf.training.planning.sharding import Layout
 
     config = perceptio_config(setup)
     batch = batch_of(setup, config)
-    for name, (weights, autocast, adapters, checkpoints) in _cases(setup)[: setup.size(None, 1)]:
-        with record.case(name) as figures:
+    cases = [(*case, Layout()) for case in _cases(setup)[: setup.size(None, 1)]]
+    cases.append((FSDP2, CASES[FSDP2], Layout(1, "fsdp")))
+    for name, (weights, autocast, adapters, checkpoints), layout in cases:
+        with record.case(f"{name}, FSDP2" if layout.shards else name) as figures:
             half = "bf16" if autocast == torch.bfloat16 else "fp16"
             settings = PerceptioSFTConfig("unused", gradient_checkpointing=checkpoints, bf16=False, report_to="none")
             setattr(settings, half, True)  # a machine without a GPU would refuse fp16
             chosen = {"dtype": weights, "adapters": partial(lora_config, r=16) if adapters else None}
-            found = predict_memory(config, batch, settings, **chosen)
-            for kind in ("weights", "gradients", "optimizer", "activations", "peak"):
+            found = predict_memory(config, batch, settings, **chosen, layout=layout)
+            for kind in ("weights", "gradients", "optimizer", "activations", "gathered", "peak"):
                 figures[f"{kind}_gib"] = getattr(found, kind) / 2**30
 
 
@@ -236,7 +240,7 @@ def fsdp(setup, record):
     os.environ |= {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
     if not setup.is_cuda:
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    with record.case("full, bfloat16, float32 weights") as figures:
+    with record.case(FSDP2) as figures:
         accelerator = Accelerator(mixed_precision="bf16", cpu=not setup.is_cuda)
         settings.enable_on_cpu(accelerator)
         settings.prepare(accelerator.state.fsdp_plugin)

@@ -197,14 +197,14 @@ def _fields(word: str, out: str | None) -> Iterable[dict[str, Any]]:
 
 def _of_file(word: str) -> Iterable[dict[str, Any]]:
     """One file: of many pictures, or a picture."""
-    kind = os.path.splitext(word)[1].lower()
-    if kind == LINES_SUFFIX:
-        return _of_lines(expanded(word))
-    if kind == LIST_SUFFIX:
-        return _of_list(expanded(word))
-    if kind == TAR_SUFFIX:
-        return _of_tar(os.path.expanduser(word))
-    return _of_parquet(os.path.expanduser(word)) if kind == PARQUET_SUFFIX else [_of_path(word, word)]
+    kind, place = os.path.splitext(word)[1].lower(), os.path.expanduser(word)
+    if kind in (LINES_SUFFIX, LIST_SUFFIX):
+        return (_of_lines if kind == LINES_SUFFIX else _of_list)(Path(place))
+    if kind in (TAR_SUFFIX, PARQUET_SUFFIX):
+        return (_of_tar if kind == TAR_SUFFIX else _of_parquet)(place)
+    if not SCHEMES.match(word) and not os.path.lexists(place):
+        raise ValueError(f"There is no picture, folder or list {word}.")
+    return [_of_path(word, word)]
 
 
 def _of_path(name: str, path: str) -> dict[str, Any]:

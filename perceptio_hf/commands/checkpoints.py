@@ -95,7 +95,7 @@ def load(
 
     Raises:
         ValueError: where the checkpoint is of another kind, incomplete, damaged, or not to be had.
-        ImportError: for `load_in` without bitsandbytes, for an adapter without PEFT.
+        ImportError: for `load_in` without bitsandbytes.
     """
     import torch
     from transformers import AutoModel
@@ -112,8 +112,6 @@ def load(
     options = {} if load_in is None else _quantised(load_in, device, dtype)
     try:
         model = (load_merged if adapts else AutoModel.from_pretrained)(folder, dtype=dtype, **options)
-    except ImportError:
-        raise
     except Exception as error:  # whatever transformers, safetensors or the Hub raise: the user named a wrong checkpoint
         raise _not_loaded(folder, error) from error
     if device == "cpu" and model.num_parameters() < SMALL:

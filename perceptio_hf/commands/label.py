@@ -85,7 +85,7 @@ def label(
 
     from perceptio_hf import tiny_checkpoint
     from perceptio_hf.bulk.engines import open_engine
-    from perceptio_hf.bulk.items import SCHEMES, is_collection, list_items
+    from perceptio_hf.bulk.items import list_items
     from perceptio_hf.files import expanded
     from perceptio_hf.labelling.objects import Annotations
     from perceptio_hf.labelling.teacher import teacher_info
@@ -94,9 +94,6 @@ def label(
 
     checkpoints.quieten()
     out = expanded(out)
-    for word in pictures:
-        if not is_collection(word) and not SCHEMES.match(word) and not os.path.lexists(os.path.expanduser(word)):
-            raise ValueError(f"There is no picture, folder or list {word}.")
     items = list_items(pictures, out)  # before what takes longer
     instances = None if annotations is None else Annotations(annotations)  # all that is named is read before the work
     if instances is not None:

@@ -106,8 +106,7 @@ class _Asker:
                     places = [(start + question.picture, question) for question in drawn]
                     yield from _mapped(pool, self._point_sample, sorted(places, key=lambda place: place[0]))
             if self.annotations is not None:
-                if not self.annotations.found:
-                    self.annotations.check([row["id"], row["image"]["path"] or ""] for row in self.rows)
+                self.annotations.check([row["id"], row["image"]["path"] or ""] for row in self.rows)
                 chosen = balanced(pairs, np.random.default_rng(KINDS.index("objects")))
                 self.asked["objects"] = chosen
                 yield from _mapped(pool, self._pair_sample, [(pair.picture, pair) for pair in chosen])

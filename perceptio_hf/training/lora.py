@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -118,11 +118,7 @@ def base_of_adapter(folder: str | os.PathLike) -> str | None:
     folder = Path(folder)
     if not _holds_adapter(folder):
         return None
-    try:
-        settings = json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / _ADAPTER} is damaged ({error}); save the adapter again.") from None
-    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    base = _settings_of(folder).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(f"{folder / _ADAPTER} does not say in base_model_name_or_path which checkpoint it adapts.")
     place = os.path.expanduser(base)
@@ -142,11 +138,21 @@ def _holds_adapter(folder: Path) -> bool:
     return (folder / _ADAPTER).is_file() and not (folder / "config.json").is_file()
 
 
+def _settings_of(folder: Path) -> dict[str, Any]:
+    file = folder / _ADAPTER
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); save the adapter again.") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} is damaged ({settings!r:.40} is no object); save the adapter again.")
+    return settings
+
+
 def check_goes_on(checkpoint: str | os.PathLike, r: int | None) -> None:
     """ValueError where a training with adapters of rank `r`, or without, cannot go on from a `checkpoint`."""
-    held = None
-    if (Path(checkpoint) / _ADAPTER).is_file():
-        held = json.loads((Path(checkpoint) / _ADAPTER).read_text(encoding="utf-8")).get("r")
+    checkpoint = Path(checkpoint)
+    held = _settings_of(checkpoint).get("r") if (checkpoint / _ADAPTER).is_file() else None
     if held != r:
         kinds = ["a whole model" if rank is None else f"adapters of rank {rank}" for rank in (held, r)]
         raise ValueError(

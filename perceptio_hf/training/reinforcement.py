@@ -28,7 +28,7 @@ from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGene
 
 from . import fsdp, zero3
 from .config import warn_of_slow_bfloat16
-from .lora import exact_copies, put_back
+from .lora import check_has_no_adapter, exact_copies, put_back
 from .silence import TellsNobody
 
 
@@ -65,6 +65,7 @@ class _WithMaskPixels(TellsNobody):
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any):
         fsdp.check_is_off()
+        check_has_no_adapter(model)
         exact = exact_copies(model)
         with _own_reference(args):
             super().__init__(model, reward_funcs, args, *rest, **kwargs)

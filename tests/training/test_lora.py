@@ -288,6 +288,8 @@ def test_a_trainer_does_not_take_an_adapter_for_its_base(trained, processor, tmp
     options = {"train_dataset": sft.samples(4), "processing_class": processor}
     with pytest.raises(ValueError, match=r"has an adapter inside.*load_merged\(folder\)"):
         PerceptioSFTTrainer(model, sft.settings(tmp_path), **options)
+    with pytest.raises(ValueError, match="has an adapter inside"):
+        PerceptioGRPOTrainer(model, lambda **kwargs: [0.0])
 
 
 @pytest.mark.parametrize(("held", "wanted"), [(None, 4), (2, None), (2, 4)])

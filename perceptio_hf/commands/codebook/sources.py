@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from perceptio_hf.training.codec import DepthSource
 
 Unit = Literal["mm", "m", "disparity", "relative"]
-_HEADERS = 8  # threads that read the sizes of pictures
 SCENES = 4000  # of the rendered world, where no number is given
 UnitOption = Annotated[Unit | None, typer.Option(help="What the values of the files are.", show_default=False)]
 Pattern = Annotated[
@@ -71,10 +70,11 @@ def depth_source(
 
 def _readable(items: "list[Item]") -> "list[Item]":
     """The pictures, after a look at the header of each file: one that is no picture would end the training in hours."""
+    from perceptio_hf.bulk.engines import readers
     from perceptio_hf.data.lines import SCHEMES
 
     here = [item for item in items if item.error or (isinstance(item.source, str) and not SCHEMES.match(item.source))]
-    with ThreadPoolExecutor(_HEADERS) as pool:
+    with ThreadPoolExecutor(readers()) as pool:
         sizes = list(pool.map(lambda item: item.size(), here))
     wrong = [item.id for item, size in zip(here, sizes, strict=True) if size is None]
     if wrong:

@@ -26,7 +26,6 @@ from .wording import conversation, name_turn, rng_of
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_NO_BOX = [0, 0, 0, 0]
 _SMALL = 2  # pixels of a box's shorter side below which its polygons are looked at
 
 
@@ -99,7 +98,7 @@ def _of_picture(
     picture, size = annotations.picture(number)
     rng = rng_of("coco", number)
     for item in items:
-        box = item.get("bbox") or _NO_BOX
+        box = _box(item)
         if not isinstance(box, list) or len(box) != 4 or not all(isinstance(number, (int, float)) for number in box):
             raise ValueError(f"{file}: annotation {item['id']}: its bbox is {box!r}; expected 4 numbers, or none.")
     masks, turns = [], []
@@ -128,7 +127,7 @@ def _asked(
     for item in items:
         things[item["category_id"]].append(item)
     asked = [
-        (names[kind], sorted(found, key=lambda item: (item.get("bbox") or _NO_BOX)[0]))
+        (names[kind], sorted(found, key=lambda item: _box(item)[0]))
         for kind, found in things.items()
         if len(found) <= most_masks and not any(item.get("iscrowd") or _holds_no_pixel(item, size) for item in found)
     ]
@@ -138,10 +137,15 @@ def _asked(
     return asked
 
 
+def _box(item: dict) -> list:
+    """x, y, width and height; a thing may have none."""
+    return item.get("bbox") or [0, 0, 0, 0]
+
+
 def _holds_no_pixel(item: dict, size: Sequence[int]) -> bool:
     """Whether an object is too small for its polygons to hold a pixel's centre; COCO has a few that are."""
     polygons = item.get("segmentation")
-    if not isinstance(polygons, list) or not polygons or min((item.get("bbox") or _NO_BOX)[2:]) >= _SMALL:
+    if not isinstance(polygons, list) or not polygons or min(_box(item)[2:]) >= _SMALL:
         return False
     try:
         draw_polygons(as_polygons(polygons), *size)
