@@ -21,6 +21,8 @@ from trl import GRPOConfig
 
 from perceptio_hf import PerceptioProcessor, PerceptioSFTConfig, PerceptioSFTTrainer
 from perceptio_hf.data.run_length import encode_mask
+from perceptio_hf.evaluation.during.figures import HeldOutFigures
+from perceptio_hf.evaluation.during.trackers import TrainerFigures
 from perceptio_hf.training import checkpoints
 from perceptio_hf.training.reinforcement import PerceptioGRPOTrainer
 
@@ -109,6 +111,12 @@ def trainer(out: Path | str, *, processor=None, model=None, train=None, evaluati
     )
 
 
+def answered() -> TrainerFigures:
+    """What an evaluation answers by generation, with masks and with spans."""
+    sets = [{"benchmark": "world-refer", "limit": 3, "cases": 1}, {"benchmark": "world-depth", "limit": 3, "cases": 1}]
+    return TrainerFigures(HeldOutFigures([*sets, {"broken_spans": 4}]))
+
+
 def main(out: str, *kinds: str) -> None:
     """Train into `out`/KIND by each of the ways that accelerate has, one after another in the same processes, and once
     more from the first checkpoint into `out`/KIND/resumed."""
@@ -126,6 +134,7 @@ def distributed(out: Path) -> None:
     saves = {"save_strategy": "steps", "save_steps": 1}
     training = trainer(out, evaluation=samples(4, first=100), **changes, **saves)
     training.train()
+    training.figures = answered()
     evaluation = training.evaluate()
     training.save_model(str(out))
     resumed = trainer(out / "resumed", **changes)

@@ -214,17 +214,11 @@ def _predictions(
     batch_size: int,
 ) -> Iterator[dict]:
     """Answer and write batch by batch; yields what each answer.json holds. A progress bar where it takes long."""
-    from rich.console import Console
-    from rich.progress import track
-
+    from perceptio_hf.bulk.progress import tracked
     from perceptio_hf.processing.pictures import load_picture
 
     folders = name_folders(paths, out)
-    starts = range(0, len(paths), batch_size)
-    console = Console(stderr=True)
-    if len(starts) > 1 and console.is_terminal:
-        starts = track(starts, "Answering", console=console, transient=True)
-    for start in starts:
+    for start in tracked(range(0, len(paths), batch_size), "answering"):
         part = slice(start, start + batch_size)
         pictures = [load_picture(path) for path in paths[part]]
         questions = [about["question"]] * len(pictures)

@@ -261,11 +261,6 @@ def _trainer(recipe: "Recipe") -> "WholeCheckpoints":
         processing_class=processor,
         peft_config=_adapters(model, arguments),
     )
-    if figures is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise ValueError(
-            "figures answer with the whole model, which FSDP and DeepSpeed share out; leave them out, and measure "
-            "checkpoints with `perceptio eval`."
-        )
     trainer.figures = figures
     show_losses(trainer)
     return trainer

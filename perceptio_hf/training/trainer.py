@@ -3,8 +3,8 @@
 import copy
 import logging
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import torch
 from accelerate.utils import AutocastKwargs, broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
+from transformers.initialization import no_init_weights
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import SFTTrainer
 
@@ -164,6 +166,19 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         """The model inside whatever wraps it."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if is_peft_model(model) else model
+
+    @contextmanager
+    def _whole_model(self) -> Iterator[PerceptioForConditionalGeneration | None]:
+        """A model with all its weights, on the first process at least. Where processes share the weights out it is a
+        copy, on the first one's device: a forward of shards is one of all processes."""
+        model, by_zero3 = self._perceptio, zero3.is_on(self.args)
+        shared, first = by_zero3 or isinstance(model, FSDPModule), self.is_world_process_zero()
+        if shared:
+            weights = zero3.gathered_weights(model, first) if by_zero3 else self.accelerator.get_state_dict(model)
+        with zero3.unnoticed() if by_zero3 else nullcontext():
+            if shared:
+                model = _copy_of(model, weights).to(self.accelerator.device) if first else None
+            yield model
 
     def _prepare_fsdp(self) -> None:
         fsdp.prepare(self.accelerator.state.fsdp_plugin)
@@ -449,12 +464,13 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         """As ever, and with what `figures` measures, if that is set: held-out sets answered by generation. Sets of a
         dict are evaluated one by one, under prefixes of their own; figures belong to the whole.
 
-        Processes hold the same weights, so the first one measures for all.
+        The first process measures for all; where they hold shards of the model, with the whole of it.
         """
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.figures is None or metric_key_prefix != "eval":
             return metrics
-        found = [self.figures(self, self._perceptio) if self.is_world_process_zero() else {}]
+        with self._whole_model() as model:
+            found = [self.figures(self, model) if self.is_world_process_zero() else {}]
         figures = {f"eval_{name}": value for name, value in broadcast_object_list(found)[0].items()}
         self.log(figures)
         return metrics | figures
@@ -533,6 +549,16 @@ def _loaded(model, args: PerceptioSFTConfig) -> tuple[str, nn.Module]:
     if args.model_init_kwargs:
         raise ValueError("model_init_kwargs are for a model given by its path; this one has been made already.")
     return model.config.name_or_path, model
+
+
+def _copy_of(model: PerceptioForConditionalGeneration, weights: dict[str, Tensor]) -> PerceptioForConditionalGeneration:
+    """A model for answers like this one, of whose weights others hold shards; `weights` are used as they are."""
+    with no_init_weights():
+        whole = PerceptioForConditionalGeneration(model.config)
+    whole.load_state_dict(weights, assign=True)
+    whole.tie_weights()
+    whole.generation_config = model.generation_config
+    return whole.requires_grad_(False).eval()
 
 
 def choose_trainable(model: PerceptioForConditionalGeneration, args: PerceptioSFTConfig) -> None:

@@ -1,7 +1,12 @@
 """What DeepSpeed's ZeRO-3 needs here: settings that fit, and a codec that is whole outside of the model's forward."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from torch import Tensor, nn
 from transformers import TrainingArguments
+from transformers.integrations import deepspeed as shared_config
 
 from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
 
@@ -41,16 +46,37 @@ def what_is_rounded(half: str) -> str:
     )
 
 
+def gathered_weights(module: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """The whole tensors of a module's state, in memory of the CPU, where this process is to `keep` them. All processes
+    must call this together; one tensor at a time is whole on every device."""
+    import deepspeed
+
+    weights = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        with deepspeed.zero.GatheredParameters([tensor] if isinstance(tensor, nn.Parameter) else []):
+            if keep:
+                weights[name] = tensor.detach().to("cpu", copy=True)
+    return weights
+
+
+@contextmanager
+def unnoticed() -> Iterator[None]:
+    """Within, models are made and answer as if there were no ZeRO-3. Where transformers knows of it, it would share out
+    parts of any model, and have `generate` go on until the last process has finished."""
+    kept = shared_config._hf_deepspeed_config_weak_ref
+    shared_config.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        shared_config._hf_deepspeed_config_weak_ref = kept
+
+
 def whole_codec(codec: DepthVQVAE, device: torch.device) -> DepthVQVAE:
     """A copy of a model's codec that DeepSpeed does not divide.
 
     transformers shares parameters out while it loads a model, whatever `zero3_init_flag` says, so that a plain copy
     would be one of shards. All processes must call this together.
     """
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(codec.parameters())):
-        state = {name: value.detach().clone() for name, value in codec.state_dict().items()}
     whole = DepthVQVAE(codec.config)
-    whole.load_state_dict(state)
+    whole.load_state_dict(gathered_weights(codec, keep=True))
     return whole.to(device).eval().requires_grad_(False)

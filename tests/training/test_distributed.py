@@ -16,6 +16,7 @@ from perceptio_hf.training import fsdp
 from perceptio_hf.training.losses import PARTS
 
 TESTS = Path(__file__).parents[1]
+FIGURES = ("world-refer_ciou", "world-depth_absrel", "broken_spans")  # of answers of the whole model
 KINDS = ("FSDP", "MULTI_CPU")
 FSDP = [
     "--use_fsdp",
@@ -51,6 +52,7 @@ def single(tmp_path_factory) -> tuple[sft.PerceptioSFTTrainer, dict]:
     data = {"train": sft.some_without_picture(16), "evaluation": sft.samples(4, first=100)}
     trainer = sft.trainer(tmp_path_factory.mktemp("single"), freeze_vision_tower=False, **data)
     trainer.train()
+    trainer.figures = sft.answered()
     return trainer, trainer.evaluate()
 
 
@@ -68,8 +70,9 @@ def test_two_processes_take_the_steps_of_one(launched, single, kind):
     for expected, seen in zip(one.state.log_history[:2], found["history"][:2], strict=True):
         names = [*PARTS, "loss", "grad_norm"]
         assert {name: seen[name] for name in names} == pytest.approx({n: expected[n] for n in names}, rel=1e-5)
-    names = [f"eval_{name}" for name in (*PARTS, "loss")]
+    names = [f"eval_{name}" for name in (*PARTS, "loss", *FIGURES)]
     assert {n: found["evaluation"][n] for n in names} == pytest.approx({n: evaluation[n] for n in names}, rel=1e-5)
+    assert (launched / kind / "figures" / "world-refer-2.png").is_file()
 
     expected = one.model.state_dict()
     for folder in (launched / kind, launched / kind / "resumed"):

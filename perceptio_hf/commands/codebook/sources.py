@@ -1,7 +1,6 @@
 """What `--data` names: the rendered world, a folder of depth maps, labels, or pictures that a teacher looks at."""
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -121,11 +120,3 @@ def figures_text(figures: dict[str, Any]) -> str:
     lines.append(f"relative depth: mean absolute error {figures['relative_mae']:.4f}")
     lines.append(f"codes in use: {figures['codes_used']}, perplexity {figures['perplexity']:.1f}")
     return "\n".join(lines)
-
-
-def counted(count: int, name: str) -> Iterator[int]:
-    """The numbers below `count`, behind a progress bar on standard error."""
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(range(count), description=name, console=Console(stderr=True), transient=True)

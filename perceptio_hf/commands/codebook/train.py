@@ -2,15 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .settings import build_options, read_settings
-from .sources import AsJson, Pattern, Unit, UnitOption, counted, depth_source, figures_text, known
+from .sources import AsJson, Pattern, Unit, UnitOption, depth_source, figures_text, known
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -139,16 +138,17 @@ def _source(settings: dict[str, Any], size: int, device: str, out: Path) -> "Dep
 def _trained(
     codec_config, whole: "DepthSource", settings: dict[str, Any], options, workers: int, accelerator, work: Path
 ) -> "DepthVQVAE":
+    from perceptio_hf.bulk.progress import progress, tracked
     from perceptio_hf.training.codec import DepthBank, train_codebook
     from perceptio_hf.training.codec.loop import Saving
 
     source = whole
     if len(whole) * codec_config.image_size**2 * 8 <= _IN_MEMORY:
-        source = DepthBank.gather(map(whole.read, counted(len(whole), "reading")), codec_config)
+        source = DepthBank.gather(map(whole.read, tracked(range(len(whole)), "reading", "maps")), codec_config)
         workers = 0
     names = ("data", "unit", "pattern", "maps", "teacher", "teacher_unit")
     claim = {"data": {key: settings[key] for key in names}, "maps": len(whole)}
-    with _bar("training", 1.0) if accelerator.is_main_process else nullcontext() as move:
+    with progress() if accelerator.is_main_process else nullcontext() as watch:
         try:
             return train_codebook(
                 codec_config,
@@ -157,22 +157,12 @@ def _trained(
                 workers=workers,
                 accelerator=accelerator,
                 saving=Saving(work / "state.pt", claim),
-                progress=move,
+                progress=None
+                if watch is None
+                else lambda share, error: watch("training", share, 1.0, f"error {error:.4f}"),
                 **{key: settings[key] for key in ("steps", "minutes", "seed")},
             )
         except RuntimeError as error:
             if not str(error).startswith("The loss is"):
                 raise
             raise ValueError(f"{error} (options: learning_rate in --config)") from None
-
-
-@contextmanager
-def _bar(name: str, total: float) -> "Iterator[Callable[[float, float], None]]":
-    """A progress bar on standard error, moved by calling what this yields with (how much is done, current error)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(name, total=total, note="")
-        yield lambda done, error: progress.update(task, completed=done, note=f"error {error:.4f}")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .sources import AsJson, Pattern, UnitOption, counted, depth_source, figures_text, known, load_codec, needed_unit
+from .sources import AsJson, Pattern, UnitOption, depth_source, figures_text, known, load_codec, needed_unit
 
 Codec = Annotated[
     Path,
@@ -29,11 +29,12 @@ def evaluate(
     """Measure how well depth maps survive being written as codes."""
     model = load_codec(codec)
 
+    from perceptio_hf.bulk.progress import tracked
     from perceptio_hf.evaluation.metrics.depth import codec_metrics
     from perceptio_hf.world import HELD_OUT_SEED
 
     source = depth_source(data, unit, pattern, maps, model.config.image_size, first_seed=HELD_OUT_SEED)
-    figures = known(codec_metrics(model, map(source.read, counted(len(source), "reading"))))
+    figures = known(codec_metrics(model, map(source.read, tracked(range(len(source)), "reading", "maps"))))
     print(json.dumps(figures, indent=2) if as_json else figures_text(figures))
 
 
