@@ -167,7 +167,8 @@ def predicted() -> list[dict[str, Any]]:
                 adapters=adapters,
                 layout=Layout(gpus, strategy),
             )
-            parts = ("weights", "gradients", "optimizer", "activations", "gathered", "peak")
+            parts = ["weights", "gradients", "optimizer", "activations", "gathered", "peak"]
+            parts += ["answering"] if strategy != "ddp" else []  # figures, by a copy of the whole model
             gib = {part: round(getattr(found, part) / GIB, 2) for part in parts}
             about = {"size": size, "setup": setup, "rows": count, "tokens": found.batch[1]}
             counted = {"parameters": found.parameters, "trained": found.trained}

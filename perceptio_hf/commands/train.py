@@ -191,6 +191,8 @@ def _plan(config: Path, overrides: Sequence[str], measure: int | None, launch: P
     source, revision = _source(recipe.arguments)
     _check_kind(source, revision)
     plan = plan_training(recipe, source, revision, layout)
+    figures = _figures(recipe.arguments, recipe.settings)
+    plan = replace(plan, questions=0 if figures is None else figures.held_out.questions)
     if measure is not None:
         plan = _with_times(plan, config, overrides, measure)
     if recipe.settings.process_index == 0:

@@ -89,6 +89,11 @@ class HeldOutFigures:
             raise ValueError(f"{place}: {name} is there twice.")
         self.sets[name] = _Set(open_benchmark(name, data, **options), entry.get("cases", _DEFAULT_CASES))
 
+    @property
+    def questions(self) -> int:
+        """How many one measurement answers."""
+        return self.spans + sum(len(item.benchmark.samples) for item in self.sets.values())
+
     def _with_spans(self) -> Benchmark | None:
         return next((item.benchmark for item in self.sets.values() if "depth" in item.benchmark.spatial), None)
 

@@ -42,6 +42,7 @@ class MemoryPrediction:
             to half precision, the batch itself.
         gathered: with shards, whole parameters and gradients of what is computed at the moment; with several processes
             and without shards, the buckets in which gradients are exchanged.
+        whole: all weights, wherever they are; on each device too, unless processes share them out.
         parameters, trained: how many numbers the model has, and how many of them learn.
         batch: (rows, tokens a row) of the batch it was predicted for.
         notes: how each part was computed, in words.
@@ -52,6 +53,7 @@ class MemoryPrediction:
     optimizer: int
     activations: int
     gathered: int
+    whole: int
     parameters: int
     trained: int
     batch: tuple[int, int]
@@ -60,6 +62,11 @@ class MemoryPrediction:
     @property
     def peak(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.activations + self.gathered
+
+    @property
+    def answering(self) -> int:
+        """Bytes while a copy of the whole model answers beside this device's share."""
+        return self.whole + self.weights + self.optimizer
 
     def arithmetic(self) -> list[str]:
         """One line for each part: its GiB, and how they come about."""
@@ -119,7 +126,7 @@ def predict_memory(
     # At the peak not all gradients need be there yet (one micro batch a step): what is left of it is activations.
     resident = weights + state + gradients
     activations = max(counter.peak - resident, given)
-    return _prediction(fake, trained, shares, state, activations, batch, settings)
+    return _prediction(fake, trained, shares, weights, state, activations, batch, settings)
 
 
 def _described(
@@ -234,6 +241,7 @@ def _prediction(
     model: nn.Module,
     trained: list[nn.Parameter],
     shares: Shares,
+    weights: int,
     state: int,
     activations: int,
     batch: dict[str, Tensor],
@@ -256,6 +264,7 @@ def _prediction(
         optimizer=shares.optimizer,
         activations=activations,
         gathered=shares.gathered,
+        whole=weights,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trained=learnt,
         batch=rows,

@@ -4,7 +4,7 @@ import functools
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,6 +70,7 @@ class Plan:
         seconds: of a step, measured; None where nothing was measured.
         measured_peak: bytes that torch reported beside `memory.peak`; None off GPUs, or where nothing was measured.
         device_memory: bytes of this machine's accelerator; None without one.
+        questions: that every evaluation answers by generation.
     """
 
     tasks: tuple[TaskPlan, ...]
@@ -80,12 +81,18 @@ class Plan:
     memory: MemoryPrediction
     seconds: float | None = None
     measured_peak: int | None = None
-    device_memory: int | None = field(default=None)
+    device_memory: int | None = None
+    questions: int = 0
 
     @property
     def tokens(self) -> float:
         """Tokens of one step, padding left out."""
         return self.rows * sum(task.share * task.tokens for task in self.tasks)
+
+    @property
+    def answering(self) -> int | None:
+        """Bytes of the first GPU while it answers with a copy of the whole model; None where it needs no copy."""
+        return self.memory.answering if self.questions and self.layout.shards else None
 
     @property
     def hours(self) -> float | None:
@@ -107,12 +114,16 @@ class Plan:
         processes = f"{self.layout.processes} process{'es' * (self.layout.processes > 1)}"
         sharing = f", {self.layout.strategy}" if self.layout.processes > 1 else ""
         lines += [f"Memory of each GPU ({processes}{sharing}):", *(f"  {line}" for line in self.memory.arithmetic())]
+        if self.answering is not None:
+            why = "the first GPU gathers the whole model beside its share of weights and optimizer"
+            lines.append(f"  {'answering':<12}{self.answering / GIB:9.3f} GiB  for {self.questions:,} questions: {why}")
         return [*lines, *self._measured()]
 
     def _measured(self) -> list[str]:
         lines = []
         if self.device_memory is not None:
-            fits = "fits into" if self.memory.peak < 0.95 * self.device_memory else "does NOT fit into"
+            most = max(self.memory.peak, self.answering or 0)
+            fits = "fits into" if most < 0.95 * self.device_memory else "does NOT fit into"
             lines.append(f"  which {fits} the {self.device_memory / GIB:.1f} GiB of this machine's accelerator.")
         if self.measured_peak is not None:
             error = self.memory.peak / self.measured_peak - 1
@@ -136,6 +147,8 @@ class Plan:
             "parameters": self.memory.parameters,
             "trained": self.memory.trained,
             "memory": memory | {"batch": list(self.memory.batch), "how": self.memory.notes},
+            "questions_per_evaluation": self.questions,
+            "answering": self.answering,
             "device_memory": self.device_memory,
             "measured_peak": self.measured_peak,
             "seconds_per_step": self.seconds,

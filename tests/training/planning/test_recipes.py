@@ -60,9 +60,26 @@ def test_the_recipe_opens_all_its_sources(name, data):
     assert found["spatial"]["spans"] == 1 and found["depth"]["masks"] == 0 and found["refcocog"]["masks"] >= 2
     assert found["words"]["samples"] == 1
     assert plan["samples_per_step"] == 128
+    assert plan["questions_per_evaluation"] > 64 and plan["answering"] is None  # every GPU has the whole model
     if name == "perceptio_1b":
         assert plan["trained"] > 0.4 * plan["parameters"]
         assert found["refcoco"]["samples"] == found["coco"]["samples"] == 3  # one picture of four is held out
+
+
+def test_what_evaluations_answer_is_opened_and_the_copy_that_answers_is_reckoned_with(data, tmp_path, capsys):
+    plan = planned("perceptio_1b", data, "--launch", "fsdp2_8gpu")
+    memory = plan["memory"]
+    weights = memory["weights"] * 8
+    assert plan["answering"] == pytest.approx(weights + memory["weights"] + memory["optimizer"], rel=1e-3)
+    given = ["train", "--config", "perceptio_1b", "--data_folder", str(data), "--model_name_or_path", "tiny"]
+    given += ["--dry-run", "--launch", "fsdp2_8gpu"]
+    assert run(given) == 0
+    assert f"for {plan['questions_per_evaluation']} questions: the first GPU gathers" in capsys.readouterr().out
+    recipe = (RECIPES / "perceptio_1b.yaml").read_text()
+    (tmp_path / "other.yaml").write_text(recipe.replace("data: refcoco", "data: elsewhere"))
+    given[2] = str(tmp_path / "other.yaml")
+    assert run(given) == 2
+    assert f"There is no {data / 'elsewhere'}; refcoco needs a folder with refs(unc).p" in capsys.readouterr().err
 
 
 def test_the_sizes_differ_in_what_belongs_to_their_size():
