@@ -96,6 +96,7 @@ def settings(out: Path | str, **changes) -> PerceptioSFTConfig:
         "gradient_checkpointing": False,
         "use_cpu": True,
         "disable_tqdm": True,
+        "plot_losses": False,  # which takes longer than these steps
     }
     return PerceptioSFTConfig(**(values | changes))
 

@@ -87,7 +87,7 @@ def write_internvl(
     if kind != "perceptio" or hasattr(model, "peft_config"):
         raise ValueError(
             f"The export got a {type(model).__name__}; expected a PerceptioForConditionalGeneration (merge adapters "
-            "into it first: merge_and_unload)."
+            "into it first, docs/lora.md)."
         )
     keep_own_settings(model.generation_config)  # for the Perceptio that may be built of it again
     stock_internvl(model).save_pretrained(folder)

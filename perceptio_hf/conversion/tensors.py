@@ -59,6 +59,10 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: The file is missing, no JSON, or holds no object.
     """
     if not path.is_file():
+        if path.name == "config.json" and (path.parent / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{path.parent} holds an adapter, not a model: merge it into its base first (docs/lora.md)."
+            )
         raise ValueError(f"{path.parent} is not a saved model: it has no {path.name}.")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

@@ -53,6 +53,7 @@ def recipe(tmp_path, checkpoint, samples):
             "gradient_checkpointing": False,
             "logging_steps": 1,
             "save_steps": 1,
+            "plot_losses": False,
             **changes,
         }
         path = tmp_path / "recipe.yaml"
@@ -79,7 +80,11 @@ def fails(capsys):
 
 def test_trains_draws_and_goes_on(tmp_path, recipe, samples, capsys, fails):
     out = tmp_path / "out"
-    arguments = ["train", "--config", str(recipe(eval_tasks=[{"samples": str(samples)}], adam_epsilon="1e-3"))]
+    arguments = [
+        "train",
+        "--config",
+        str(recipe(eval_tasks=[{"samples": str(samples)}], adam_epsilon="1e-3", plot_losses=True)),
+    ]
     arguments += ["--out", str(out)]
     assert run(arguments) == 0
     assert str(out / "checkpoint") in capsys.readouterr().out

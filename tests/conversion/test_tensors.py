@@ -11,6 +11,7 @@ from pickle_bomb import Bomb
 from safetensors.torch import save_file
 
 from perceptio_hf.conversion.local_copy import local_copy
+from perceptio_hf.conversion.saved_models import load_depth_codec
 from perceptio_hf.conversion.tensors import read_json, read_tensors
 
 
@@ -188,6 +189,9 @@ def test_what_is_no_checkpoint(tmp_path):
 def test_a_missing_config_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"has no config\.json"):
         read_json(tmp_path / "config.json")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds an adapter, not a model: merge it"):
+        load_depth_codec(tmp_path)
 
 
 def test_sources(tmp_path):

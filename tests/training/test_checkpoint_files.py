@@ -22,7 +22,6 @@ SETTINGS = {
     "save_steps": 2,
     "learning_rate": 1e-3,
     "adam_epsilon": 1e-2,  # see `helpers.assert_trained_alike`
-    "plot_losses": False,
 }
 
 

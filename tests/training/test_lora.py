@@ -483,7 +483,8 @@ def rooms(tmp_path) -> Path:
 def recipe_of(folder: Path, text: str) -> Path:
     file = folder / "recipe.yaml"
     tasks = "tasks:\n  - {depth_folder: ., unit: mm, depths: '*.depth.npy', leave_out_every: 5, name: depth}\n"
-    file.write_text(f"model_name_or_path: {folder / 'base'}\nreport_to: none\nbf16: false\nmax_steps: 2\n{tasks}{text}")
+    settings = "report_to: none\nbf16: false\nmax_steps: 2\nplot_losses: false\n"
+    file.write_text(f"model_name_or_path: {folder / 'base'}\n{settings}{tasks}{text}")
     return file
 
 

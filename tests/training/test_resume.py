@@ -34,7 +34,6 @@ SETTINGS = {
     "save_strategy": "steps",
     "save_steps": 2,
     "learning_rate": 1e-3,
-    "plot_losses": False,
 }
 if not hasattr(os, "fork"):
     pytest.skip("processes are forked here, and killed", allow_module_level=True)

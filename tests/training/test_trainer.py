@@ -320,7 +320,7 @@ def test_a_bad_sample_stops_by_default_and_is_named(processor, tmp_path):
 
 
 def test_losses_are_drawn(train, tmp_path):
-    train(evaluation=sft.samples(4), eval_strategy="steps", eval_steps=1)
+    train(evaluation=sft.samples(4), eval_strategy="steps", eval_steps=1, plot_losses=True)
     with Image.open(tmp_path / "out" / "losses.png") as picture:
         assert picture.format == "PNG" and min(picture.size) > 300
 

@@ -88,7 +88,8 @@ def test_a_recipe_lists_figures(parts, tmp_path, capsys):
     text = (
         f"model_name_or_path: {tmp_path / 'model'}\ntasks: [{{world: plain, scenes: 2, size: 48}}]\nmax_steps: 1\n"
         "per_device_train_batch_size: 2\nbf16: false\ngradient_checkpointing: false\nreport_to: none\n"
-        "save_strategy: 'no'\ndisable_tqdm: true\nfigures: [{benchmark: world-refer, limit: 2, cases: 1}]\n"
+        "save_strategy: 'no'\nplot_losses: false\ndisable_tqdm: true\n"
+        "figures: [{benchmark: world-refer, limit: 2, cases: 1}]\n"
     )
     recipe.write_text(text)
     arguments = ["train", "--config", str(recipe), "--out", str(tmp_path / "out")]

@@ -65,7 +65,7 @@ def test_groups_are_divided_and_keep_what_they_have():
     ],
 )
 def test_each_part_learns_at_its_own_rate(processor, base, tmp_path, rates, still):
-    trainer = sft.trainer(tmp_path, processor=processor, max_steps=1, plot_losses=False, **rates)
+    trainer = sft.trainer(tmp_path, processor=processor, max_steps=1, **rates)
     trainer.train()
     assert {part for part, change in moved(trainer.model, base).items() if change == 0} == still
 
@@ -134,7 +134,7 @@ def adapted(processor, out: Path, modules: tuple[str, ...], **changes) -> Percep
     model = random_model(processor)
     return PerceptioSFTTrainer(
         model,
-        sft.settings(out, max_steps=1, plot_losses=False, **changes),
+        sft.settings(out, max_steps=1, **changes),
         train_dataset=sft.samples(8),
         processing_class=processor,
         peft_config=lora_config(model, r=2, modules_to_save=modules),
@@ -196,9 +196,7 @@ def test_the_logs_tell_of_dead_units_and_empty_masks(processor, tmp_path, caplog
     model = random_model(processor)
     with torch.no_grad():
         model.seg_projector.linear_in.bias.fill_(-1e4)
-    trainer = sft.trainer(
-        tmp_path, processor=processor, model=model, max_steps=8, mask_patience=4, learning_rate=0.0, plot_losses=False
-    )
+    trainer = sft.trainer(tmp_path, processor=processor, model=model, max_steps=8, mask_patience=4, learning_rate=0.0)
     with caplog.at_level(logging.WARNING):
         trainer.train()
     logs = [entry for entry in trainer.state.log_history if "mask_dice" in entry]
