@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import AutocastKwargs, broadcast_object_list, is_peft_model
+from accelerate.utils import AutocastKwargs, broadcast_object_list, convert_outputs_to_fp32, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -178,6 +178,8 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         with zero3.unnoticed() if by_zero3 else nullcontext():
             if shared:
                 model = _copy_of(model, weights).to(self.accelerator.device) if first else None
+            if shared and first:  # computes as models do that accelerate leaves whole
+                model.forward = convert_outputs_to_fp32(self.accelerator.autocast()(model.forward))
             yield model
 
     def _prepare_fsdp(self) -> None:
@@ -473,6 +475,9 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
             found = [self.figures(self, model) if self.is_world_process_zero() else {}]
         figures = {f"eval_{name}": value for name, value in broadcast_object_list(found)[0].items()}
         self.log(figures)
+        # For callbacks that wait for a figure. Without a set beside them nobody was told yet of an evaluation, and
+        # transformers would evaluate again at the end of the epoch.
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         return metrics | figures
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:

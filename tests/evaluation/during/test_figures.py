@@ -13,6 +13,7 @@ import pytest
 import sft_helpers as sft
 import torch
 from helpers import random_model
+from transformers import EarlyStoppingCallback
 
 from perceptio_hf.commands.main import run
 from perceptio_hf.evaluation.benchmarks import open_benchmark
@@ -59,13 +60,14 @@ def test_figures_are_those_of_perceptio_eval(parts, held_out, tmp_path):
     assert held_out.measure(model, processor)[0]["broken_spans"] == figures["broken_spans"]
 
 
-def test_the_best_checkpoint_is_that_of_a_figure(parts, tmp_path):
-    """A figure that falls at step 2: the first checkpoint is the best, and it is what is loaded at the end."""
+@pytest.mark.parametrize("sets", [0, 1])
+def test_the_best_checkpoint_is_that_of_a_figure(parts, tmp_path, sets):
+    """A figure that falls at step 2 ends the training early; the first checkpoint is the best, and loaded at the end."""
     trainer = sft.trainer(
         tmp_path,
         processor=parts[1],
-        evaluation={},
-        max_steps=2,
+        evaluation={f"set{number}": sft.samples(2) for number in range(sets)},
+        max_steps=6,
         eval_strategy="steps",
         eval_steps=1,
         save_strategy="steps",
@@ -75,9 +77,10 @@ def test_the_best_checkpoint_is_that_of_a_figure(parts, tmp_path):
         load_best_model_at_end=True,
     )
     trainer.figures = lambda trainer, model: {"right": 1 / trainer.state.global_step}
+    trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=1))
     trainer.train()
     assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-1"
-    assert [entry["eval_right"] for entry in trainer.state.log_history if "eval_right" in entry][:2] == [1, 0.5]
+    assert [entry["eval_right"] for entry in trainer.state.log_history if "eval_right" in entry] == [1, 0.5]
 
 
 def test_a_recipe_lists_figures(parts, tmp_path, capsys):
