@@ -62,7 +62,7 @@ def test_figures_are_those_of_perceptio_eval(parts, held_out, tmp_path):
 
 @pytest.mark.parametrize("sets", [0, 1])
 def test_the_best_checkpoint_is_that_of_a_figure(parts, tmp_path, sets):
-    """A figure that falls at step 2 ends the training early; the first checkpoint is the best, and loaded at the end."""
+    """A figure that falls at step 2 ends the training early; the first checkpoint is the best, and is loaded."""
     trainer = sft.trainer(
         tmp_path,
         processor=parts[1],
