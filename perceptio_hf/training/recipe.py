@@ -41,7 +41,7 @@ from .checkpoints import checkpoint_to_go_on_from, last_checkpoint
 from .config import PerceptioSFTConfig
 
 _RECIPE_FILE = "recipe.json"  # in the folder of a training
-_PLACES = ("output_dir", "resume_from_checkpoint")  # of a run, not of what it trains
+_NOT_LEARNT = ("output_dir", "resume_from_checkpoint", "lora_merge")  # of a run, not of what it trains
 
 
 @dataclass
@@ -184,7 +184,7 @@ def where_to_resume(recipe: Recipe, folder: Path) -> Path | None:
         return last
     finished = (folder / "checkpoint").exists()
     last = None if finished else checkpoint_to_go_on_from(folder)
-    if (last or finished) and _recipe_of(folder) != _lasting(recipe):
+    if (last or finished) and _lasting(_recipe_of(folder)) != _lasting(recipe.values):
         raise ValueError(
             f"{folder} holds checkpoints of another recipe; choose another --out, or go on from its last checkpoint "
             "with this recipe by --resume_from_checkpoint true."
@@ -195,20 +195,21 @@ def where_to_resume(recipe: Recipe, folder: Path) -> Path | None:
 def write_recipe(recipe: Recipe, folder: Path) -> None:
     """Note what is trained into a folder, which is made, for `where_to_resume`."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / _RECIPE_FILE, _lasting(recipe))
+    write_json(folder / _RECIPE_FILE, _lasting(recipe.values))
 
 
-def _recipe_of(folder: Path) -> dict | None:
+def _recipe_of(folder: Path) -> dict:
+    """The one whose checkpoints a folder holds; one of no keys where that cannot be read."""
     try:
-        return json.loads((folder / _RECIPE_FILE).read_text(encoding="utf-8"))
+        values = json.loads((folder / _RECIPE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
-def _lasting(recipe: Recipe) -> dict:
+def _lasting(values: dict[str, Any]) -> dict[str, Any]:
     """What a recipe trains, as JSON reads it back."""
-    values = {key: value for key, value in recipe.values.items() if key not in _PLACES}
-    return json.loads(json.dumps(values, default=str))
+    return json.loads(json.dumps({key: value for key, value in values.items() if key not in _NOT_LEARNT}, default=str))
 
 
 def check_label_codecs(

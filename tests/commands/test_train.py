@@ -93,6 +93,7 @@ def test_trains_draws_and_goes_on(tmp_path, recipe, samples, capsys, fails):
     with Image.open(out / "losses.png") as picture:
         picture.verify()
     assert json.loads((out / "recipe.json").read_text())["max_steps"] == 2
+    assert not (out / "README.md").exists()  # TRL's card, of a text model
     first = load_file(out / "checkpoint" / "model.safetensors")
 
     assert run(arguments) == 0

@@ -491,8 +491,11 @@ def recipe_of(folder: Path, text: str) -> Path:
 def test_a_recipe_trains_adapters_and_merges_them(processor, rooms, tmp_path):
     random_model(processor).save_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "base")
-    file = recipe_of(tmp_path, "lora_r: 2\nlora_layers: [q_proj, v_proj]\nlora_merge: true\n")
+    file = recipe_of(tmp_path, "lora_r: 2\nlora_layers: [q_proj, v_proj]\n")
     options = ["--data_folder", str(rooms), "--lora_alpha", "8"]
+    _fine_tune(file, tmp_path / "out", options, "sft")
+    assert not (tmp_path / "out" / "merged").exists()
+    options += ["--lora_merge", "true"]  # of a run that is finished
     _fine_tune(file, tmp_path / "out", options, "sft")
     adapter = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "out" / "checkpoint")
     config = adapter.peft_config["default"]
