@@ -2,7 +2,8 @@
 
 A random small Depth Anything in its stock layout labels rendered scenes: one process, two workers of Ray, and two of
 which one is killed in the middle; then one process that is killed and goes on. All must give equal rows and maps. Said
-are pictures per second, and the most memory of the process for a tenth of the pictures and for all.
+are pictures per second, the most memory of the process for a tenth of the pictures and for all, and how often rules
+that do not look at the picture are right about the questions that are asked of the labels.
 """
 
 import argparse
@@ -134,6 +135,14 @@ def differences(parts: Path, out: str) -> int:
     return rows + maps
 
 
+def questions(parts: Path) -> dict[str, Any]:
+    """What the labels of one process are asked: how many questions of each kind, chance, and rules without sight."""
+    done = subprocess.run(
+        command(parts, "one", "--questions", "closest,order"), capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)["questions"]["kinds"]
+
+
 def memory(parts: Path) -> dict[str, float]:
     """The most that the process takes while it labels a tenth of the pictures, and all of them, in MB."""
     program = (
@@ -184,8 +193,8 @@ def main() -> None:
         note("two workers, one killed", found | {"killed_after": killed[0] if killed else None}, "killed")
         after = kill_the_process(parts, "resumed", options.pictures // 2)
         note("one process, killed and started again", {"killed_after": after, **label(parts, "resumed")}, "resumed")
-        results["memory_mb"] = memory(parts)
-        print(results["memory_mb"])
+        results |= {"questions": questions(parts), "memory_mb": memory(parts)}
+        print(results["questions"], results["memory_mb"])
     if options.out:
         write_json(options.out, results)
 
