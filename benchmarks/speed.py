@@ -45,6 +45,7 @@ from transformers import (
 import perceptio_hf
 from perceptio_hf import DepthVQVAE, DepthVQVAEConfig, PerceptioForConditionalGeneration
 from perceptio_hf.files import out_file, write_json
+from perceptio_hf.modeling.modeling_perceptio import CACHE
 from perceptio_hf.modeling.span_grammar import SpanGrammar
 from perceptio_hf.modeling.spans import spatial_loop
 from perceptio_hf.modeling.spans.grammar_state import GrammarState, LoopGrammar
@@ -163,7 +164,7 @@ def writing(model: PerceptioForConditionalGeneration, start: int, masks: int) ->
         head[words.seg, -1] = head[words.depth_start, -2] = 1
 
     def decide(module, given, kwargs, output):
-        cache, states = kwargs.get("past_key_values"), output.last_hidden_state
+        cache, states = kwargs.get(CACHE), output.last_hidden_state
         length = states.shape[1] if cache is None else int(cache.get_seq_length())
         place = torch.arange(length - states.shape[1], length, device=states.device) + 1 - start  # of what comes next
         states[..., -1] = torch.where((place >= 0) & (place < masks), 20.0, -20.0)

@@ -33,7 +33,10 @@ def test_a_copy_that_is_saved_carries_its_code_and_is_embedded_without_it(tmp_pa
     embedded = embed(saved, tmp_path / "embedded")
     assert not list(embedded.glob("*.py"))
     for name in ("config.json", "processor_config.json"):
-        assert json.loads((embedded / name).read_text()) == json.loads((TINY / name).read_text()), name
+        found, kept = (json.loads((folder / name).read_text()) for folder in (embedded, TINY))
+        for values in (found, kept):
+            values.pop("transformers_version", None)  # of whoever saved it last
+        assert found == kept, name
     again = AutoModel.from_pretrained(embedded).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
 

@@ -18,12 +18,12 @@ from perceptio_hf.extras import missing
 from .order import WINDOW
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Dataset
 
 TAR_SUFFIX, PARQUET_SUFFIX = ".tar", ".parquet"
 _NAMED = ("picture", "image", "images")  # columns that hold pictures
-_PLAIN = ("string", "large_string", "bool", "int32", "int64", "float32", "float64")  # columns that are carried along
 _ROWS = 1000  # of a table's plain columns at a time
 _MOST_BYTES = 1 << 29  # of pictures of row groups that are held
 
@@ -119,7 +119,7 @@ def parquet_rows(file: str) -> Iterator[tuple[ParquetRow, dict[str, Any]]]:
         ValueError: for what is no parquet file, or one without a column of pictures.
     """
     table, column = _opened_parquet(file)
-    plain = [field.name for field in table.schema_arrow if str(field.type) in _PLAIN_ARROW and field.name != column]
+    plain = [name for name in _plain_columns(table.schema_arrow) if name != column]
     for group in range(table.num_row_groups):
         count, place = table.metadata.row_group(group).num_rows, 0
         if not plain:
@@ -131,7 +131,18 @@ def parquet_rows(file: str) -> Iterator[tuple[ParquetRow, dict[str, Any]]]:
                 place += 1
 
 
-_PLAIN_ARROW = (*(name for name in _PLAIN if not name.startswith("float")), "float", "double")
+def _plain_columns(schema: "pa.Schema") -> list[str]:
+    """The columns that are carried along: texts, numbers, and lists of them."""
+    return [field.name for field in schema if _is_plain(field.type)]
+
+
+def _is_plain(kind: "pa.DataType") -> bool:
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind) or types.is_list(kind) or types.is_large_list(kind):
+        return _is_plain(kind.value_type)
+    asked = (types.is_string, types.is_large_string, types.is_boolean, types.is_integer, types.is_floating)
+    return any(is_one(kind) for is_one in asked)
 
 
 @lru_cache(maxsize=8)
@@ -201,8 +212,8 @@ def saved_rows(folder: str) -> Iterator[tuple[SavedRow, dict[str, Any]]]:
         ValueError: for a folder that cannot be read, or has no column of pictures.
     """
     dataset, column = opened_dataset(os.path.abspath(folder))
-    plain = [name for name, feature in dataset.features.items() if getattr(feature, "dtype", None) in _PLAIN]
-    rows = dataset.select_columns([name for name in plain if name != column])
+    plain = [name for name in _plain_columns(dataset.data.schema) if name != column]
+    rows = dataset.select_columns(plain)
     for row in range(len(dataset)):
         yield SavedRow(os.path.abspath(folder), row), rows[row] if plain else {}
 

@@ -396,4 +396,5 @@ def _of_tar(file: str) -> Iterator[dict[str, Any]]:
 
 
 def _is_worth_keeping(value: Any) -> bool:
-    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
+    whole = value is not None and not (isinstance(value, float) and not math.isfinite(value))
+    return whole and (not isinstance(value, list) or all(map(_is_worth_keeping, value)))

@@ -127,6 +127,12 @@ def with_places(sample: dict[str, Any], folder: Path) -> dict[str, Any]:
     return sample
 
 
+def names_files(sample: Mapping[str, Any]) -> bool:
+    """Whether a sample has a picture, mask or depth map anywhere."""
+    parts = _parts(sample.get("messages"))
+    return any(sample.get(key) for key in _FILE_KEYS) or any(part.get(key) for part in parts for key in PART_KEYS)
+
+
 def _parts(messages: Any) -> Iterator[dict]:
     """The parts of messages, as far as these have the form of messages."""
     for message in messages if isinstance(messages, list) else ():

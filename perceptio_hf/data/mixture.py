@@ -38,7 +38,7 @@ def mix_tasks(
         tasks: name -> data set of samples (see `perceptio_hf.data.samples.Sample`); the name becomes their `task`.
         weights: name -> relative weight, of all tasks; None for equal ones.
         seed: of the order.
-        draws: samples in an epoch, instead of as many as it takes to see everything.
+        draws: samples in an epoch, instead of as many as it takes to see everything; the same ones in every epoch.
 
     Raises:
         ValueError: no task; weights for other tasks, or not positive; a data set that is empty or lacks columns.

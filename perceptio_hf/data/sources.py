@@ -4,6 +4,7 @@ A folder of samples holds `samples.jsonl`, one sample per line (see `perceptio_h
 masks and depth maps are files named relative to the folder. Large sets may be cut into `samples-00000.jsonl` and so on.
 """
 
+import glob
 import itertools
 import json
 import os
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perceptio_hf.data.published.listing import checked_pictures
+from perceptio_hf.data.published.listing import check_missing, checked_pictures
 from perceptio_hf.files import expanded, new_folder
 from perceptio_hf.tokens import DEPTH_END_TOKEN, DEPTH_START_TOKEN
 from perceptio_hf.world.questions import DEPTH_QUESTIONS
@@ -79,6 +80,7 @@ def load_llava(
         ValueError: as `load_samples`; for a file or folder that does not exist, and for pictures that are missing or
             not as many as their conversations show (counted, some named).
     """
+    check_missing(missing, streaming)
     file = expanded(file)
     folder = file.parent if images is None else expanded(images)
     if not file.is_file() or not folder.is_dir():
@@ -166,10 +168,11 @@ def paired_files(folder: Path, pictures: str, depths: str) -> dict[str, tuple[Pa
     """The pictures of a folder with their depth maps, by the name that they share, in its order.
 
     Args:
-        pictures, depths: patterns of the files; what `*` stands for is the shared name.
+        pictures, depths: patterns of the files; what `*` stands for is the shared name, with the folders that `**/`
+            stands for. Folders that are spelled out may differ: `rgb/*.jpg` and `depth/*.png`.
 
     Raises:
-        ValueError: patterns without exactly one `*`, no pair, or a file without its partner.
+        ValueError: patterns without exactly one `*` or with an absolute path, no pair, or a file without its partner.
     """
     seen, measured = _by_name(folder, pictures), _by_name(folder, depths)
     if not seen or set(seen) != set(measured):
@@ -204,10 +207,23 @@ def _by_name(folder: Path, pattern: str) -> dict[str, Path]:
     """What `*` stands for in the names of the files that match -> the file."""
     if pattern.count("*") - pattern.count("**/") * 2 != 1:
         raise ValueError(f"{pattern!r} must hold one *, which stands for the name a picture shares with its depth map.")
-    end = len(pattern.rpartition("*")[2])
-    files = [file for file in folder.glob(pattern) if file.is_file()]
-    start = len(Path(pattern).name.partition("*")[0])
-    return {str(file.parent.relative_to(folder) / file.name[start : len(file.name) - end]): file for file in files}
+    if Path(pattern).is_absolute():
+        raise ValueError(f"{pattern!r} is an absolute path; a pattern names files as seen from {folder}.")
+    *inside, name = Path(pattern).parts
+    spelled = [part for part in itertools.takewhile(_is_spelled, inside)]
+    last = 0 if len(spelled) == len(inside) else len(list(itertools.takewhile(_is_spelled, reversed(inside))))
+    end, start = len(name.rpartition("*")[2]), len(name.partition("*")[0])
+    found = {}
+    for file in folder.glob(pattern):
+        if file.is_file():
+            parts = file.parent.relative_to(folder).parts
+            found[str(Path(*parts[len(spelled) : len(parts) - last], file.name[start : len(file.name) - end]))] = file
+    return found
+
+
+def _is_spelled(part: str) -> bool:
+    """Whether a part of a pattern stands for itself alone."""
+    return not glob.has_magic(part)
 
 
 def _line(row: dict[str, Any], number: int, folder: Path) -> dict[str, Any]:

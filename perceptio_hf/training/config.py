@@ -264,6 +264,16 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
         for name in ("seg_projector_start", "seg_projector_start_step", "mask_patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a whole number of 0 or more.")
+        if self.seg_projector_start_step and not self.seg_projector_start:
+            raise ValueError(
+                f"seg_projector_start_step is {self.seg_projector_start_step}, but nothing is started: set "
+                "seg_projector_start too, to the number of masks to fit to (256)."
+            )
+        if 0 < self.max_steps <= self.seg_projector_start_step:
+            raise ValueError(
+                f"seg_projector_start_step is {self.seg_projector_start_step}, and the training ends at step "
+                f"{self.max_steps} (max_steps): start earlier, or leave it out."
+            )
         for name in ("merge_temperature", "count_beta"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):

@@ -209,13 +209,15 @@ def test_a_saved_data_set_is_its_rows(tmp_path):
         "question": ["One?", None, "Three?"],
         "label": [1, 2, 3],
         "score": [0.5, float("nan"), None],
-        "boxes": [[1], [2], [3]],
+        "boxes": [[1], [2], [float("nan")]],
+        "kind": ["a", "b", "a"],
     }
     dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     dataset.save_to_disk(str(tmp_path / "saved"))
     first, second, third = list_items([str(tmp_path / "saved")])
-    assert (first.question, second.question, first.extra) == ("One?", "", {"label": 1, "score": 0.5})
-    assert second.extra == {"label": 2}
+    expected = {"label": 1, "score": 0.5, "boxes": [1], "kind": "a"}
+    assert (first.question, second.question, first.extra) == ("One?", "", expected)
+    assert second.extra == {"label": 2, "boxes": [2], "kind": "b"} and third.extra == {"label": 3, "kind": "a"}
     assert second.open().size == second.size() == (5, 9) and first.size() == (8, 6)
     with pytest.raises(ValueError, match="row 2: it has no picture"):
         third.open()
@@ -292,6 +294,21 @@ def test_parquet_is_its_rows_and_a_folder_its_shards(tmp_path):
     assert [item.id for item in items] == [f"p.parquet row {row}" for row in range(6)]
     assert [item.open().size for item in items] == [(8, 6), (5, 9)] * 3
     assert items[5].question == "Q?" and items[5].extra == {"score": 0.5} and items[5].encoded()["bytes"] == files[5]
+
+
+def test_what_other_programs_write_into_parquet_is_carried_along(tmp_path):
+    """Texts as dictionaries, as pandas has categories, and numbers of few bits."""
+    import pyarrow
+    import pyarrow.parquet
+
+    save(tmp_path / "a.png", 8, 6)
+    questions = pyarrow.array(["One?", "Two?", "One?"]).dictionary_encode()
+    columns = {"image": [str(tmp_path / "a.png")] * 3, "question": questions, "tags": [["x"], [], ["y", "z"]]}
+    columns |= {"level": pyarrow.array([1, 2, 3], pyarrow.int16()), "box": [{"x": 1}] * 3}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "p.parquet")
+    items = list_items([str(tmp_path / "p.parquet")])
+    assert [item.question for item in items] == ["One?", "Two?", "One?"]
+    assert items[2].extra == {"tags": ["y", "z"], "level": 3}
 
 
 def test_columns_of_plain_bytes_and_of_paths(tmp_path, monkeypatch):

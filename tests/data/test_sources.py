@@ -125,6 +125,17 @@ def test_depth_pairs(collator, tmp_path):
         depth_folder(tmp_path, unit="mm", pictures="*.jpg", depths="*.png")
     with pytest.raises(ValueError, match="has 0 pictures"):
         depth_folder(tmp_path, unit="mm", pictures="*.jpeg", depths="*.tif")
+    for folder, name in (("rgb", "*.jpg"), ("depth", "*.png"), ("a/rgb", "f1.jpg"), ("a/depth", "f1.png")):
+        (tmp_path / folder).mkdir(parents=True)
+        for file in tmp_path.glob(name):
+            if file.stem != "alone":
+                (tmp_path / folder / file.name).symlink_to(file)
+    apart = depth_folder(tmp_path, unit="mm", pictures="rgb/*.jpg", depths="depth/*.png")
+    assert apart["id"][:] == ["f0", "f1", "f2"]
+    deep = depth_folder(tmp_path, unit="mm", pictures="**/rgb/*.jpg", depths="**/depth/*.png")
+    assert deep["id"][:] == ["a/f1", "f0", "f1", "f2"]
+    with pytest.raises(ValueError, match="is an absolute path"):
+        depth_folder(tmp_path, unit="mm", pictures=str(tmp_path / "rgb" / "*.jpg"), depths="depth/*.png")
     with pytest.raises(ValueError, match="must hold one"):
         depth_folder(tmp_path, unit="mm", pictures="picture.jpg", depths="*.png")
     with pytest.raises(ValueError, match="Unknown depth unit 'cm'"):

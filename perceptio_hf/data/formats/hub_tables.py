@@ -4,6 +4,7 @@ Cells are read one by one as they are needed: a table of pictures is far larger 
 """
 
 import re
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -92,16 +93,16 @@ def picture_bytes(cell: Any, place: str) -> bytes:
 
 class _ParquetTable(HubTable):
     def __init__(self, files: Sequence[Path]):
-        parquet = _pyarrow_parquet()
+        self._open, self._paths, self._lock = _pyarrow_parquet().ParquetFile, list(files), threading.Lock()
         try:
-            self._files = [parquet.ParquetFile(file) for file in files]
+            opened = [self._open(file) for file in files]
         except Exception as error:  # pyarrow's own kinds, and OSError
             raise ValueError(f"{files[0]}: not a .parquet file that can be read ({error}); copy it again.") from None
         self._names = [f"{file.name} ({file.stat().st_size} bytes)" for file in files]
-        self.columns = list(self._files[0].schema_arrow.names)
+        self.columns = list(opened[0].schema_arrow.names)
         self._groups = [  # (file, group, first row) of every group of rows
             (number, group, file.metadata.row_group(group).num_rows)
-            for number, file in enumerate(self._files)
+            for number, file in enumerate(opened)
             for group in range(file.metadata.num_row_groups)
         ]
         self._read = lru_cache(maxsize=len(self.columns))(self._read_group)
@@ -111,7 +112,9 @@ class _ParquetTable(HubTable):
 
     def cell(self, row: int, column: str) -> Any:
         number, group, _, offset = self._find(row)
-        return self._read(number, group, column)[offset].as_py()
+        with self._lock:  # also while a group is read: threads miss it together
+            values = self._read(number, group, column)
+        return values[offset].as_py()
 
     def place(self, row: int) -> str:
         number, _, before, offset = self._find(row)
@@ -128,8 +131,8 @@ class _ParquetTable(HubTable):
         raise IndexError(row)
 
     def _read_group(self, number: int, group: int, column: str) -> Any:
-        try:
-            return self._files[number].read_row_group(group, columns=[column]).column(column)
+        try:  # a file that several threads have read from is no longer safe to read from
+            return self._open(self._paths[number]).read_row_group(group, columns=[column]).column(column)
         except Exception as error:  # pyarrow's own kinds, and OSError
             raise ValueError(f"{self._names[number]} is damaged ({error}); copy it again.") from None
 

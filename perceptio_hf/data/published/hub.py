@@ -2,16 +2,17 @@
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perceptio_hf.data.formats.hub_tables import split_name
-from perceptio_hf.data.lines import with_places
+from perceptio_hf.data.lines import names_files, with_places
 from perceptio_hf.data.rows import as_rows, import_datasets, undecoded
 from perceptio_hf.files import expanded
 
-from .listing import checked_pictures
+from .listing import check_missing, checked_pictures
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -45,11 +46,30 @@ def hub(
             or not as many as their conversations show (counted, some named).
         ImportError: where `datasets` is not installed.
     """
-    dataset = _opened(name, split, subset, revision, streaming)
+    check_missing(missing, streaming)
+    with _naming(name, split):
+        dataset = _opened(name, split, subset, revision, streaming)
     if columns is not None:
         dataset = _renamed(dataset, columns, name)
+    if (folder := expanded(name)).is_dir() and not _is_saved(folder):
+        with _naming(name, split):
+            dataset = _placed(dataset, folder)
     rows = as_rows(dataset, f"The data set {name} ({split})")
     return rows if streaming else checked_pictures(rows, Path(name), missing)
+
+
+@contextmanager
+def _naming(name: str, split: str) -> Iterator[None]:
+    """Whatever the Hub, the network, pyarrow and `datasets` raise, as a ValueError that names the data set."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"The data set {name} (split {split!r}) cannot be had: {reason}") from error
+
+
+def _is_saved(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in _SAVED)
 
 
 def _opened(
@@ -57,24 +77,24 @@ def _opened(
 ) -> "Dataset | IterableDataset":
     datasets = import_datasets()
     folder = expanded(name)
-    try:
-        if any((folder / file).is_file() for file in _SAVED):
-            dataset = datasets.load_from_disk(str(folder))
-            if isinstance(dataset, datasets.DatasetDict):
-                dataset = dataset[split]
-            elif dataset.split is not None and split_name(dataset) != split:
-                raise ValueError(f"it is the split {split_name(dataset)!r}, saved by itself; ask for that one")
-            return dataset.to_iterable_dataset() if streaming else dataset
-        if not folder.is_dir():
-            return datasets.load_dataset(name, subset, split=split, revision=revision, streaming=streaming)
-        dataset = datasets.load_dataset(str(folder), subset, split=split, streaming=streaming)
-        lines = _lines_among_pictures(dataset, folder, split)
-        if lines:
-            dataset = datasets.load_dataset("json", data_files={split: lines}, split=split, streaming=streaming)
-        return _placed(dataset, folder)
-    except Exception as error:  # what the Hub, the network, pyarrow and `datasets` raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"The data set {name} (split {split!r}) cannot be had: {reason}") from error
+    if not folder.is_dir():
+        return datasets.load_dataset(name, subset, split=split, revision=revision, streaming=streaming)
+    if revision is not None:
+        raise ValueError(f"revision is {revision!r}, but the data set is a folder here, which has none; leave it out")
+    if _is_saved(folder):
+        if subset is not None:
+            raise ValueError(f"subset is {subset!r}, but what `save_to_disk` wrote has none; leave it out")
+        dataset = datasets.load_from_disk(str(folder))
+        if isinstance(dataset, datasets.DatasetDict):
+            dataset = dataset[split]
+        elif dataset.split is not None and split_name(dataset) != split:
+            raise ValueError(f"it is the split {split_name(dataset)!r}, saved by itself; ask for that one")
+        return dataset.to_iterable_dataset() if streaming else dataset
+    dataset = datasets.load_dataset(str(folder), subset, split=split, streaming=streaming)
+    lines = _lines_among_pictures(dataset, folder, split)
+    if lines:
+        dataset = datasets.load_dataset("json", data_files={split: lines}, split=split, streaming=streaming)
+    return dataset
 
 
 def _lines_among_pictures(dataset: "Dataset | IterableDataset", folder: Path, split: str) -> list[str]:
@@ -88,7 +108,7 @@ def _lines_among_pictures(dataset: "Dataset | IterableDataset", folder: Path, sp
 def _placed(dataset: "Dataset | IterableDataset", folder: Path) -> "Dataset | IterableDataset":
     """Files that rows name from the folder on, with the folder in front; `datasets` leaves them as they are."""
     dataset = undecoded(dataset)
-    first = next(iter(dataset), None)
+    first = next(filter(names_files, dataset), None)  # conversations of words alone tell nothing
     if first is None or with_places(copy.deepcopy(first), folder) == first:
         return dataset
     return dataset.map(functools.partial(with_places, folder=folder), features=dataset.features)

@@ -74,10 +74,15 @@ def with_pictures(dataset: "Dataset", place: Path, missing: str = "raise") -> "D
     return dataset.select([number for number in range(len(dataset)) if number not in absent])
 
 
-def check_missing(missing: str) -> None:
-    """ValueError for another word."""
+def check_missing(missing: str, streaming: bool = False) -> None:
+    """ValueError for another word, and for one that a stream, in which nothing is looked for, could not keep."""
     if missing not in ON_MISSING:
         raise ValueError(f"missing is {missing!r}; choose one of {', '.join(ON_MISSING)}.")
+    if streaming and missing != "raise":
+        raise ValueError(
+            f"missing is {missing!r}, but nothing is looked for in a stream before it is read; leave one of the "
+            "two out, or set on_error: skip for the training."
+        )
 
 
 def _picture_files(dataset: "Dataset") -> Iterator[tuple[int, str]]:

@@ -73,6 +73,8 @@ class HeldOutFigures:
     def _read(self, entry: Any, place: str, data_folder: str | None) -> None:
         if isinstance(entry, Mapping) and set(entry) == {BROKEN}:
             check_value(f"{place}: {BROKEN}", entry[BROKEN], int)
+            if entry[BROKEN] < 1:
+                raise ValueError(f"{place}: {BROKEN} is {entry[BROKEN]}; sample one response or more, or leave it out.")
             self.spans = entry[BROKEN]
             return
         if not isinstance(entry, Mapping) or "benchmark" not in entry:

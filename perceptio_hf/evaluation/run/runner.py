@@ -250,6 +250,8 @@ class _Runner:
             "oracle": settings.oracle,
             "seed": settings.seed,
         }
+        if settings.oracle_unit is not None:
+            claim["oracle_unit"] = settings.oracle_unit
         journal = Journal(path, claim, [sample.id for sample, _ in spans], overwrite=overwrite)
         own = np.array([record["depth_codes"] for _, record in spans])
         codes = replaced_codes(settings.replacements, own, pictures, seed=settings.seed)

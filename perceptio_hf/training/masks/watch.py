@@ -31,6 +31,7 @@ class MaskWatch:
     def __init__(self, projector: nn.Module, decoder: nn.Module):
         self._hidden, self._states = projector.linear_in.out_features, projector.linear_in.in_features
         self._clear()
+        self._are_real = torch.ones(())  # whether the last states belonged to masks
         self._hooks = [
             projector.linear_in.register_forward_hook(self._see_states),
             decoder.register_forward_hook(self._see_masks),
@@ -52,6 +53,7 @@ class MaskWatch:
             return
         states = inputs[0].detach().float()
         real = (states != 0).any(1).float()  # a batch without masks sends a state of zeros through, for FSDP
+        self._are_real = real.any().float()
         on = ((output.detach() > 0).float() * real[:, None]).sum(0)
         total = (nn.functional.normalize(states, dim=1) * real[:, None]).sum(0)
         self._on = on if self._on is None else self._on + on
@@ -64,6 +66,9 @@ class MaskWatch:
             return
         empty = (output[0].detach().flatten(1) <= 0).all(1).float()
         counted = torch.stack([torch.ones_like(empty).sum(), empty.sum()])
+        counted = counted * self._are_real.to(
+            counted
+        )  # of a state of zeros there is a mask too, which nobody asked for
         self._masks = counted if self._masks is None else self._masks + counted
 
     def means(self, reduced: Callable[[list[float]], list[float]]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Data sets of the Hub on disk, as .parquet files and as `save_to_disk` writes them: RefCOCO's and BLINK's."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -43,6 +44,17 @@ def test_refcoco(tmp_path, scenes, name):
         assert (decode_mask(mask) == coco.decode(coco.frPyObjects([row["segmentation"]], 64, 64))[:, :, 0]).all()
     assert {sample.picture.open().tobytes() for sample in read.samples} == pictures
     json.dumps([sample.target for sample in read.samples])
+
+
+def test_threads_read_it_together(tmp_path):
+    """As an evaluation does on a machine with four processors or more; pyarrow's own files end the process then."""
+    rows = [{"image": {"bytes": bytes([number % 251]) * 4000, "path": None}} for number in range(300)]
+    write_parquet(tmp_path, rows, "val")
+    table = open_table(tmp_path, "val")
+    order = np.random.default_rng(0).integers(0, len(rows), 2000).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        for row, cell in zip(order, pool.map(lambda row: table.cell(row, "image"), order), strict=True):
+            assert cell["bytes"] == rows[row]["image"]["bytes"]
 
 
 def test_all_ways_of_keeping_it_give_the_same(tmp_path, scenes):

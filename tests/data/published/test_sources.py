@@ -427,6 +427,12 @@ def test_pictures_that_a_folder_of_lines_names_lie_in_it(tmp_path, monkeypatch, 
     dataset = load({"hub": str(tmp_path / "data"), "streaming": streaming})
     names = [row["images"][0]["path"] for row in dataset]
     assert names == [str(tmp_path / "data" / "im" / f"{number}.png") for number in range(3)]
+    others = [{"pics": row["images"], "chat": row["messages"]} for row in rows]
+    others.insert(0, {"pics": [], "chat": rows[0]["messages"]})  # words alone, and other names of columns
+    (tmp_path / "data" / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
+    columns = {"images": "pics", "messages": "chat"}
+    dataset = load({"hub": str(tmp_path / "data"), "streaming": streaming, "columns": columns})
+    assert [picture["path"] for row in dataset for picture in row["images"] or []] == names
 
 
 def test_pictures_of_the_hub_s_library_are_looked_for_too(tmp_path):
@@ -467,6 +473,10 @@ def test_looking_for_pictures_reads_none_of_them():
         ({"coco_instances": "nowhere", "most_masks": 0}, "most_masks is 0"),
         ({"ade20k": "nowhere", "names": 0}, "names is 0"),
         ({"hub": "nowhere/at-all"}, r"nowhere/at-all \(split 'train'\) cannot be had"),
+        ({"hub": "nowhere/at-all", "missing": "Skip"}, "missing is 'Skip'; choose one of raise, skip"),
+        ({"hub": "nowhere/at-all", "missing": "skip", "streaming": True}, "nothing is looked for in a stream"),
+        ({"llava": "nowhere", "missing": "skip", "streaming": True}, "nothing is looked for in a stream"),
+        ({"hub": str(Path(__file__).parent), "revision": "main"}, "revision is 'main', but the data set is a folder"),
     ],
 )
 def test_sources_that_are_not_there(task, message):

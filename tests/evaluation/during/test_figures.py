@@ -165,6 +165,7 @@ def test_trackio_gets_figures_and_pictures(tmp_path):
         ([{"benchmark": "world-closer"}], "world-closest"),
         ([{"benchmark": "world-refer", "limits": 2}], "did you mean limit"),
         ([{"benchmark": "world-refer", "limit": 2}, {"broken_spans": 4}], "no benchmark that asks for depth"),
+        ([{"broken_spans": -1}], "broken_spans is -1; sample one response or more"),
         ([{"benchmark": "world-refer", "limit": 2}] * 2, "world-refer is there twice"),
         (["world-refer"], "expected keys with benchmark among them"),
     ],

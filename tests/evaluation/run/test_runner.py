@@ -291,6 +291,9 @@ def test_workers_elsewhere_find_the_oracles_folder(wordy, processor, tmp_path, m
     settings = RunSettings("depth", BUDGET, replacements=("oracle",), oracle="maps", oracle_unit="m")
     run_benchmark(wordy, processor, benchmark, tmp_path / "out", settings, weights="w", engine=Elsewhere())
     assert jobs[-1].args[1].oracle == str(tmp_path / "maps")
+    other = replace(settings, oracle_unit="disparity")  # the same numbers, which mean something else
+    with pytest.raises(ValueError, match="another oracle unit: m there, disparity now"):
+        run_benchmark(wordy, processor, benchmark, tmp_path / "out", other, weights="w")
 
 
 def test_settings_that_contradict_one_another_are_refused(run, tmp_path):

@@ -184,6 +184,8 @@ def test_what_is_not_trained_gets_neither_rate_nor_start(processor, tmp_path):
         ({"seg_projector_start": -1}, "seg_projector_start is -1"),
         ({"seg_projector_start_step": -1}, "seg_projector_start_step is -1"),
         ({"mask_patience": -1}, "mask_patience is -1"),
+        ({"seg_projector_start_step": 80}, "nothing is started: set seg_projector_start"),
+        ({"seg_projector_start": 8, "seg_projector_start_step": 2}, r"the training ends at step 2 \(max_steps\)"),
     ],
 )
 def test_settings_out_of_range(tmp_path, values, message):

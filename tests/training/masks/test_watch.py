@@ -29,11 +29,12 @@ def test_numbers_are_those_of_all_states_together():
     states = torch.randn(9, 6) + 1
     for part in states.split((4, 1, 4)):
         projector(part.to(torch.bfloat16))
-    projector(torch.zeros(1, 6))  # what processes without masks send through
-    projector.eval()(torch.full((3, 6), 50.0))  # an evaluation
     masks = torch.full((5, 1, 2, 3, 3), -1.0)
     masks[0, 0, 1, 2, 2] = 1  # one cell of one candidate
     decoder(masks)
+    projector(torch.zeros(1, 6))  # what processes without masks send through
+    decoder(torch.ones(1, 1, 2, 3, 3))
+    projector.eval()(torch.full((3, 6), 50.0))  # an evaluation
     found = watch.means(alone)
     states = states.bfloat16().float()
     pairs = [cosine_similarity(states[i], states[j], 0) for i in range(9) for j in range(9) if i != j]
