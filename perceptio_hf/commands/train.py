@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor
     from perceptio_hf.evaluation.during.trackers import TrainerFigures
     from perceptio_hf.training.checkpoints import WholeCheckpoints
-    from perceptio_hf.training.config import PerceptioSFTConfig
     from perceptio_hf.training.planning.plan import Plan
     from perceptio_hf.training.recipe import Recipe, RecipeArguments
     from perceptio_hf.training.trainer import PerceptioSFTTrainer
@@ -180,18 +179,17 @@ def _plan(config: Path, overrides: Sequence[str], measure: int | None, launch: P
     layout = layout_of_environment() if launch is None else layout_of_file(find_recipe(launch, "accelerate"))
     recipe = read_recipe(config, [*overrides, "--output_dir", "planned"])
     _check_file_says(SFT, recipe)
-    if launch is not None:
-        check_layout(layout, recipe)
-        if measure is not None and layout != (here := layout_of_environment()):
-            raise ValueError(
-                f"--measure trains with the processes that are here, {here.processes}, and --launch plans for "
-                f"{layout.processes}: leave --launch out, or start the command by accelerate launch without it."
-            )
+    check_layout(layout, recipe)
+    if launch is not None and measure is not None and layout != (here := layout_of_environment()):
+        raise ValueError(
+            f"--measure trains with the processes that are here, {here.processes}, and --launch plans for "
+            f"{layout.processes}: leave --launch out, or start the command by accelerate launch without it."
+        )
     checkpoints.quieten()
     source, revision = _source(recipe.arguments)
     _check_kind(source, revision)
     plan = plan_training(recipe, source, revision, layout)
-    figures = _figures(recipe.arguments, recipe.settings)
+    figures = _figures(recipe)
     plan = replace(plan, questions=0 if figures is None else figures.held_out.questions)
     if measure is not None:
         plan = _with_times(plan, config, overrides, measure)
@@ -254,7 +252,7 @@ def _trainer(recipe: "Recipe") -> "WholeCheckpoints":
 
         settings.model_init_kwargs = revision if revision and settings.beta else None  # of the reference model
         return reward_trainer(recipe, model, processor, _adapters(model, arguments))
-    figures = _figures(arguments, settings)
+    figures = _figures(recipe)
     trainer = PerceptioSFTTrainer(
         model,
         settings,
@@ -278,13 +276,17 @@ def _source(arguments: "RecipeArguments") -> tuple[str, dict[str, str]]:
     return str(source), {} if Path(source).is_dir() else {"revision": arguments.model_revision}
 
 
-def _figures(arguments: "RecipeArguments", settings: "PerceptioSFTConfig") -> "TrainerFigures | None":
+def _figures(recipe: "Recipe") -> "TrainerFigures | None":
     """What every evaluation measures beside the losses, None where the recipe asks for nothing.
 
     Raises:
-        ValueError: where no evaluation is asked for.
+        ValueError: where no evaluation is asked for, or `metric_for_best_model` names what none has.
     """
+    from perceptio_hf.training.recipe import check_best_metric
+
+    arguments, settings = recipe.arguments, recipe.settings
     if not arguments.figures:
+        check_best_metric(recipe, [])
         return None
     if settings.eval_strategy == "no":
         raise ValueError("The recipe lists figures, but never evaluates: set eval_strategy: steps and eval_steps.")
@@ -292,7 +294,9 @@ def _figures(arguments: "RecipeArguments", settings: "PerceptioSFTConfig") -> "T
     from perceptio_hf.evaluation.during.trackers import TrainerFigures
 
     batch = settings.per_device_eval_batch_size
-    return TrainerFigures(HeldOutFigures(arguments.figures, arguments.data_folder, batch_size=batch))
+    held_out = HeldOutFigures(arguments.figures, arguments.data_folder, batch_size=batch)
+    check_best_metric(recipe, held_out.prefixes)
+    return TrainerFigures(held_out)
 
 
 def _start(recipe: "Recipe") -> "tuple[PerceptioForConditionalGeneration, PerceptioProcessor]":

@@ -59,7 +59,7 @@ def load_tasks(
         if not isinstance(task, Mapping) or sum(key in SOURCES for key in task) != 1:
             raise ValueError(f"{place} is {task!r}; it needs one of the keys {', '.join(SOURCES)}.")
         kind = next(key for key in SOURCES if key in task)
-        name = str(task.get("name", Path(str(task[kind])).stem))
+        name = task_name(task)
         if name in datasets:
             raise ValueError(f"{place} has the name {name!r} of an earlier one; give it another `name`.")
         weight = task.get("weight", 1.0)
@@ -76,6 +76,12 @@ def load_tasks(
     if wrong:
         raise ValueError(f"{len(wrong)} of {len(tasks)} sources cannot be opened: {'; '.join(map(str, wrong))}")
     return datasets, weights
+
+
+def task_name(task: Mapping[str, Any]) -> str:
+    """What a task is called, in logs and among the metrics of evaluations."""
+    place = next(task[key] for key in task if key in SOURCES)
+    return str(task.get("name", Path(str(place)).stem))
 
 
 def _load_task(task: Mapping[str, Any], kind: str, place: str, data_folder: str | None):

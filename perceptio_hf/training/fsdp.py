@@ -15,6 +15,12 @@ NO_ADAPTERS = (
 )
 
 
+NO_LATE_START = (
+    "seg_projector_start_step comes when the model is in shards already, which cannot be given new weights: leave it "
+    "out, so that the start comes before the first step, or train without FSDP."
+)
+
+
 def is_wanted() -> bool:
     """Whether this process was launched with `--use_fsdp`."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

@@ -32,13 +32,14 @@ from perceptio_hf.conversion.saved_models import load_depth_codec
 from perceptio_hf.data.keys import check_keys, check_value
 from perceptio_hf.data.mixture import mix_tasks
 from perceptio_hf.data.published.labels import check_codec, folder_of_questions
-from perceptio_hf.data.tasks import SOURCES, load_tasks
+from perceptio_hf.data.tasks import SOURCES, load_tasks, task_name
 from perceptio_hf.files import expanded, read_yaml, write_json
 from perceptio_hf.modeling.codec_identity import codec_fingerprint
 from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
 
 from .checkpoints import checkpoint_to_go_on_from, last_checkpoint
 from .config import PerceptioSFTConfig
+from .losses import PARTS
 
 _RECIPE_FILE = "recipe.json"  # in the folder of a training
 _NOT_LEARNT = ("output_dir", "resume_from_checkpoint", "lora_merge")  # of a run, not of what it trains
@@ -245,3 +246,27 @@ def training_set(arguments: RecipeArguments):
 def evaluation_sets(arguments: RecipeArguments) -> dict[str, Any] | None:
     """The recipe's evaluation tasks by name, None without any."""
     return load_tasks(arguments.eval_tasks, arguments.data_folder)[0] or None
+
+
+def check_best_metric(recipe: Recipe, figures: Sequence[str]) -> None:
+    """Notice before the steps up to the first evaluation that no evaluation has the `metric_for_best_model`. Sets have
+    names, so that there is no loss of all of them.
+
+    Args:
+        figures: how the names of figures begin.
+
+    Raises:
+        ValueError: naming what there is.
+    """
+    asked = recipe.settings.metric_for_best_model
+    if asked is None or recipe.settings.eval_strategy == "no":
+        return
+    sets = [task_name(task) for task in recipe.arguments.eval_tasks]
+    name = asked.removeprefix("eval_")
+    known = {f"{task}_{part}" for task in sets for part in ("loss", *PARTS)}
+    if name not in known and not name.startswith(tuple(figures)):
+        choice = [*(f"{task}_loss" for task in sets), *(f"{prefix}..." for prefix in figures)]
+        raise ValueError(
+            f"metric_for_best_model is {asked!r}, which no evaluation of this recipe has; there are "
+            f"{', '.join(choice) or 'none: list eval_tasks or figures'}."
+        )

@@ -474,7 +474,10 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         with self._whole_model() as model:
             found = [self.figures(self, model) if self.is_world_process_zero() else {}]
         figures = {f"eval_{name}": value for name, value in broadcast_object_list(found)[0].items()}
-        self.log(figures)
+        was_training = self.model.training
+        self.model.eval()  # as in any evaluation: what is logged in training takes the parts of the loss along
+        self.log(dict(figures))
+        self.model.train(was_training)
         # For callbacks that wait for a figure. Without a set beside them nobody was told yet of an evaluation, and
         # transformers would evaluate again at the end of the epoch.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)

@@ -323,3 +323,14 @@ def test_checkpoints_that_nothing_can_go_on_from_are_no_beginning(tmp_path, reci
         "set-aside-checkpoint-1",
         "set-aside-checkpoint-2",
     }
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_the_best_checkpoint_is_that_of_a_figure_there_is(recipe, samples, tmp_path, fails, dry):
+    """Noticed before the steps up to the first evaluation."""
+    held = {"eval_tasks": [{"samples": str(samples), "name": "held"}], "eval_strategy": "steps", "eval_steps": 1}
+    path = recipe(**held, load_best_model_at_end=True)
+    given = ["--config", path, *(dry or ["--out", tmp_path / "out"])]
+    assert "metric_for_best_model is 'loss', which no evaluation" in fails(*given)
+    assert "there are held_loss." in fails(*given, "--metric_for_best_model", "held_iuo")
+    assert run(["train", *map(str, given), "--metric_for_best_model", "eval_held_mask_dice"]) == 0

@@ -108,6 +108,12 @@ def test_a_training_that_was_stopped_goes_on(files, tmp_path, monkeypatch):
         if share > 0.5:
             raise Stop
 
+    with pytest.raises(Stop):
+        early = saving() if PLAIN.continuous_share else None
+        train_codebook(CONFIG, files, steps=300, options=PLAIN, saving=early, progress=lambda *_: stop(1.0, 0.0))
+    with pytest.raises(ValueError, match="codes were not begun with; that is past the steps or minutes"):
+        train_codebook(CONFIG, files, steps=1, options=PLAIN, saving=saving())
+    (tmp_path / "state.pt").unlink()
     straight = train_codebook(CONFIG, files, steps=30, options=PLAIN)
     with pytest.raises(Stop):
         train_codebook(CONFIG, files, steps=30, options=PLAIN, saving=saving(), progress=stop)

@@ -117,6 +117,8 @@ def _accelerator(device: str | None) -> "Accelerator":
 
     from perceptio_hf.commands.checkpoints import check_device
 
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f"--device is {device!r}; give cpu or cuda, and choose GPUs by CUDA_VISIBLE_DEVICES.")
     if device is not None:
         check_device(device)
     return Accelerator(cpu=device == "cpu")

@@ -41,7 +41,10 @@ def sample_spans(
                 attention_mask=inputs["attention_mask"],
                 pixel_values=inputs["pixel_values"],
                 do_sample=True,
+                temperature=1.0,  # whatever the model's own settings are
                 top_k=0,
+                top_p=1.0,
+                repetition_penalty=1.0,
                 max_new_tokens=2 * words.span_length,
             )
             read = [read_sequence(row, words, prompt_length) for row in ids.tolist()]

@@ -83,6 +83,8 @@ class HeldOutFigures:
         check_keys(entry, kinds, place)
         for key, value in entry.items():
             check_value(f"{place}: {key}", value, kinds[key])
+        if entry.get("cases", 0) < 0:
+            raise ValueError(f"{place}: cases is {entry['cases']}; draw some, or none by 0.")
         options = {key: value for key, value in entry.items() if key not in ("benchmark", "data", "cases")}
         data = entry.get("data")
         data = None if data is None else expanded(data_folder or ".") / expanded(data)
@@ -90,6 +92,11 @@ class HeldOutFigures:
         if name in self.sets:
             raise ValueError(f"{place}: {name} is there twice.")
         self.sets[name] = _Set(open_benchmark(name, data, **options), entry.get("cases", _DEFAULT_CASES))
+
+    @property
+    def prefixes(self) -> list[str]:
+        """How the names of all figures begin."""
+        return [*(f"{name}_" for name in self.sets), *([BROKEN] if self.spans else [])]
 
     @property
     def questions(self) -> int:

@@ -133,6 +133,11 @@ class _Training:
     def run(self, progress: Callable[[float, float], None] | None) -> DepthVQVAE:
         self._load()
         share = self._share()
+        if share >= 1.0 and not self.quantise:
+            raise ValueError(
+                f"{self.saving.path} has done {self.clock.step} steps, and its codes were not begun with; that is past "
+                "the steps or minutes that are given now: give as many as before, or --overwrite to start anew."
+            )
         pairs = self._pairs() if share < 1.0 else iter(())
         while share < 1.0:
             self._step(share, next(pairs), progress)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
-from perceptio_hf.training import zero3
+from perceptio_hf.training import fsdp, zero3
 
 from .projector import ProjectorStart, start_seg_projector
 from .rates import give_own_rates
@@ -105,10 +105,7 @@ class LivingMasks(Trainer):
         if zero3.is_on(self.args):
             raise ValueError(zero3.NO_START)
         if self.args.seg_projector_start_step and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                "seg_projector_start_step comes when the model is in shards already, which cannot be given new "
-                "weights: leave it out, so that the start comes before the first step, or train without FSDP."
-            )
+            raise ValueError(fsdp.NO_LATE_START)
 
     def _start_seg_projector(self) -> None:
         """Every process does the same, and before the model is sharded."""

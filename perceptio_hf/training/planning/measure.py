@@ -14,6 +14,7 @@ _WARM_UP = 3  # steps at most that are not counted: compiling, filling caches, t
 WITHOUT_TRACE = (
     *("--save_strategy", "no"),
     *("--eval_strategy", "no"),
+    *("--eval_on_start", "false"),
     *("--report_to", "none"),
     *("--plot_losses", "false"),
     *("--load_best_model_at_end", "false"),

@@ -92,6 +92,8 @@ def check_layout(layout: Layout, recipe: "Recipe") -> None:
     arguments, settings = recipe.arguments, recipe.settings
     if layout.strategy != "ddp" and arguments.lora_r is not None:
         raise ValueError(fsdp.NO_ADAPTERS)
+    if layout.strategy == "fsdp" and settings.seg_projector_start_step:
+        raise ValueError(fsdp.NO_LATE_START)
     if layout.strategy == "zero3":
         if settings.bf16 or settings.fp16:
             raise ValueError(zero3.what_is_rounded("bf16" if settings.bf16 else "fp16"))

@@ -89,7 +89,7 @@ class DepthOrder(_OfDepth):
 class MaskIoU:
     """The IoU of a completion's masks with the sample's, in the order in which they are named, by one forward pass.
 
-    A mask that is missing, or too many, counts as 0.
+    A mask that is missing, too many, or of a picture of another size, counts as 0.
 
     Args:
         model: the one that is trained; its [SEG] become masks.
@@ -117,14 +117,13 @@ class MaskIoU:
         with _evaluating(self.model):
             found = self._masks([prompts[row] for row in asked], [completion_ids[row] for row in asked])
         for row, own in zip(asked, found, strict=True):
-            size = own.shape[1:]
-            truths = [load_mask(mask, size) for mask in masks[row]]
-            ious = [_iou(one, other) for one, other in zip(own, truths, strict=False)]
-            rewards[row] = sum(ious) / max(len(own), len(truths))
+            pairs = [(one, load_mask(mask, one.shape)) for one, mask in zip(own, masks[row], strict=False)]
+            ious = [_iou(one, other) for one, other in pairs if one.shape == other.shape]
+            rewards[row] = sum(ious) / max(len(own), len(masks[row]))
         return rewards
 
-    def _masks(self, prompts: list, completion_ids: list[Sequence[int]]) -> list[np.ndarray]:
-        """(n, H, W) bool of each completion, all pictures together."""
+    def _masks(self, prompts: list, completion_ids: list[Sequence[int]]) -> list[list[np.ndarray]]:
+        """The (H, W) bool masks of each completion, in the order of its [SEG]."""
         tokenizer = self.processor.tokenizer
         inputs = self.processor.apply_chat_template(
             prompts,
@@ -140,7 +139,11 @@ class MaskIoU:
         ends = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
         out = self.model.decode_spatial(torch.cat([inputs["input_ids"], ends], 1), **inputs)
         answers = self.processor.post_process_spatial(out)
-        return [np.concatenate([picture.masks for picture in answer.pictures]) for answer in answers]
+        found = []
+        for answer, owners in zip(answers, out.mask_pictures, strict=True):
+            of_each = [iter(picture.masks) for picture in answer.pictures]
+            found.append([next(of_each[owner]) for owner in owners])
+        return found
 
 
 @contextmanager

@@ -43,7 +43,9 @@ def as_prompts(samples: "Dataset | IterableDataset", limit: int | None = None) -
 
 def _prompt(row: dict[str, Any]) -> dict[str, Any]:
     messages = row["messages"]
-    last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
+    last = max((place for place, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    if last is None:
+        raise ValueError(f"Sample {name_of(row)} has no turn of the assistant, so there is nothing to measure by.")
     answer = "".join(part.get("text") or "" for part in messages[last]["content"])
     turns = [{"role": message["role"], "content": _parts(message)} for message in messages[:last]]
     user = next((turn for turn in turns if turn["role"] == "user"), None)
@@ -71,8 +73,10 @@ def _last(items: list[Any] | None, count: int) -> list[Any]:
 
 
 def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """The parts of a message; those that the assistant has not said are cut where a picture stands in a text."""
+    """The parts of a message; those that the assistant has not said are cut where a picture stands in a text. Spans of
+    earlier answers are left out: samples name only their place, and a span without codes is none."""
     if message["role"] == "assistant":
-        return list(message["content"])
+        span = DEPTH_START_TOKEN + DEPTH_END_TOKEN
+        return [part | {"text": part["text"] and part["text"].replace(span, "")} for part in message["content"]]
     pieces = (split_at_pictures(part["text"]) if part["type"] == "text" else [part] for part in message["content"])
     return [{"text": None, **piece} for pieces_of_part in pieces for piece in pieces_of_part]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import GRPOConfig, RLOOConfig
 
+from perceptio_hf.data.keys import check_value
 from perceptio_hf.training import zero3
 from perceptio_hf.training.checkpoints import WholeCheckpoints
 from perceptio_hf.training.config import check_uploads_nothing, fit_to_machine
@@ -57,6 +58,8 @@ class RewardArguments(RecipeArguments):
         super().__post_init__()
         if not self.rewards or not set(self.rewards) <= set(REWARDS):
             raise ValueError(f"rewards are {self.rewards}; give weights of {', '.join(REWARDS)}.")
+        for name, weight in self.rewards.items():
+            check_value(f"rewards: {name}", weight, float)
         unused = [name for name in ("eval_tasks", "figures") if getattr(self, name)]
         if unused:
             raise ValueError(

@@ -103,6 +103,32 @@ def test_a_recipe_lists_figures(parts, tmp_path, capsys):
     assert (tmp_path / "out" / "figures" / "world-refer-1.png").stat().st_size > 1000
 
 
+def test_figures_leave_the_losses_to_the_next_log(parts, tmp_path):
+    """What is logged in training takes the parts of the loss since the last time along."""
+    options = {"processor": parts[1], "max_steps": 3, "logging_steps": 3}
+    plain = sft.trainer(tmp_path / "plain", **options)
+    plain.train()
+    trainer = sft.trainer(tmp_path / "figures", evaluation={}, eval_strategy="steps", eval_steps=2, **options)
+    trainer.figures = lambda trainer, model: {"right": 1.0}
+    trainer.train()
+    figures, _, losses = sorted(trainer.state.log_history[:3], key=lambda entry: (entry["step"], "loss" in entry))
+    assert set(figures) == {"eval_right", "step", "epoch"}
+    assert losses["text"] == pytest.approx(plain.state.log_history[0]["text"])
+    assert losses["mask_dice"] == pytest.approx(plain.state.log_history[0]["mask_dice"])
+
+
+def test_spans_are_sampled_at_temperature_one(parts):
+    model, processor = parts
+    assert model.generation_config.temperature in (None, 1.0)
+    held_out = HeldOutFigures([{"benchmark": "world-depth", "limit": 2, "cases": 0}, {"broken_spans": 8}])
+    expected = held_out.measure(model, processor)[0]["broken_spans_count_mae"]
+    model.generation_config.temperature = 9.0
+    try:
+        assert held_out.measure(model, processor)[0]["broken_spans_count_mae"] == expected
+    finally:
+        model.generation_config.temperature = None
+
+
 def test_tensorboard_gets_figures_and_pictures(parts, held_out, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard", reason="the extra `track` is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -12,7 +12,7 @@ from helpers import random_model
 
 from perceptio_hf.commands.main import run
 from perceptio_hf.data.sources import write_samples
-from perceptio_hf.training.planning.sharding import Layout, layout_of_environment, layout_of_file
+from perceptio_hf.training.planning.sharding import Layout, check_layout, layout_of_environment, layout_of_file
 from perceptio_hf.training.recipe import read_recipe, training_set
 
 ACCELERATE = Path(__file__).parents[3] / "recipes" / "accelerate"
@@ -148,6 +148,15 @@ def test_what_cannot_be_planned_is_one_line(changes, options, message, recipe, c
 )
 def test_layouts_of_the_configurations_that_ship(name, layout):
     assert layout_of_file(ACCELERATE / f"{name}.yaml") == layout
+
+
+def test_a_start_that_comes_when_the_model_is_in_shards_is_not_planned(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model_name_or_path: tiny\ntasks: [{world: refer, scenes: 2}]\n")
+    given = ["--output_dir", "x", "--seg_projector_start", "8", "--seg_projector_start_step", "2"]
+    recipe = read_recipe(tmp_path / "recipe.yaml", given)
+    check_layout(Layout(2), recipe)
+    with pytest.raises(ValueError, match="leave it out, so that the start comes before the first step"):
+        check_layout(Layout(2, "fsdp"), recipe)
 
 
 def test_layouts_that_cannot_be_reckoned_with(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import sft_helpers as sft
 import torch
 from helpers import cached_repository, picture
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from perceptio_hf import PerceptioForConditionalGeneration
@@ -58,6 +59,9 @@ def test_an_answer_is_measured_by_what_belongs_to_its_turn():
     sample = {"images": [picture(8, 8)], "masks": masks, "depth": [np.eye(8)], "depth_unit": "relative"}
     turns = [as_prompts(dataset_of([sample | {"messages": chat[:end]}]))[0] for end in (4, 6)]
     assert [mask["counts"] for mask in turns[0]["masks"]] == [masks[1]["counts"]] and len(turns[0]["depth"]) == 1
+    assert turns[1]["prompt"][3]["content"][0]["text"] == "[SEG]There."  # without the span, whose codes nobody knows
+    with pytest.raises(ValueError, match="has no turn of the assistant"):
+        as_prompts(dataset_of([sample | {"messages": chat[:1]}]))
     assert turns[1]["masks"] == turns[1]["depth"] == []
 
 
@@ -142,19 +146,41 @@ def test_mask_iou_is_that_of_the_masks_the_model_makes(model, processor):
         {"role": "user", "content": [{"type": "image", "image": picture(seed=0)}, row["prompt"][0]["content"][1]]}
     ]
     reward = MaskIoU(model, processor)
-    own = reward._masks([prompt], [ids])[0]
-    assert own.shape == (1, 40, 48)
+    (own,) = reward._masks([prompt], [ids])[0]
+    assert own.shape == (40, 48)
     if not own.any():
         own = ~own
         expected = 0.0
     else:
         expected = 1.0
-    truth = [encode_mask(own[0])]
+    truth = [encode_mask(own)]
     masks = [truth, truth * 2, [], truth]
     said = ["[SEG] Here", "[SEG] Here", "[SEG] Here", "Here"]
     found = reward(completions=said, prompts=[prompt] * 4, completion_ids=[ids] * 3 + [ids[1:]], masks=masks)
     assert found == [expected, expected / 2, None, 0]
     assert load_mask(truth[0]).shape == (40, 48) and not model.training
+
+
+def test_masks_of_pictures_of_other_sizes_are_none_of_theirs(model, processor, monkeypatch):
+    reward, truths = MaskIoU(model, processor), [np.ones((4, 6), bool), np.ones((6, 4), bool)]
+    monkeypatch.setattr(reward, "_masks", lambda prompts, ids: [truths, truths[::-1]])
+    given = {"completions": ["[SEG] [SEG]"] * 2, "prompts": [None] * 2, "completion_ids": [[]] * 2}
+    assert reward(**given, masks=[[encode_mask(mask) for mask in truths]] * 2) == [1.0, 0.0]
+
+
+def test_masks_of_several_pictures_come_in_the_order_of_their_seg(model, processor):
+    """Though an answer holds them picture by picture."""
+    said = "Image-2: [SEG] Image-1: [SEG] Image-2: [SEG]"
+    ids = processor.tokenizer(said, add_special_tokens=False)["input_ids"]
+    shown = [
+        {"type": "image", "image": Image.fromarray(np.zeros((*size, 3), np.uint8))} for size in ((40, 48), (48, 40))
+    ]
+    prompt = [{"role": "user", "content": [*shown, {"type": "text", "text": "Where?"}]}]
+    assert [mask.shape for mask in MaskIoU(model, processor)._masks([prompt], [ids])[0]] == [
+        (48, 40),
+        (40, 48),
+        (48, 40),
+    ]
 
 
 def test_fair_questions_of_the_world_are_samples():
@@ -206,6 +232,14 @@ def test_a_recipe_trains_by_rewards(tiny_folder, tmp_path, capsys, kind, more):
     assert all(f"rewards/{name}/mean" in said for name in REWARDS)
     merged = tmp_path / "out" / ("merged" if "lora" in more else "checkpoint")
     assert PerceptioForConditionalGeneration.from_pretrained(merged).config.has_spatial_tokens
+
+
+def test_a_weight_that_is_none_is_named(tiny_folder, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    text = RECIPE.format(kind="grpo", model=tiny_folder, more="").replace("form: 0.5", "form: null")
+    recipe.write_text(text)
+    assert run(["train", "--config", str(recipe), "--out", str(tmp_path / "out")]) == 2
+    assert "rewards: form must be" in capsys.readouterr().err
 
 
 def test_the_shipped_recipe_is_read(tmp_path):
