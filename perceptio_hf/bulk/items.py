@@ -383,8 +383,7 @@ def _of_parquet(file: str) -> Iterator[dict[str, Any]]:
 
 
 def _of_row(name: str, shown: str, place: Place, values: dict[str, Any]) -> dict[str, Any]:
-    own = _own({key: value for key, value in values.items() if _is_worth_keeping(value)})
-    return _fields_of(name, shown, place) | own
+    return _fields_of(name, shown, place) | _own({key: value for key, value in values.items() if _is_whole(value)})
 
 
 def _of_tar(file: str) -> Iterator[dict[str, Any]]:
@@ -395,6 +394,6 @@ def _of_tar(file: str) -> Iterator[dict[str, Any]]:
             yield _fields_of(f"{name}/{place.name}", f"{file}, {place.name}", place)
 
 
-def _is_worth_keeping(value: Any) -> bool:
-    whole = value is not None and not (isinstance(value, float) and not math.isfinite(value))
-    return whole and (not isinstance(value, list) or all(map(_is_worth_keeping, value)))
+def _is_whole(value: Any) -> bool:
+    parts = value if isinstance(value, list) else [value]
+    return not any(part is None or (isinstance(part, float) and not math.isfinite(part)) for part in parts)
