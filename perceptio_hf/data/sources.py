@@ -210,20 +210,20 @@ def _by_name(folder: Path, pattern: str) -> dict[str, Path]:
     if Path(pattern).is_absolute():
         raise ValueError(f"{pattern!r} is an absolute path; a pattern names files as seen from {folder}.")
     *inside, name = Path(pattern).parts
-    spelled = [part for part in itertools.takewhile(_is_spelled, inside)]
-    last = 0 if len(spelled) == len(inside) else len(list(itertools.takewhile(_is_spelled, reversed(inside))))
+    ahead, behind = _spelled(inside), _spelled(inside[::-1])  # folders that stand for themselves
+    behind = 0 if ahead == len(inside) else behind
     end, start = len(name.rpartition("*")[2]), len(name.partition("*")[0])
     found = {}
     for file in folder.glob(pattern):
         if file.is_file():
             parts = file.parent.relative_to(folder).parts
-            found[str(Path(*parts[len(spelled) : len(parts) - last], file.name[start : len(file.name) - end]))] = file
+            found[str(Path(*parts[ahead : len(parts) - behind], file.name[start : len(file.name) - end]))] = file
     return found
 
 
-def _is_spelled(part: str) -> bool:
-    """Whether a part of a pattern stands for itself alone."""
-    return not glob.has_magic(part)
+def _spelled(parts: Sequence[str]) -> int:
+    """How many parts of a pattern there are before one that stands for others."""
+    return len(list(itertools.takewhile(lambda part: not glob.has_magic(part), parts)))
 
 
 def _line(row: dict[str, Any], number: int, folder: Path) -> dict[str, Any]:

@@ -109,9 +109,8 @@ def test_a_training_that_was_stopped_goes_on(files, tmp_path, monkeypatch):
             raise Stop
 
     with pytest.raises(Stop):
-        early = saving() if PLAIN.continuous_share else None
-        train_codebook(CONFIG, files, steps=300, options=PLAIN, saving=early, progress=lambda *_: stop(1.0, 0.0))
-    with pytest.raises(ValueError, match="codes were not begun with; that is past the steps or minutes"):
+        train_codebook(CONFIG, files, steps=300, options=PLAIN, saving=saving(), progress=lambda *_: stop(1.0, 0.0))
+    with pytest.raises(ValueError, match="codes were not begun with, and the steps or minutes"):
         train_codebook(CONFIG, files, steps=1, options=PLAIN, saving=saving())
     (tmp_path / "state.pt").unlink()
     straight = train_codebook(CONFIG, files, steps=30, options=PLAIN)

@@ -20,7 +20,7 @@ DEFAULTS = {
 _TEXT, _WHOLE = str | None, int | None
 _KINDS = {"data": str, "maps": _WHOLE, "seed": int, "unit": _TEXT, "pattern": _TEXT, "teacher": _TEXT}
 _KINDS |= {"teacher_unit": _TEXT, "steps": _WHOLE, "minutes": float | None, "codec": dict, "options": dict}
-_LEAST = {"maps": 1, "seed": 0, "steps": 1, "minutes": 0}
+_LEAST = {"maps": 1, "seed": 0}  # `Clock` looks after steps and minutes
 
 
 def read_settings(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:

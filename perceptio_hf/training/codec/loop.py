@@ -135,8 +135,8 @@ class _Training:
         share = self._share()
         if share >= 1.0 and not self.quantise:
             raise ValueError(
-                f"{self.saving.path} has done {self.clock.step} steps, and its codes were not begun with; that is past "
-                "the steps or minutes that are given now: give as many as before, or --overwrite to start anew."
+                f"The codec has been trained for {self.clock.step} steps, its codes were not begun with, and the steps "
+                "or minutes that are given are over: give more, or --overwrite to start anew."
             )
         pairs = self._pairs() if share < 1.0 else iter(())
         while share < 1.0:

@@ -65,10 +65,8 @@ class MaskWatch:
         if not decoder.training:
             return
         empty = (output[0].detach().flatten(1) <= 0).all(1).float()
-        counted = torch.stack([torch.ones_like(empty).sum(), empty.sum()])
-        counted = counted * self._are_real.to(
-            counted
-        )  # of a state of zeros there is a mask too, which nobody asked for
+        # Of a state of zeros there is a mask too, which nobody asked for.
+        counted = torch.stack([torch.ones_like(empty).sum(), empty.sum()]) * self._are_real.to(empty)
         self._masks = counted if self._masks is None else self._masks + counted
 
     def means(self, reduced: Callable[[list[float]], list[float]]) -> dict[str, float]:
