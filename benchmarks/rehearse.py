@@ -129,6 +129,13 @@ class Rehearsal:
                 sys.exit(f"{name} failed with exit code {done.returncode}; what came before is kept in {self.out}.")
 
 
+def check_processes(run: Path, wanted: int) -> None:
+    """Stop unless the training's checkpoints are of so many processes: each leaves the state of its random numbers."""
+    found = {checkpoint.name: len(list(checkpoint.glob("rng_state*.pth"))) for checkpoint in run.glob("checkpoint-*")}
+    if not found or set(found.values()) != {wanted}:
+        sys.exit(f"The training was to be one of {wanted} processes, but its checkpoints say: {found}")
+
+
 def environment() -> dict[str, str]:
     """One thread for each process: with two on two cores they would wait for one another."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -157,8 +164,10 @@ def main() -> None:
     way.run("build", "build", "--internvl", str(data / "internvl"), *parts, "--out", str(out / "start"))
     recipe = ("--config", str(data / "recipe.yaml"))
     way.run("dry run", "train", *recipe, "--dry-run", "--measure", "2")
-    two = ("accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no")
-    way.run("train", "train", *recipe, "--out", str(out / "run"), launch=(*two, "--dynamo_backend=no", "-m"))
+    # not by `accelerate launch --cpu`, which starts one process whatever --num_processes is (accelerate 1.15)
+    two = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
+    way.run("train", "train", *recipe, "--out", str(out / "run"), launch=two)
+    check_processes(out / "run", 2)
     model = ("--model", str(out / "run" / "checkpoint"), "--max-new-tokens", "48")
     scores = [str(out / "eval" / name) for name in ("refcoco", "hardblink")]
     way.run("eval", "eval", "refcoco", "--data", str(data / "refcoco_val"), "--limit", "12", *model, "--out", scores[0])

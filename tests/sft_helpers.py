@@ -17,6 +17,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset, IterableDataset
 from helpers import depth_config, picture, random_model
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 from trl import GRPOConfig
 
 from perceptio_hf import PerceptioProcessor, PerceptioSFTConfig, PerceptioSFTTrainer
@@ -134,6 +136,8 @@ def distributed(out: Path) -> None:
     changes |= {"gradient_checkpointing": True, "train": some_without_picture(16)}
     saves = {"save_strategy": "steps", "save_steps": 1}
     training = trainer(out, evaluation=samples(4, first=100), **changes, **saves)
+    between = _BetweenMicroBatches()
+    training.add_callback(between)
     training.train()
     training.figures = answered()
     evaluation = training.evaluate()
@@ -163,12 +167,26 @@ def distributed(out: Path) -> None:
             "streamed": streamed,
             "used": used,
             "checked": checked,
+            "gradients": between.numbers,
             "history": training.state.log_history,
             "evaluation": evaluation,
             "kind": str(training.accelerator.distributed_type),
             "sharded": sum(hasattr(parameter, "full_tensor") for parameter in training.model.parameters()),
         }
         (out / "result.json").write_text(json.dumps(result))
+
+
+class _BetweenMicroBatches(TrainerCallback):
+    """Counts the numbers of the gradients that lie in this process's parameters between two micro batches of a step.
+    FSDP2 keeps whole gradients elsewhere, so that of those there is none."""
+
+    def __init__(self):
+        self.numbers: list[int] = []
+
+    def on_substep_end(self, args, state, control, model, **kwargs):
+        found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in found]
+        self.numbers.append(sum(gradient.numel() for gradient in local))
 
 
 class _Noting:

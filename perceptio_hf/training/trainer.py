@@ -156,6 +156,8 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         # billion even under FSDP, and use it once.
         self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.is_fsdp_enabled |= fsdp.enable_on_cpu(self.accelerator)
+        if self.is_fsdp_enabled and fsdp.shares_gradients(self.args):
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
         """accelerate puts autocast into the forward of models; those that FSDP2 shards it leaves out."""

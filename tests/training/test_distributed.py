@@ -80,6 +80,9 @@ def test_two_processes_take_the_steps_of_one(launched, single, kind):
         assert trained.keys() == expected.keys()
         assert max(float((trained[name] - expected[name]).abs().max()) for name in expected) < 1e-6
     assert (launched / kind / "checkpoint-2" / "trainer_state.json").is_file()
+    trained = sum(parameter.numel() for parameter in one.model.parameters() if parameter.requires_grad)
+    shares = [count / trained for count in found["gradients"]]  # what the first process has after a micro batch
+    assert shares == pytest.approx([0.5 if kind == "FSDP" else 1] * 6, abs=0.03)  # two steps of four
     assert found["checked"] == [1, 0]  # the first process reads the checkpoint and tells the other
 
 

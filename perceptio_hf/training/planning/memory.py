@@ -19,10 +19,12 @@ from transformers import Trainer
 
 from perceptio_hf.modeling.configuration_perceptio import PerceptioConfig
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
+from perceptio_hf.training import fsdp
 from perceptio_hf.training.config import PerceptioSFTConfig
 from perceptio_hf.training.losses import composite_loss
 from perceptio_hf.training.trainer import check_trains, choose_trainable, zero_of
 
+from .gathering import Gathering
 from .rehearsal import ByteCounter, fake_batch, fake_copy, without_numbers
 from .sharding import Layout, Shares, shares_of
 
@@ -118,13 +120,18 @@ def predict_memory(
         given = counter.watch(inputs.values())
         trained = [parameter for parameter in fake.parameters() if parameter.requires_grad]
         optimizer = _optimizer(fake, trained, settings)
+        layout = layout or Layout()
         with counter:
-            _run(fake, inputs, settings, optimizer)
+            if layout.shards:
+                gathering = Gathering(_inner(fake), counter, layout.processes)
+                _run_in_shards(fake, inputs, settings, optimizer, gathering)
+            else:
+                _run(fake, inputs, settings, optimizer)
         state = _bytes_of(optimizer.state.values())
     gradients = sum(parameter.numel() * parameter.itemsize for parameter in trained)
-    shares = shares_of(layout or Layout(), _inner(fake), weights, gradients, state)
+    shares = shares_of(layout, weights, gradients, state, counter.gathered_at_peak, _shares_gradients(settings))
     # At the peak not all gradients need be there yet (one micro batch a step): what is left of it is activations.
-    resident = weights + state + gradients
+    resident = weights + state + gradients + counter.gathered_at_peak
     activations = max(counter.peak - resident, given)
     return _prediction(fake, trained, shares, weights, state, activations, batch, settings)
 
@@ -179,6 +186,33 @@ def _run(model: nn.Module, inputs: dict[str, Tensor], settings: PerceptioSFTConf
         loss.backward()
         del loss
     optimizer.step()
+
+
+def _run_in_shards(
+    model: nn.Module, inputs: dict[str, Tensor], settings: PerceptioSFTConfig, optimizer: Any, gathering: Gathering
+) -> None:
+    """A micro batch that finds gradients and optimizer's state in place, and what processes gather for it.
+
+    Of a step's only micro batch it is a little too much: its gradients come bit by bit.
+    """
+    for _ in range(2):  # the first step makes the state
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        optimizer.step()
+    counter = gathering.counter
+    stepping = (counter.peak - counter.now) // gathering.processes  # what the optimizer needs for a moment
+    counter.restart()
+    with gathering.micro_batch():
+        with _precision(settings):
+            loss = _loss(model, inputs, settings)
+        loss.backward()
+        del loss
+    counter.gather(stepping)
+    counter.gather(-stepping)
+
+
+def _shares_gradients(settings: PerceptioSFTConfig) -> bool:
+    return settings.gradient_accumulation_steps == 1 or fsdp.shares_gradients(settings)
 
 
 def _half(settings: PerceptioSFTConfig) -> torch.dtype | None:

@@ -27,13 +27,14 @@ class ByteCounter(TorchDispatchMode):
     """Counts the bytes of all tensors that live, each memory once, while its context lasts.
 
     `now` is what lives, `peak` the most that has lived at once. What was there before is counted from when it is given
-    to `watch`. Kernels' own scratch memory, and what an allocator keeps back, is not seen.
+    to `watch`. Kernels' own scratch memory, and what an allocator keeps back, is not seen. `gathered` are bytes that no
+    tensor has, but would have where processes share a model (`gather`); `gathered_at_peak` their part of the peak.
     """
 
     def __init__(self, values: "FakeTensorMode | None" = None):
         """`values`: the mode of fake tensors in which whole numbers made inside shall keep their values."""
         super().__init__()
-        self.now, self.peak = 0, 0
+        self.now = self.peak = self.gathered = self.gathered_at_peak = 0
         self._values = values
         self._known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
@@ -43,6 +44,20 @@ class ByteCounter(TorchDispatchMode):
         for tensor in tensors:
             self._see(tensor)
         return self.now - before
+
+    def gather(self, size: int) -> None:
+        """Count so many bytes more, or less."""
+        self.gathered += size
+        self._add(size)
+
+    def restart(self) -> None:
+        """Let the peak be what lives now."""
+        self.peak, self.gathered_at_peak = self.now, self.gathered
+
+    def _add(self, size: int) -> None:
+        self.now += size
+        if self.now > self.peak:
+            self.peak, self.gathered_at_peak = self.now, self.gathered
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -59,8 +74,7 @@ class ByteCounter(TorchDispatchMode):
             return
         size = storage.nbytes()
         self._known[storage] = size
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        self._add(size)
         weakref.finalize(storage, self._forget, size)
 
     def _forget(self, size: int) -> None:

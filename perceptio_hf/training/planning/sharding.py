@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from perceptio_hf.files import read_yaml
 from perceptio_hf.training import fsdp, zero3
 
@@ -116,41 +114,23 @@ class Shares:
         return f"{what}, shared by {self.divided_by}" if self.divided_by > 1 else what
 
 
-def shares_of(layout: Layout, model: nn.Module, weights: int, gradients: int, optimizer: int) -> Shares:
+def shares_of(
+    layout: Layout, weights: int, gradients: int, optimizer: int, gathered: int = 0, shares_gradients: bool = True
+) -> Shares:
     """Divide what a training holds.
 
-    With shards a block is gathered while it is computed, and the next one already on its way: two blocks at a time, and
-    what belongs to no block (embedding, head, projectors, SAM2's frame) for the whole step. A gathered block that is
-    trained has a whole gradient too before that is divided.
-
     Args:
-        model: whose blocks are gathered (`_no_split_modules`).
         weights, gradients, optimizer: bytes of the undivided training.
+        gathered: bytes that are whole at the peak where processes share the model.
+        shares_gradients: False where each process keeps whole gradients until a step's last micro batch.
     """
     if not layout.shards:
         gathered = gradients if layout.processes > 1 else 0
         why = "buckets in which gradients are exchanged" if gathered else ""
         return Shares(weights, gradients, optimizer, gathered, why, 1)
-    blocks = _blocks(model)
-    largest = max(blocks, key=_bytes, default=None)
-    in_blocks = {id(parameter) for block in blocks for parameter in block.parameters()}
-    root = [parameter for parameter in model.parameters() if id(parameter) not in in_blocks]
-    outside = sum(parameter.numel() * parameter.itemsize for parameter in root)
-    outside += sum(parameter.numel() * parameter.itemsize for parameter in root if parameter.requires_grad)
-    gathered = outside + (2 * _bytes(largest) + _trained_bytes(largest) if largest is not None else 0)
-    why = "two whole blocks and the gradient of one; embedding, head and what is in no block, with gradients"
     share = [-(-part // layout.processes) for part in (weights, gradients, optimizer)]
+    why = "at the peak: embedding, head and what is in no block, blocks of the moment, their gradients"
+    if not shares_gradients and layout.strategy == "fsdp":
+        share[1] = gradients
+        why += "; gradients are whole (sync_each_batch: false)"
     return Shares(*share, gathered, why, layout.processes)
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    names = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.itemsize for parameter in module.parameters())
-
-
-def _trained_bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.itemsize for p in module.parameters() if p.requires_grad)

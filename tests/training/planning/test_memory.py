@@ -8,10 +8,12 @@ import torch
 from helpers import random_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.checkpoint import checkpoint
 
 from perceptio_hf import PerceptioConfig, PerceptioForConditionalGeneration, PerceptioProcessor
 from perceptio_hf.training.collator import PerceptioDataCollator
 from perceptio_hf.training.lora import lora_config
+from perceptio_hf.training.planning.gathering import Gathering
 from perceptio_hf.training.planning.memory import MemoryPrediction, predict_memory
 from perceptio_hf.training.planning.rehearsal import ByteCounter
 from perceptio_hf.training.planning.sharding import Layout, shares_of
@@ -95,6 +97,14 @@ def test_half_precision_is_for_internvls_part(batch, config):
     assert half.weights == pytest.approx(2 * (half.parameters + whole) + buffers, rel=0.01)
 
 
+class _Noting(ByteCounter):
+    most_gathered = 0
+
+    def gather(self, size: int) -> None:
+        super().gather(size)
+        self.most_gathered = max(self.most_gathered, self.gathered)
+
+
 class _Block(nn.Linear):
     pass
 
@@ -107,17 +117,67 @@ class _Stack(nn.Module):
         self.blocks = nn.ModuleList(_Block(10, 10, bias=False) for _ in range(4))
         self.head = nn.Linear(10, 30, bias=False)
 
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            states = checkpoint(block, states, use_reentrant=False) if self.training else block(states)
+        return self.head(states)
 
-def test_shards_are_divided_and_blocks_gathered():
-    model = _Stack()
+
+def test_shards_are_divided():
     weights = 4 * (4 * 100 + 300)
-    alone = shares_of(Layout(), model, weights, weights, 2 * weights)
+    alone = shares_of(Layout(), weights, weights, 2 * weights)
     assert (alone.weights, alone.optimizer, alone.gathered) == (weights, 2 * weights, 0)
-    copies = shares_of(Layout(4), model, weights, weights, 2 * weights)
+    copies = shares_of(Layout(4), weights, weights, 2 * weights)
     assert (copies.weights, copies.gathered) == (weights, weights)
-    shards = shares_of(Layout(4, "fsdp"), model, weights, weights, 2 * weights)
+    shards = shares_of(Layout(4, "fsdp"), weights, weights, 2 * weights, 50)
     assert (shards.weights, shards.gradients, shards.optimizer) == (weights // 4, weights // 4, weights // 2)
-    assert shards.gathered == 2 * 4 * 300 + 3 * 4 * 100  # the head and its gradient, two blocks and one gradient
+    assert shards.gathered == 50
+    late = shares_of(Layout(4, "fsdp"), weights, weights, 2 * weights, 50, shares_gradients=False)
+    assert (late.weights, late.gradients, late.optimizer) == (weights // 4, weights, weights // 2)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["kept", "computed again"])
+@pytest.mark.parametrize(
+    ("processes", "trained", "expected"),
+    [
+        # head and its gradient, a block and its gradient, a copy of the last block's gradient
+        (1, 4, 1200 + 1200 + 3 * 400),
+        # the next block, too
+        (4, 4, 1200 + 1200 + 4 * 400),
+        # the head alone learns: it, its gradient, and no block any more
+        (1, 0, 1200 + 1200),
+        # no gradient yet: the head and its buffer, and that of the first block
+        (4, 0, 1200 + 1200 + 400),
+    ],
+)
+def test_what_is_gathered_at_once(processes, trained, expected, training):
+    model, states = _Stack().train(training), torch.zeros(1, 10)
+    for block in model.blocks[: 4 - trained]:
+        block.requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    counter = _Noting()
+    with counter, Gathering(model, counter, processes).micro_batch():
+        model(states).sum().backward()
+    assert counter.most_gathered == expected
+    assert counter.gathered == 0
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_gradients_that_wait_for_a_steps_end_are_whole(batch, config):
+    """accelerate's way, which ours is not: the first micro batch's gradients are exchanged with the last one's."""
+    late = {"gradient_accumulation_kwargs": {"sync_each_batch": False}}
+    found = [
+        predict_memory(config, batch, sft.settings("unused", **PLAIN, **changes), layout=Layout(4, "fsdp"))
+        for changes in (
+            {"gradient_accumulation_steps": 2},
+            {"gradient_accumulation_steps": 2, "accelerator_config": late},
+            {"gradient_accumulation_steps": 1, "accelerator_config": late},
+        )
+    ]
+    assert found[0].gradients == found[2].gradients == -(-found[1].gradients // 4)
+    assert "sync_each_batch" in found[1].notes["gathered"]
+    assert found[1].gradients == predict_memory(config, batch, sft.settings("unused", **PLAIN)).gradients
 
 
 def test_bytes_are_counted_once_and_given_back():
