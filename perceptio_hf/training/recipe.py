@@ -248,12 +248,13 @@ def evaluation_sets(arguments: RecipeArguments) -> dict[str, Any] | None:
     return load_tasks(arguments.eval_tasks, arguments.data_folder)[0] or None
 
 
-def check_best_metric(recipe: Recipe, figures: Sequence[str]) -> None:
+def check_best_metric(recipe: Recipe, figures: Sequence[str] = (), parts: Sequence[str] = ("loss", *PARTS)) -> None:
     """Notice before the steps up to the first evaluation that no evaluation has the `metric_for_best_model`. Sets have
     names, so that there is no loss of all of them.
 
     Args:
         figures: how the names of figures begin.
+        parts: what is measured on each set.
 
     Raises:
         ValueError: naming what there is.
@@ -263,9 +264,9 @@ def check_best_metric(recipe: Recipe, figures: Sequence[str]) -> None:
         return
     sets = [task_name(task) for task in recipe.arguments.eval_tasks]
     name = asked.removeprefix("eval_")
-    known = {f"{task}_{part}" for task in sets for part in ("loss", *PARTS)}
+    known = {f"{task}_{part}" for task in sets for part in parts}
     if name not in known and not name.startswith(tuple(figures)):
-        choice = [*(f"{task}_loss" for task in sets), *(f"{prefix}..." for prefix in figures)]
+        choice = [*(f"{task}_{parts[0]}" for task in sets), *(f"{prefix}..." for prefix in figures)]
         raise ValueError(
             f"metric_for_best_model is {asked!r}, which no evaluation of this recipe has; there are "
             f"{', '.join(choice) or 'none: list eval_tasks or figures'}."

@@ -64,6 +64,7 @@ class _WithMaskPixels(TellsNobody):
     """Leaves out what the processor returns for masks and answers; no logit depends on it."""
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any):
+        self._evaluated = ""  # the name of the set
         fsdp.check_is_off()
         check_has_no_adapter(model)
         exact = exact_copies(model)
@@ -72,6 +73,8 @@ class _WithMaskPixels(TellsNobody):
         fsdp.check_adapters(self)
         if zero3.is_on(self.args):
             _check_pictures(self.train_dataset)
+            for prompts in (self.eval_dataset or {}).values() if isinstance(self.eval_dataset, dict) else ():
+                _check_pictures(prompts)
         if self.accelerator.num_processes > 1:
             # TRL gathers pictures for its tables on the processes that have some, and waits for those that have none.
             self.log_multimodal = False
@@ -80,6 +83,18 @@ class _WithMaskPixels(TellsNobody):
         head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
         if not hasattr(head, "bias"):
             head.bias = None
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"):
+        """As ever; of several sets TRL would give all rewards one name."""
+        self._evaluated = metric_key_prefix.removeprefix("eval").removeprefix("_")
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        measured = self._metrics["eval"]
+        if self._evaluated and not self.model.training:
+            for name in list(measured):
+                measured[f"{self._evaluated}_{name}"] = measured.pop(name)
+        super().log(logs, *args)
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], Any, dict[str, Any]]:
         rows, *rest = super()._tokenize_prompts(prompts)

@@ -24,7 +24,14 @@ from perceptio_hf.data.keys import check_value
 from perceptio_hf.training import zero3
 from perceptio_hf.training.checkpoints import WholeCheckpoints
 from perceptio_hf.training.config import check_uploads_nothing, fit_to_machine
-from perceptio_hf.training.recipe import Recipe, RecipeArguments, read_recipe, training_set
+from perceptio_hf.training.recipe import (
+    Recipe,
+    RecipeArguments,
+    check_best_metric,
+    evaluation_sets,
+    read_recipe,
+    training_set,
+)
 from perceptio_hf.training.reinforcement import PerceptioGRPOTrainer, PerceptioRLOOTrainer
 
 from .catalogue import REWARDS, make_rewards
@@ -60,11 +67,10 @@ class RewardArguments(RecipeArguments):
             raise ValueError(f"rewards are {self.rewards}; give weights of {', '.join(REWARDS)}.")
         for name, weight in self.rewards.items():
             check_value(f"rewards: {name}", weight, float)
-        unused = [name for name in ("eval_tasks", "figures") if getattr(self, name)]
-        if unused:
+        if self.figures:
             raise ValueError(
-                f"The recipe has {' and '.join(unused)}, but a training by rewards evaluates nothing: leave them out, "
-                "and measure its checkpoints by `perceptio eval`."
+                "The recipe has figures, but a training by rewards measures what its rewards do: list eval_tasks in "
+                "their place, and measure its checkpoints by `perceptio eval`."
             )
 
 
@@ -119,16 +125,23 @@ def reward_trainer(
     """TRL's trainer for a recipe of one of `KINDS`.
 
     Raises:
-        ValueError: for tasks without samples.
+        ValueError: for tasks without samples, evaluation tasks that are never asked, or `metric_for_best_model` that
+            no evaluation has.
     """
     arguments, settings = recipe.arguments, recipe.settings
+    if arguments.eval_tasks and settings.eval_strategy == "no":
+        raise ValueError("The recipe lists eval_tasks, but never evaluates: set eval_strategy: steps and eval_steps.")
+    check_best_metric(recipe, parts=("reward", *(f"rewards/{name}/mean" for name in arguments.rewards), "loss"))
     rewards, settings.reward_weights = make_rewards(arguments.rewards, model, processor)
+    held_out = evaluation_sets(arguments) or {}
     settings.generation_kwargs = {"spatial": arguments.spatial} | (settings.generation_kwargs or {})
     return KINDS[arguments.recipe][1](
         model,
         reward_funcs=rewards,
         args=settings,
         train_dataset=as_prompts(training_set(arguments), arguments.prompts),
+        eval_dataset={name: as_prompts(samples) for name, samples in (evaluation_sets(arguments) or {}).items()}
+        or None,
         processing_class=processor,
         peft_config=peft_config,
     )

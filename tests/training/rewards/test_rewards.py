@@ -234,6 +234,46 @@ def test_a_recipe_trains_by_rewards(tiny_folder, tmp_path, capsys, kind, more):
     assert PerceptioForConditionalGeneration.from_pretrained(merged).config.has_spatial_tokens
 
 
+EVALUATED = """eval_tasks:
+  - {world: spatial, scenes: 2, size: 48, first_seed: 50, name: seen}
+  - {world: plain, scenes: 2, size: 48, first_seed: 60}
+eval_strategy: steps
+eval_steps: 1
+eval_on_start: true
+per_device_eval_batch_size: 4
+metric_for_best_model: seen_rewards/form/mean"""
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_rewards_are_measured_on_sets_of_their_own(tiny_folder, tmp_path, kind):
+    """Each set by its name; before the first step, and after each."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(kind=kind, model=tiny_folder, more=EVALUATED))
+    trainer = _trainer(read_reward_recipe(kind, recipe, ["--output_dir", str(tmp_path / "out")]))
+    trainer.train()
+    for name in ("eval_seen_rewards/right_answer/mean", "eval_plain_rewards/form/mean", "eval_plain_reward"):
+        logged = [entry[name] for entry in trainer.state.log_history if name in entry]
+        assert len(logged) == 3 and all(value >= 0 for value in logged), name
+    forms = [entry[name] for entry in trainer.state.log_history if (name := "eval_seen_rewards/form/mean") in entry]
+    assert trainer.state.best_metric == max(forms[1:]) > 0
+    assert not [name for entry in trainer.state.log_history for name in entry if name.startswith("eval_rewards/")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_strategy": "no"}, "lists eval_tasks, but never evaluates"),
+        ({"metric_for_best_model": "seen_rewards/depth/mean"}, "there are seen_reward, plain_reward"),
+    ],
+)
+def test_evaluations_that_cannot_be(tiny_folder, tmp_path, changes, message):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(kind="grpo", model=tiny_folder, more=EVALUATED))
+    options = [f"--{name}={value}" for name, value in changes.items()]
+    with pytest.raises(ValueError, match=message):
+        _trainer(read_reward_recipe("grpo", recipe, ["--output_dir", str(tmp_path / "out"), *options]))
+
+
 def test_a_weight_that_is_none_is_named(tiny_folder, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     text = RECIPE.format(kind="grpo", model=tiny_folder, more="").replace("form: 0.5", "form: null")
@@ -246,7 +286,7 @@ def test_the_shipped_recipe_is_read(tmp_path):
     recipe = read_reward_recipe("grpo", find_recipe("grpo_world"), ["--output_dir", str(tmp_path)])
     assert recipe.arguments.rewards["right_answer"] == 1 and recipe.settings.beta > 0
     answers = recipe.settings.per_device_train_batch_size * recipe.settings.gradient_accumulation_steps
-    assert answers // recipe.settings.num_generations == 8  # questions a step, as its words say
+    assert 2 * answers // recipe.settings.num_generations == 16  # questions a step of two processes, as its words say
 
 
 def test_mistakes_in_a_recipe_are_named(tmp_path):
@@ -255,8 +295,7 @@ def test_mistakes_in_a_recipe_are_named(tmp_path):
         ("rewards: {right: 1.0}", "give weights of right_answer, form"),
         ("num_generation: 2", "did you mean num_generations"),
         ("prompts: many", "prompts must be a whole number"),
-        ("eval_tasks: [{world: refer, scenes: 2}]", "has eval_tasks, but .* `perceptio eval`"),
-        ("figures: [{broken_spans: 4}]", "has figures, but .* evaluates nothing"),
+        ("figures: [{broken_spans: 4}]", "has figures, but .* list eval_tasks"),
         ("reward_weights: [1.0]", r"reward_weights is \[1.0\]; .* write rewards:"),
         ("push_to_hub: true", "`perceptio push OUT/checkpoint"),
     ):
