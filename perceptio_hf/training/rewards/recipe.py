@@ -140,8 +140,7 @@ def reward_trainer(
         reward_funcs=rewards,
         args=settings,
         train_dataset=as_prompts(training_set(arguments), arguments.prompts),
-        eval_dataset={name: as_prompts(samples) for name, samples in (evaluation_sets(arguments) or {}).items()}
-        or None,
+        eval_dataset={name: as_prompts(samples) for name, samples in held_out.items()} or None,
         processing_class=processor,
         peft_config=peft_config,
     )
