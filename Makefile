@@ -14,7 +14,7 @@ STAMP := $(VENV)/.perceptio-installed
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-oldest test-newest test-between test-arithmetic test-arithmetic-quick test-sam2 test-lmms-eval test-engines test-ray test-track test-zero3 test-app rehearse plan lint clean
+.PHONY: help env demo test test-oldest test-oldest-quick test-newest test-between test-arithmetic test-arithmetic-quick test-formats test-sam2 test-lmms-eval test-engines test-ray test-track test-zero3 test-app rehearse plan lint clean
 
 help:
 	@echo "make demo   render a scene, ask the embedded model about it, write pictures to perceptio-demo/"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-oldest   the quick tests with the oldest releases that are supported, in an environment of their own"
 	@echo "make test-newest   the same, the training tests and the demo with the newest releases in range, asked for at every run"
 	@echo "make test-arithmetic   the numerical tests with other kernels and threads; test-arithmetic-quick: some of them"
+	@echo "make test-formats  exports of the codec to ONNX and 8-bit weights, with what reads them"
 	@echo "make test-between  what leans on transformers, with a release of each series between the oldest and the tested one"
 	@echo "make test-sam2     converted SAM2 weights beside Meta's own code, which this installs"
 	@echo "make test-lmms-eval   the plug-in inside lmms-eval, which this installs"
@@ -57,6 +58,14 @@ test: $(STAMP)
 OLDEST_TESTS := tests/modeling tests/processing tests/conversion tests/hub tests/test_registration.py
 test-oldest:
 	@$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt TEST_ARGS='-m "not slow" $(OLDEST_TESTS)'
+
+# Of these what leans on releases most, and a training.
+OLDEST_QUICK := $(addprefix tests/modeling/test_,versions.py perceptio.py generation.py transformers_ways.py shards.py placement.py) \
+	$(addprefix tests/processing/test_,processing_perceptio.py pictures.py) tests/conversion/test_opengvlab.py \
+	tests/hub/test_upload.py tests/test_registration.py \
+	$(addprefix tests/training/test_,trainer.py lora.py adapters_elsewhere.py)
+test-oldest-quick:
+	@$(MAKE) --no-print-directory test-oldest OLDEST_TESTS='$(OLDEST_QUICK)'
 
 # Every run asks pip for newer releases of everything in pyproject.toml's ranges, so that a new one is noticed here before
 # users meet it. torch alone stays as it is in the constraints: another comes with several GB of CUDA on Linux. Among the
@@ -115,6 +124,11 @@ test-between: $(STAMP)
 		echo "transformers $$version"; \
 		PYTHONPATH="$$folder" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(BETWEEN_TESTS) || exit 1; \
 	done
+
+# What reads exported codecs and 8-bit weights.
+test-formats: $(STAMP)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) onnxscript onnxruntime torchao
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/modeling/test_codec_graphs.py tests/modeling/test_quantization.py
 
 # sam2 asks for torchvision, which this comparison does without.
 test-sam2: $(STAMP)

@@ -160,6 +160,7 @@ def distributed(out: Path) -> None:
     again.train(resume_from_checkpoint=str(out / "divided" / "checkpoint-3"))
     for name, run in (("divided", divided), ("again", again)):
         run.save_model(str(out / name))
+    halved = in_half_precision(out / "halved", changes)
     if training.accelerator.distributed_type == DistributedType.MULTI_CPU:
         rewarded(out / "rewarded")
     if training.is_world_process_zero():
@@ -167,6 +168,7 @@ def distributed(out: Path) -> None:
             "streamed": streamed,
             "used": used,
             "checked": checked,
+            "halved": halved,
             "gradients": between.numbers,
             "history": training.state.log_history,
             "evaluation": evaluation,
@@ -174,6 +176,16 @@ def distributed(out: Path) -> None:
             "sharded": sum(hasattr(parameter, "full_tensor") for parameter in training.model.parameters()),
         }
         (out / "result.json").write_text(json.dumps(result))
+
+
+def in_half_precision(out: Path, changes: dict) -> dict[str, str]:
+    """A step with bf16: what a layer of the language model gives, and what is trained."""
+    AcceleratorState._reset_state()
+    training, found = trainer(out, **changes | {"bf16": True, "max_steps": 1}), {}
+    layer = training.model.model.language_model.layers[0].mlp.down_proj
+    layer.register_forward_hook(lambda module, inputs, output: found.update(language=str(output.dtype)))
+    training.train()
+    return found | {"trained": str(next(training.model.parameters()).dtype)}
 
 
 class _BetweenMicroBatches(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Training steps at the 1B shape as the trainer takes them: their pace, their memory, predicted and found; FSDP2."""
+"""Training steps at the 1B shape, in a loop set up as the trainer is: their pace, their memory, predicted and found."""
 
 import copy
 import os
@@ -142,7 +142,7 @@ def measure_case(setup, config, figures: dict, weights, autocast, adapters: bool
     rows, losses = len(batch["input_ids"]), []
 
     def step() -> None:
-        with torch.autocast(setup.device.type, dtype=autocast):
+        with torch.autocast(setup.device.type, dtype=autocast, cache_enabled=False):  # as the trainer has it
             loss = loss_of(model, batch, codec, words)
         if scaler is None:
             loss.backward()
@@ -226,8 +226,9 @@ def trainer(setup, record):
 
 @part(seconds=12)
 def fsdp(setup, record):
-    """FSDP2 by accelerate, one process: what the trainer does when launched with `--use_fsdp`."""
+    """FSDP2 by accelerate, one process, set up as the trainer sets it up when launched with `--use_fsdp`."""
     from accelerate import Accelerator
+    from accelerate.utils import AutocastKwargs
 
     from perceptio_hf.training import fsdp as settings
 
@@ -242,6 +243,7 @@ def fsdp(setup, record):
         os.environ["ACCELERATE_USE_CPU"] = "true"
     with record.case(FSDP2) as figures:
         accelerator = Accelerator(mixed_precision="bf16", cpu=not setup.is_cuda)
+        accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         settings.enable_on_cpu(accelerator)
         settings.prepare(accelerator.state.fsdp_plugin)
         config = perceptio_config(setup)
@@ -261,6 +263,7 @@ def fsdp(setup, record):
             with accelerator.autocast():
                 loss = loss_of(model, batch, codec, words)
             accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.detach())

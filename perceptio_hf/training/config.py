@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import warnings
 from dataclasses import Field, dataclass, field, make_dataclass
 
@@ -21,6 +22,7 @@ from .losses import PARTS, LossPart, LossWeights
 _logger = logging.getLogger(__name__)
 
 ON_ERROR = ("raise", "skip")
+_PRECISION = "ACCELERATE_MIXED_PRECISION"  # what `accelerate launch` sets
 TRACKERS = ("tensorboard", "wandb", "trackio")  # what the extra `track` brings; pictures of cases go there too
 
 # Settings of SFTConfig that this trainer has no use for: the values that ask for nothing, and what is done instead.
@@ -36,6 +38,12 @@ _WITHOUT_EFFECT: dict[str, tuple[tuple, str]] = {
     "use_liger_kernel": ((False,), "the composite loss builds no logits where no label is as it is"),
     "shuffle_dataset": ((False,), "the sampler shuffles; see data_seed"),
     "dataset_kwargs": ((None,), "the collator prepares samples"),
+    "dataset_num_proc": ((None,), "the collator prepares samples; see dataloader_num_workers"),
+    "dataset_text_field": (("text",), "samples have messages"),
+    "length_column_name": (("length",), "by length goes what a sample's words and picture take"),
+    "packing_strategy": (("bfd",), "a picture and its answers stay in a row of their own"),
+    "truncation_mode": (("keep_start",), "no row is ever cut; see max_length and on_error"),
+    "average_tokens_across_devices": ((True,), "each part is averaged over what all processes hold"),
     "pad_token": ((None,), "the processor's tokenizer has one"),
     "eos_token": ((None,), "the token that ends a turn is that of the chat template"),
     "chat_template_path": ((None,), "give a processor that has another template as processing_class"),
@@ -65,12 +73,21 @@ def fit_to_machine(settings: TrainingArguments) -> None:
     """What TRL leaves open and the machine decides; to be called before TRL's own `__post_init__`.
 
     TRL computes in bfloat16 where nobody says otherwise, which a processor that cannot multiply it does ten times as
-    slowly as float32: there it is off by default.
+    slowly as float32: there it is off by default. What accelerate was launched with counts as said.
     """
     if not torch.accelerator.is_available():
         settings.use_cpu = True  # as it would be anyway; only then does transformers allow bf16 on a CPU
+    if settings.bf16 is None and not settings.fp16 and os.environ.get(_PRECISION) in ("bf16", "fp16"):
+        settings.bf16, settings.fp16 = (os.environ[_PRECISION] == name for name in ("bf16", "fp16"))
     if settings.bf16 is None and settings.use_cpu and not multiplies_bfloat16(torch.device("cpu")):
         settings.bf16 = False
+
+
+def keep_precision(settings: TrainingArguments) -> None:
+    """To be called behind TRL's `__post_init__`: a `bf16: false` counts, whatever accelerate was launched with.
+    transformers takes it for nothing said."""
+    if not settings.bf16 and not settings.fp16:
+        settings.mixed_precision = "no"
 
 
 def warn_of_slow_bfloat16(accelerator: Accelerator) -> None:
@@ -80,7 +97,7 @@ def warn_of_slow_bfloat16(accelerator: Accelerator) -> None:
     if accelerator.is_main_process and not multiplies_bfloat16(accelerator.device):
         _logger.warning(
             "bf16 is on, and this processor does not multiply bfloat16: a step takes several times as long as in "
-            "float32. Set bf16: false (and no mixed_precision: bf16 in accelerate's configuration)."
+            "float32. Set bf16: false."
         )
 
 
@@ -190,6 +207,7 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
         with warnings.catch_warnings():  # the name TRL still gives to activation_checkpointing, whoever sets it
             warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
             super().__post_init__()
+        keep_precision(self)
         zero3.check_precision(self)
         self._keep_batches_whole()
         self._check_reports()

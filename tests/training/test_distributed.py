@@ -60,8 +60,7 @@ def single(tmp_path_factory) -> tuple[sft.PerceptioSFTTrainer, dict]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_take_the_steps_of_one(launched, single, kind):
     """Micro batches of 1, 4 a step, on 2 processes, of which some hold no picture, some no mask and some no depth,
-    against one batch of 8; and the same resumed from the first checkpoint. With activation checkpointing DDP looks for
-    no unused parameters: each must have a gradient."""
+    against one batch of 8; and the same resumed from the first checkpoint."""
     one, evaluation = single
     found = json.loads((launched / kind / "result.json").read_text())
     assert found["kind"].endswith(kind)
@@ -84,6 +83,14 @@ def test_two_processes_take_the_steps_of_one(launched, single, kind):
     shares = [count / trained for count in found["gradients"]]  # what the first process has after a micro batch
     assert shares == pytest.approx([0.5 if kind == "FSDP" else 1] * 6, abs=0.03)  # two steps of four
     assert found["checked"] == [1, 0]  # the first process reads the checkpoint and tells the other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_is_that_of_the_language_model(launched, kind):
+    """FSDP2 gets its autocast from the trainer: accelerate leaves it out there."""
+    found = json.loads((launched / kind / "result.json").read_text())["halved"]
+    assert found == {"language": "torch.bfloat16", "trained": "torch.float32"}
 
 
 @pytest.mark.slow

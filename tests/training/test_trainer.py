@@ -181,6 +181,7 @@ def test_gradient_checkpointing_changes_nothing(train):
 def test_mixed_precision_is_close(train):
     plain, mixed = train(max_steps=1), train(max_steps=1, bf16=True)
     assert logged_parts(mixed) == pytest.approx(logged_parts(plain), rel=0.03)
+    assert logged_parts(mixed) != pytest.approx(logged_parts(plain), rel=1e-5)  # it was mixed
     assert all(parameter.dtype == torch.float32 for parameter in mixed.model.parameters())
 
 
@@ -197,6 +198,19 @@ def test_bfloat16_is_the_default_where_the_processor_has_it(tmp_path, monkeypatc
         assert settings(str(tmp_path), **options).bf16 is known
         assert settings(str(tmp_path), bf16=not known, **options).bf16 is not known  # what is said counts
         assert not settings(str(tmp_path), fp16=True, **options).bf16
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("launched", ["bf16", "fp16", "no"])
+def test_what_a_recipe_says_of_precision_counts_whatever_launched_it(tmp_path, monkeypatch, known, launched):
+    knows_bfloat16(monkeypatch, known)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    for kind in (PerceptioSFTConfig, *(kind for kind, _ in REWARDED_KINDS.values())):
+        options = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True}
+        silent, full, half = kind(**options), kind(**options, bf16=False), kind(**options, bf16=True)
+        assert silent.mixed_precision == (launched if launched != "no" else "bf16" if known else "no")
+        assert (silent.bf16, silent.fp16) == (silent.mixed_precision == "bf16", silent.mixed_precision == "fp16")
+        assert (full.mixed_precision, full.bf16, half.mixed_precision, half.bf16) == ("no", False, "bf16", True)
 
 
 @pytest.mark.parametrize(("known", "asked", "said"), [(False, True, 1), (True, True, 0), (False, False, 0)])

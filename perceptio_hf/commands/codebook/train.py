@@ -121,7 +121,8 @@ def _accelerator(device: str | None) -> "Accelerator":
         raise ValueError(f"--device is {device!r}; give cpu or cuda, and choose GPUs by CUDA_VISIBLE_DEVICES.")
     if device is not None:
         check_device(device)
-    return Accelerator(cpu=device == "cpu")
+    # The recipe's `precision` counts; accelerate's would wrap several processes' forward in an autocast of its own.
+    return Accelerator(cpu=device == "cpu", mixed_precision="no")
 
 
 def _source(settings: dict[str, Any], size: int, device: str, out: Path) -> "DepthSource":

@@ -23,7 +23,7 @@ from trl import GRPOConfig, RLOOConfig
 from perceptio_hf.data.keys import check_value
 from perceptio_hf.training import zero3
 from perceptio_hf.training.checkpoints import WholeCheckpoints
-from perceptio_hf.training.config import check_uploads_nothing, fit_to_machine
+from perceptio_hf.training.config import check_uploads_nothing, fit_to_machine, keep_precision
 from perceptio_hf.training.recipe import (
     Recipe,
     RecipeArguments,
@@ -81,6 +81,7 @@ class _OnAnyMachine:
         fit_to_machine(self)
         check_uploads_nothing(self)
         super().__post_init__()
+        keep_precision(self)
         zero3.check_precision(self)
         if self.reward_weights is not None:
             raise ValueError(
