@@ -179,7 +179,7 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
         # PEFT saves what two tensors of an adapter share once, and transformers calls the other one missing.
         info["missing_keys"] = _without_shared(model, info["missing_keys"])
         if not kwargs.get("ignore_mismatched_sizes"):
-            check_loaded(pretrained_model_name_or_path, info)
+            check_loaded(pretrained_model_name_or_path, info, adapted=getattr(model, "_hf_peft_config_loaded", False))
         keep_own_settings(model.generation_config)  # also where the configuration is saved without the model
         return (model, info) if wants_info else model
 
@@ -465,10 +465,17 @@ def _without_shared(model: nn.Module, missing: Collection[str]) -> set[str]:
     return {name for name in missing if name not in everything or id(everything[name]) not in loaded}
 
 
-def check_loaded(source, info: dict) -> None:
-    """Raise a ValueError where transformers' loading `info` tells of weights that are missing, left over or misfit."""
+def check_loaded(source, info: dict, adapted: bool = False) -> None:
+    """Raise a ValueError where transformers' loading `info` tells of weights that are missing, left over or misfit: of
+    an adapter, where one has been loaded onto those of `source`."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(_with_shapes(key) for key in info.get(kind) or ())
+        if keys and adapted:
+            raise ValueError(
+                f"The adapter does not fit its base, {source}: {len(keys)} {kind.replace('_', ' ')}, the first is "
+                f"{keys[0]}. Is it whole, and of this base? Then this transformers cannot read it (5.17 reads neither "
+                "modules_to_save nor rows of tokens): give base and folder to peft.PeftModel.from_pretrained."
+            )
         if keys:
             raise ValueError(
                 f"The weights in {source} contradict its configuration: {len(keys)} {kind.replace('_', ' ')}, the "

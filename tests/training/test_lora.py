@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import sft_helpers as sft
 import torch
+import transformers
 from datasets import Dataset
 from helpers import assert_alike, assert_trained_alike, chat, encode, picture, random_model
 from peft import PeftModel, get_peft_model
@@ -177,6 +178,10 @@ def test_the_folder_of_an_adapter_is_loaded_as_a_model_is(trained, processor):
 
 
 def by_transformers(kind, folder: Path):
+    if transformers.__version__.startswith("5.17."):
+        with pytest.raises(ValueError, match=r"The adapter does not fit its base.*give base and folder to peft"):
+            kind.from_pretrained(folder)
+        pytest.skip("transformers 5.17 reads neither modules_to_save nor rows of tokens")
     try:
         return kind.from_pretrained(folder)
     except (ValueError, ImportError) as error:
@@ -321,7 +326,7 @@ def test_a_weight_that_is_missing_is_still_missed(trained, tmp_path):
     weights = load_file(folder / "adapter_model.safetensors")
     name = next(name for name in weights if "lora_A" in name)
     save_file({key: value for key, value in weights.items() if key != name}, folder / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"1 missing keys.*lora_A"):
+    with pytest.raises(ValueError, match=r"The adapter does not fit its base.* 1 missing keys.*lora_A"):
         by_transformers(AutoModel, folder)
 
 
