@@ -3,11 +3,12 @@
     trainer = PerceptioGRPOTrainer(model, reward_funcs=reward, args=GRPOConfig(...), train_dataset=prompts,
                                    processing_class=processor, peft_config=lora_config(model))
 
-Everything is TRL's but four things. What a processor returns goes to a method of TRL's that knows the inputs of a few
+Everything is TRL's but five things. What a processor returns goes to a method of TRL's that knows the inputs of a few
 models by name, and what SAM2 needs is not among them; the probability of a response does not depend on it. And TRL asks
 the head for a `bias`, which PEFT does not pass on where rows of the head learn, as `lora_config` has it. And where it
 loads the reference model, it asks a checkpoint that brings no code for the names of its code. And it takes the rows of
-a batch for prompts without padding, and would have the model attend to what our processor fills up short ones with.
+a batch for prompts without padding, and would have the model attend to what our processor fills up short ones with. And of several evaluation sets it gives all rewards one
+name.
 
 Responses are generated under the grammar of the spatial tokens, as ever, while TRL takes their probability from the
 whole vocabulary: where the model leaves much of it on tokens that the grammar forbids, train on samples first.
@@ -72,8 +73,8 @@ class _WithMaskPixels(TellsNobody):
             super().__init__(model, reward_funcs, args, *rest, **kwargs)
         fsdp.check_adapters(self)
         if zero3.is_on(self.args):
-            _check_pictures(self.train_dataset)
-            for prompts in (self.eval_dataset or {}).values() if isinstance(self.eval_dataset, dict) else ():
+            held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+            for prompts in (self.train_dataset, *held_out):
                 _check_pictures(prompts)
         if self.accelerator.num_processes > 1:
             # TRL gathers pictures for its tables on the processes that have some, and waits for those that have none.
