@@ -7,8 +7,8 @@ Everything is TRL's but five things. What a processor returns goes to a method o
 models by name, and what SAM2 needs is not among them; the probability of a response does not depend on it. And TRL asks
 the head for a `bias`, which PEFT does not pass on where rows of the head learn, as `lora_config` has it. And where it
 loads the reference model, it asks a checkpoint that brings no code for the names of its code. And it takes the rows of
-a batch for prompts without padding, and would have the model attend to what our processor fills up short ones with. And of several evaluation sets it gives all rewards one
-name.
+a batch for prompts without padding, and would have the model attend to what our processor fills up short ones with. And
+to the rewards of all evaluation sets it gives one name.
 
 Responses are generated under the grammar of the spatial tokens, as ever, while TRL takes their probability from the
 whole vocabulary: where the model leaves much of it on tokens that the grammar forbids, train on samples first.
