@@ -76,7 +76,8 @@ ELSEWHERE = {
 SLOW = ("README.md", "evaluation.md", "lora.md", "training.md")  # those that train
 # Further options that make long work short: the beginning of a command -> what is put behind it.
 SHORT = {
-    "train --config recipes/grpo_world.yaml": "--max_steps 1 --prompts 4 --per_device_train_batch_size 4 "
+    "train --config recipes/grpo_world.yaml": "--eval_prompts 2 --eval_steps 1 "
+    "--max_steps 1 --prompts 4 --per_device_train_batch_size 4 "
     "--gradient_accumulation_steps 1 --num_generations 2 --logging_steps 1",
     "train": "--max_steps 2 --per_device_train_batch_size 2 --logging_steps 1 --eval_strategy no --use_cpu true",
     "codebook train": "--steps 3 --maps 4 --config codebook_tiny",

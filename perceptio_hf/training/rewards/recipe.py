@@ -57,6 +57,9 @@ class RewardArguments(RecipeArguments):
         metadata={"help": f"Weights of rewards: {', '.join(REWARDS)}."},
     )
     prompts: int | None = field(default=None, metadata={"help": "So many of the tasks' samples; default: all."})
+    eval_prompts: int | None = field(
+        default=None, metadata={"help": "So many of each evaluation set's samples; default: all."}
+    )
     spatial: str = field(
         default="auto", metadata={"help": "What is written before words: auto, none, seg, depth or seg+depth."}
     )
@@ -141,7 +144,7 @@ def reward_trainer(
         reward_funcs=rewards,
         args=settings,
         train_dataset=as_prompts(training_set(arguments), arguments.prompts),
-        eval_dataset={name: as_prompts(samples) for name, samples in held_out.items()} or None,
+        eval_dataset={name: as_prompts(samples, arguments.eval_prompts) for name, samples in held_out.items()} or None,
         processing_class=processor,
         peft_config=peft_config,
     )
