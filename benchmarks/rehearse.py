@@ -130,8 +130,10 @@ class Rehearsal:
 
 
 def check_processes(run: Path, wanted: int) -> None:
-    """Stop unless the training's checkpoints are of so many processes: each leaves the state of its random numbers."""
-    found = {checkpoint.name: len(list(checkpoint.glob("rng_state*.pth"))) for checkpoint in run.glob("checkpoint-*")}
+    """Stop unless the training's checkpoints were written by so many processes."""
+    from perceptio_hf.training.checkpoints import processes_of
+
+    found = {checkpoint.name: processes_of(checkpoint) for checkpoint in run.glob("checkpoint-*")}
     if not found or set(found.values()) != {wanted}:
         sys.exit(f"The training was to be one of {wanted} processes, but its checkpoints say: {found}")
 

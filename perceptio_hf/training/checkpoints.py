@@ -47,7 +47,7 @@ def last_checkpoint(folder: str | Path, *, quiet: bool = False) -> Path | None:
     return None
 
 
-def _processes_of(checkpoint: Path | None) -> int | None:
+def processes_of(checkpoint: Path | None) -> int | None:
     """How many processes wrote a checkpoint: each leaves the state of its random numbers. None: it cannot be told."""
     if checkpoint is None:
         return None
@@ -230,7 +230,7 @@ class WholeCheckpoints(Trainer):
         fault = None if checkpoint is None else self._told(lambda: fault_of(checkpoint))
         if fault is not None:
             raise ValueError(f"{checkpoint} cannot be used: {fault}. Resume from another checkpoint, or begin anew.")
-        before, now = _processes_of(checkpoint), self.accelerator.num_processes
+        before, now = processes_of(checkpoint), self.accelerator.num_processes
         if before not in (None, now) and self.accelerator.is_main_process:
             _logger.warning(
                 "%s was trained by %d processes, and this training has %d: it does not go on at the same sample, and "

@@ -36,9 +36,6 @@ class Gathering:
         self._whole = dict.fromkeys([*self._blocks, model], 0)  # bytes of parameters
         for parameter, owner in owners.items():
             self._whole[owner] += _bytes(parameter)
-        self._begin()
-
-    def _begin(self) -> None:
         self._gradients = dict.fromkeys(self._whole, 0)  # bytes of whole ones
         self._new: tuple[nn.Module, int] | None = None  # one that has been added just now, and still lives itself
         self._order: list[nn.Module] = []  # in which blocks went forward
@@ -49,14 +46,13 @@ class Gathering:
 
     @contextmanager
     def micro_batch(self) -> Iterator[None]:
-        """Around the forward and backward pass of one."""
+        """Around the forward and backward pass of the one that is looked at."""
         handles = []
         for block in self._blocks:
             handles += [block.register_forward_pre_hook(self._comes), block.register_forward_hook(self._is_through)]
         for parameter, owner in self._owners.items():
             if parameter.requires_grad:
                 handles.append(parameter.register_post_accumulate_grad_hook(partial(self._has_gradient, owner)))
-        self._begin()
         before = self.counter.gathered
         self._gather(self._root)
         try:

@@ -195,10 +195,9 @@ def _run_in_shards(
 
     Of a step's only micro batch it is a little too much: its gradients come bit by bit.
     """
-    for _ in range(2):  # the first step makes the state
-        for parameter in model.parameters():
-            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-        optimizer.step()
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    optimizer.step()  # makes the state
     counter = gathering.counter
     stepping = (counter.peak - counter.now) // gathering.processes  # what the optimizer needs for a moment
     counter.restart()
