@@ -84,6 +84,7 @@ def run_part(name: str, setup: Setup, path: Path) -> None:
         torch.cuda.set_device(setup.device.index or 0)
     else:
         torch.set_num_threads(1)
+    torch.manual_seed(0)
     PARTS[name].run(setup, Record(path))
 
 

@@ -6,7 +6,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from helpers import depth_config, random_model
 from PIL import ImageFile
 
@@ -14,6 +16,23 @@ from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor
 
 SHARED = Path(__file__).parents[2] / "shared"
 TEXTS = ["Which is closer, the red ball or the blue box?", "Segment the red ball.", "Here is the depth map."]
+
+
+def begin_again() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What is drawn at random without a seed is the same whichever tests, and however many, a process ran before."""
+    begin_again()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """The same after fixtures, which the first of the tests that share them makes."""
+    begin_again()
 
 
 @pytest.fixture(autouse=True)
