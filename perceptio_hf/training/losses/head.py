@@ -2,9 +2,10 @@
 
 Of the n x V logits three things are needed: the log of the normaliser, the logit of the target, the logits of the
 codes. At 1,500 tokens and 152,000 words logits and their gradient would take 1.8 GB; here the head's last product is
-computed a few rows at a time. Where the head's weights are trained it is computed once more for the gradient; where
-they are fixed, but for single rows that PEFT trains, all that the gradient needs of it is taken along. Values and
-gradients are the same but for the order in which numbers are added.
+computed a few rows at a time. Where the head's weights are trained, some rows stand until their gradient takes their
+place and the others are computed once more for theirs: 0.4 GB. Where the weights are fixed, but for single rows that
+PEFT trains, all that the gradient needs is taken along. Values and gradients are the same but for the order in which
+numbers are added.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-WHOLE = 2**25  # logits that may stand at once, 134 MB in float32; up to so many nothing is computed twice
+WHOLE = 2**25  # logits that are computed at once, 134 MB in float32
+KEPT = 2  # times as many stay for the gradient, so that up to so many nothing is computed twice
 _WIDENED = 2**21  # logits of half precision that are widened at once
 
 # What hooks do with any output: they move it, or have backward passes call them.
@@ -161,26 +163,32 @@ class _Readout(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None, None]:
         logits, targets, code_ids, normaliser = ctx.saved_tensors
-        whole = torch.empty_like(logits)
-        for rows in _parts(len(logits), logits.shape[-1], _WIDENED):
-            shifted = logits[rows].to(normaliser.dtype) - normaliser[rows, None]
-            whole[rows] = _logit_gradient(shifted, targets, code_ids, gradients, rows)
+        whole = logits.clone()
+        _become_gradient(whole, normaliser, targets, code_ids, gradients, slice(0, len(whole)))
         return whole, None, None
 
 
 class _PartsOfHead(torch.autograd.Function):
-    """(n, d) states and the head's (V, d) weights -> readings; the logits are computed in parts, twice."""
+    """(n, d) states and the head's (V, d) weights -> readings; the logits are computed in parts.
+
+    The first part stays, and becomes its own gradient in the backward pass; the others are computed twice. So is the
+    first where the graph is kept for another backward pass.
+    """
 
     @staticmethod
     def forward(
         ctx, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, code_ids: Tensor, dtype: torch.dtype
     ) -> Readings:
-        parts = []
+        found, ctx.kept = [], None
         with torch.autocast(states.device.type, enabled=False):
             own, head, offset = states.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-            for rows in _parts(len(states), len(weight), WHOLE):
-                parts.append(_readings(F.linear(own[rows], head, offset), targets[rows], code_ids))
-        readings = tuple(torch.cat(part) for part in zip(*parts, strict=True))
+            for rows in _kept_and_other_parts(len(states), len(weight)):
+                logits = F.linear(own[rows], head, offset)
+                found.append(_readings(logits, targets[rows], code_ids))
+                if rows.start == 0 and any(ctx.needs_input_grad):
+                    ctx.kept = logits
+                del logits
+        readings = tuple(torch.cat(part) for part in zip(*found, strict=True))
         ctx.save_for_backward(states, weight, bias, targets, code_ids, readings[0])
         ctx.dtype = dtype
         return readings
@@ -194,17 +202,18 @@ class _PartsOfHead(torch.autograd.Function):
         of_states = torch.empty_like(states) if wants_states else None
         of_weight = torch.zeros_like(weight) if wants_weight else None
         of_bias = torch.zeros_like(bias) if wants_bias else None
+        logits, ctx.kept = ctx.kept, None
         with torch.autocast(states.device.type, enabled=False):
-            for rows in _parts(len(states), len(weight), WHOLE):
-                shifted = F.linear(own[rows], head, offset).to(normaliser.dtype).sub_(normaliser[rows, None])
-                part = _logit_gradient(shifted, targets, code_ids, gradients, rows).to(ctx.dtype)
-                del shifted
+            for rows in _kept_and_other_parts(len(states), len(weight)):
+                logits = F.linear(own[rows], head, offset) if logits is None else logits
+                _become_gradient(logits, normaliser, targets, code_ids, gradients, rows)
                 if wants_states:
-                    of_states[rows] = part @ head
+                    of_states[rows] = logits @ head
                 if wants_weight:
-                    _add_product(of_weight, part, own[rows])
+                    _add_product(of_weight, logits, own[rows])
                 if wants_bias:
-                    of_bias += part.sum(0)
+                    of_bias += logits.sum(0)
+                logits = None
         return of_states, of_weight, of_bias, None, None, None
 
 
@@ -292,16 +301,31 @@ def _readings(logits: Tensor, targets: Tensor, code_ids: Tensor) -> Readings:
     return normaliser, logits.gather(1, targets[:, None])[:, 0].to(dtype), logits[:, code_ids].to(dtype)
 
 
-def _logit_gradient(shifted: Tensor, targets: Tensor, code_ids: Tensor, gradients: Readings, rows: slice) -> Tensor:
-    """The gradient of some rows of logits, in float32 or finer, in the memory of `shifted`: the logits less the log of
-    their normaliser."""
-    of_normaliser, of_target, of_codes = (gradient[rows] for gradient in gradients)
-    part = shifted.exp_().mul_(of_normaliser[:, None])
-    part.scatter_add_(1, targets[rows, None], of_target[:, None])
-    return part.index_add_(1, code_ids, of_codes)
+def _become_gradient(
+    logits: Tensor, normaliser: Tensor, targets: Tensor, code_ids: Tensor, gradients: Readings, rows: slice
+) -> None:
+    """Turn the logits of these rows into their gradient, computed in float32 or finer, where they stand."""
+    normaliser, targets, of_normaliser, of_target, of_codes = (
+        numbers[rows] for numbers in (normaliser, targets, *gradients)
+    )
+    for few in _parts(len(logits), logits.shape[-1], _WIDENED):
+        part = logits[few].to(normaliser.dtype)  # the logits themselves where they are of this type
+        part.sub_(normaliser[few, None]).exp_().mul_(of_normaliser[few, None])
+        part.scatter_add_(1, targets[few, None], of_target[few, None])
+        part.index_add_(1, code_ids, of_codes[few])
+        if part.dtype != logits.dtype:
+            logits[few] = part
 
 
 def _parts(rows: int, columns: int, most: int) -> Iterator[slice]:
     """The rows of a matrix in parts of at most `most` numbers, or of one row."""
     step = max(1, most // columns)
     return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _kept_and_other_parts(rows: int, columns: int) -> Iterator[slice]:
+    """What of a matrix of logits stays for its gradient, then the rest."""
+    kept = max(1, KEPT * WHOLE // columns)
+    yield slice(0, min(kept, rows))
+    for part in _parts(max(0, rows - kept), columns, WHOLE):
+        yield slice(kept + part.start, min(kept + part.stop, rows))

@@ -1,5 +1,7 @@
 """The head in parts: the values and gradients of all logits at once, of which no more than a part ever stands."""
 
+from collections import defaultdict
+
 import pytest
 import torch
 from loss_batches import SIZE, VOCABULARY, WORDS, loss_codec, padded
@@ -74,16 +76,32 @@ def _noting(function, seen: list[int]):
 
 
 def test_no_more_logits_stand_than_asked_for(monkeypatch):
-    """19 rows in parts of 3, forward and backward; the head itself is called once, and makes nothing of its own."""
+    """19 rows, the first 6 of which stay and the others in parts of 3, forward and backward; the head itself is called
+    once, and makes nothing of its own."""
     monkeypatch.setattr(loss_head, "WHOLE", 3 * VOCABULARY)
     seen = []
-    for name in ("_readings", "_logit_gradient"):
+    for name in ("_readings", "_become_gradient"):
         monkeypatch.setattr(loss_head, name, _noting(getattr(loss_head, name), seen))
     head, calls = head_of("plain"), []
     head.register_forward_hook(lambda module, inputs, output: calls.append(output.requires_grad))
     states = torch.randn(3, LABELS.shape[1], HIDDEN, dtype=torch.float64, requires_grad=True)
     losses(head, None, states)[0].backward()
-    assert seen == 2 * [3, 3, 3, 3, 3, 3, 1] and calls == [True]
+    assert seen == 2 * [6, 3, 3, 3, 3, 1] and calls == [True]
+
+
+def test_what_stays_is_computed_once_and_again_for_a_second_pass(monkeypatch):
+    """Of 19 rows the first 6 once, but for a graph that is kept."""
+    monkeypatch.setattr(loss_head, "WHOLE", 3 * VOCABULARY)
+    head = head_of("plain")
+    states = torch.randn(3, LABELS.shape[1], HIDDEN, dtype=torch.float64, requires_grad=True)
+    loss, _ = losses(head, None, states)
+    first, second, once = [], [], []
+    for found in (first, second):
+        with Shapes() as shapes:
+            found += torch.autograd.grad(loss, [states, *head.parameters()], retain_graph=True)
+        once.append((6, VOCABULARY) in shapes.made["aten.mm.default"])
+    assert once == [False, True]
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
 
 
 def test_autocast_computes_as_it_would(monkeypatch):
@@ -194,10 +212,13 @@ class Shapes(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.seen: set[tuple[int, ...]] = set()
+        self.made: dict[str, set[tuple[int, ...]]] = defaultdict(set)  # by the operation
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **kwargs or {})
-        self.seen |= {tuple(item.shape) for item in tree_leaves(result) if isinstance(item, torch.Tensor)}
+        shapes = {tuple(item.shape) for item in tree_leaves(result) if isinstance(item, torch.Tensor)}
+        self.seen |= shapes
+        self.made[str(func)] |= shapes
         return result
 
 
