@@ -24,7 +24,8 @@ import numpy as np
 from PIL import Image
 
 from perceptio_hf.bulk.engines import LocalEngine
-from perceptio_hf.bulk.items import Item, list_items
+from perceptio_hf.bulk.item import Item
+from perceptio_hf.bulk.items import list_items
 from perceptio_hf.commands import checkpoints
 from perceptio_hf.evaluation.run.predictions import RESULTS_FILE, ask_of_all, predict_items
 from perceptio_hf.files import out_file, write_json

@@ -146,7 +146,7 @@ def measure_worker(setup, figures: dict, teacher, codec: DepthVQVAE) -> None:
     """A batch from JPEG files to codes as `perceptio label` does it: reading, which several threads share, and work."""
     from transformers import DPTImageProcessor
 
-    from perceptio_hf.bulk.items import Item
+    from perceptio_hf.bulk.item import Item
     from perceptio_hf.labelling.teacher import Teacher, teacher_info
     from perceptio_hf.labelling.worker import Labeller
 

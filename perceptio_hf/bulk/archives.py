@@ -4,14 +4,16 @@ Each is found by a small place that any process can open again; nothing is unpac
 """
 
 import os
+import posixpath
 import tarfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from perceptio_hf.data.lines import SCHEMES
 from perceptio_hf.data.rows import import_datasets, without_decoding
 from perceptio_hf.extras import missing
 
@@ -64,8 +66,8 @@ class ParquetRow:
     place: int
 
     def encoded(self) -> Any:
-        """As `TarMember.encoded`, or a path."""
-        return _only(_groups.pictures(self.file, self.group)[self.place].as_py())
+        """As `TarMember.encoded`, or a path; relative ones are seen from the folder of the file."""
+        return _located(_only(_groups.pictures(self.file, self.group)[self.place].as_py()), os.path.dirname(self.file))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,13 @@ class SavedRow:
 Place = TarMember | ParquetRow | SavedRow
 
 
+def _located(content: Any, folder: str) -> Any:
+    path = content.get("path") if isinstance(content, dict) and content.get("bytes") is None else content
+    if not isinstance(path, str) or SCHEMES.match(path):
+        return content
+    return os.path.join(folder, os.path.expanduser(path))
+
+
 def _only(content: Any) -> Any:
     if isinstance(content, list):
         if len(content) != 1:
@@ -94,22 +103,63 @@ def _only(content: Any) -> Any:
     return content
 
 
-def tar_members(file: str) -> Iterator[TarMember]:
-    """The files in a tar file, in its order; only their headers are read.
+def tar_members(file: str, wanted: Callable[[str], bool]) -> Iterator[TarMember]:
+    """The files in a tar file whose names are wanted, in its order; only their headers are read.
 
     Raises:
-        ValueError: for what is no tar file, or a packed one, in which nothing can be found without unpacking all.
+        ValueError: for what is no tar file, one that is damaged or cut off, several of them in one file, or a packed
+            one, in which nothing can be found without unpacking all.
     """
+    seen: dict[str, TarMember] = {}  # for links
     try:
         with tarfile.open(file, "r:") as archive:
             for member in archive:
                 if member.isfile() and not member.issparse():
-                    yield TarMember(file, member.name, member.offset_data, member.size)
+                    seen[member.name] = TarMember(file, member.name, member.offset_data, member.size)
+                if not wanted(posixpath.basename(member.name)):
+                    continue
+                if member.islnk() or member.issym():
+                    yield replace(_linked(member, seen, file), name=member.name)
+                elif member.name in seen:
+                    yield seen[member.name]
                 archive.members = []  # it would remember all of them
+            _check_end(file, archive.offset)
     except FileNotFoundError:
         raise ValueError(f"There is no file {file}; check the path.") from None
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{file} cannot be read as a tar file ({error}); shards must not be compressed.") from None
+
+
+def _linked(member: tarfile.TarInfo, seen: dict[str, TarMember], file: str) -> TarMember:
+    """The file that a link in a tar file stands for."""
+    folder = posixpath.dirname(member.name) if member.issym() else ""
+    found = seen.get(posixpath.normpath(posixpath.join(folder, member.linkname)), seen.get(member.linkname))
+    if found is None:
+        raise ValueError(
+            f"{file}: {member.name} is a link to {member.linkname}, which is not in front of it there; write the shard "
+            "with files in the place of links (tar --dereference --hard-dereference)."
+        )
+    return found
+
+
+def _check_end(file: str, offset: int) -> None:
+    """ValueError unless a tar file ends where its last member does. `tarfile` stops at the first block that is no
+    header, whatever comes behind."""
+    with open(file, "rb") as content:
+        content.seek(offset)
+        mark = content.read(tarfile.BLOCKSIZE)
+        if len(mark) < tarfile.BLOCKSIZE:
+            raise ValueError(
+                f"{file} is cut off at byte {offset + len(mark):,}: a tar file ends with a mark of its own."
+            )
+        if mark.count(0) < len(mark):
+            raise ValueError(f"{file} is damaged at byte {offset:,}: no file begins there, nor do they end.")
+        while block := content.read(1 << 20):
+            if block.count(0) < len(block):
+                raise ValueError(
+                    f"{file} goes on behind its end at byte {offset:,}, as tar files do that were written one behind "
+                    "the other into one; name each of them."
+                )
 
 
 def parquet_rows(file: str) -> Iterator[tuple[ParquetRow, dict[str, Any]]]:

@@ -2,25 +2,20 @@
 Pictures stay closed."""
 
 import glob
-import io
+import itertools
 import json
 import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from perceptio_hf.data.encoded import local, open_encoded
 from perceptio_hf.data.lines import SCHEMES
 from perceptio_hf.files import expanded, files_below
-from perceptio_hf.processing.picture_sources import find_picture
-from perceptio_hf.processing.pictures import load_picture
 
 from .archives import PARQUET_SUFFIX, TAR_SUFFIX, Place, TarMember, parquet_rows, saved_rows, tar_members
+from .item import Item, absolute
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 LINES_SUFFIX, LIST_SUFFIX = ".jsonl", ".txt"
@@ -32,129 +27,9 @@ _WANTED = {
     TAR_SUFFIX: f"a shard holds pictures ({', '.join(PICTURE_SUFFIXES)}).",
 }
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_WEB = re.compile(r"https?://", re.IGNORECASE)
 _FIRST_MAGIC = re.compile(r"[*?[{]")
+_ABOUT_PICTURES = "metadata.parquet"
 _NAMED = 3  # missing files that an error names
-_HEAD = 1 << 17  # bytes of a picture in a shard that tell its size: JPEG's header with EXIF and a colour profile
-_ORIENTATION = 0x0112  # EXIF tag; values above 4 exchange width and height
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """A picture of another machine, fetched."""
-
-    address: str
-    data: bytes
-
-    def encoded(self) -> dict[str, Any]:
-        return {"bytes": self.data, "path": self.address}
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One picture, and what is asked about it.
-
-    Args:
-        index: its place among all items, from 0.
-        id: as the line says; else its path below the folder, the place of its line, or the row of its data set.
-        picture: what to call it: a path or an address.
-        source: where it is: an absolute path or an address; a place in a larger file; None where a line names none.
-        question: "" where the item has none of its own. Whether it is a text is for those to check who ask it.
-        spatial: as in `model.generate`; None where the item does not say.
-        extra: what else the line or row says, carried along.
-        error: why it cannot be used, where that is known already.
-    """
-
-    index: int
-    id: str
-    picture: str | None
-    source: str | Place | Fetched | None
-    question: Any = ""
-    spatial: Any = None
-    extra: dict[str, Any] = field(default_factory=dict)
-    error: str | None = None
-
-    @property
-    def file(self) -> str | None:
-        """The file that holds the picture, on whatever machine it is opened; None where none does."""
-        if isinstance(self.source, str):
-            return None if SCHEMES.match(self.source) else self.source
-        return getattr(self.source, "file", getattr(self.source, "folder", None))
-
-    def open(self) -> Image.Image:
-        """The picture, RGB and upright.
-
-        Raises:
-            ValueError: naming a picture that cannot be read.
-        """
-        if self.error is not None:
-            raise ValueError(self.error)
-        if isinstance(self.source, str):
-            return load_picture(self.source)
-        try:
-            return load_picture(open_encoded(self.source.encoded()))
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{self.picture}: {error}") from None
-
-    def encoded(self) -> dict[str, Any]:
-        """The picture as `datasets.Image` keeps it: a file by its path, one on another machine by its address, one out
-        of a larger file or a data: URL by its bytes.
-
-        Raises:
-            ValueError: where there is none.
-        """
-        content = self.source if isinstance(self.source, str) else self.source.encoded()
-        if isinstance(content, dict) and content.get("bytes") is None:
-            content = content.get("path")
-        if isinstance(content, dict):
-            return content
-        if isinstance(content, bytes):  # of a column of plain bytes
-            return {"bytes": content, "path": None}
-        if not isinstance(content, str):
-            raise ValueError(f"{self.picture}: it has no picture, but {content!r:.40}.")
-        if content[:5].lower() == "data:":
-            return {"bytes": find_picture(content)[0].getvalue(), "path": None}
-        return {"bytes": None, "path": _absolute(local(content))}
-
-    def fetched(self) -> "Item":
-        """The item with its picture in memory, where that is on another machine; else the item itself.
-
-        Raises:
-            ValueError: naming an address that cannot be fetched.
-        """
-        if self.error is not None or isinstance(self.source, TarMember | Fetched):
-            return self
-        try:
-            content = {"path": self.source} if isinstance(self.source, str) else self.encoded()
-        except (ValueError, OSError):  # opening it says why, and of which picture
-            return self
-        address = content["path"] if content.get("bytes") is None else None
-        if address is None or not _WEB.match(address):
-            return self
-        return replace(self, source=Fetched(address, find_picture(address)[0].getvalue()))
-
-    def size(self) -> tuple[int, int] | None:
-        """(width, height) as seen, read from the header; None where that cannot be read, or not without the network."""
-        if self.error is not None or (isinstance(self.source, str) and SCHEMES.match(self.source)):
-            return None
-        head = _size_of(self.source.read(_HEAD)) if isinstance(self.source, TarMember) else None
-        if head is not None:
-            return head
-        try:
-            content = self.encoded()
-        except Exception:  # pyarrow's own kinds; opening the picture will say which
-            return None
-        return _size_of(content["path"] if content["bytes"] is None else content["bytes"])
-
-
-def _size_of(source: str | bytes) -> tuple[int, int] | None:
-    """(width, height) as seen of a picture, or of the beginning of one."""
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
-            turned = picture.getexif().get(_ORIENTATION, 1) > 4
-            return (picture.height, picture.width) if turned else picture.size
-    except Exception:  # Pillow's readers raise many kinds; reading the whole picture will say which
-        return None
 
 
 def is_collection(word: str) -> bool:
@@ -209,7 +84,7 @@ def _of_file(word: str) -> Iterable[dict[str, Any]]:
 
 def _of_path(name: str, path: str) -> dict[str, Any]:
     """A picture by its path or address."""
-    return _fields_of(name, path, _absolute(path))
+    return _fields_of(name, path, absolute(path))
 
 
 def _fields_of(name: str, shown: str, source: str | Place) -> dict[str, Any]:
@@ -227,29 +102,34 @@ def _spelled(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _absolute(path: str) -> str:
-    """Workers elsewhere have other working folders."""
-    return path if SCHEMES.match(path) else os.path.abspath(os.path.expanduser(path))
-
-
 def _of_folder(folder: str, out: str | None) -> Iterable[dict[str, Any]]:
     if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
         parts = ", ".join(sorted(name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name))))
         raise ValueError(f"{folder} holds several data sets; name one of them: {parts}.")
-    pictures = [str(path) for path in files_below(folder) if _is_picture_name(path.name)]
-    found = _outside(pictures, folder, out)
-    if not found:
-        shards = sorted(glob.glob(os.path.join(glob.escape(folder), "*")))
-        shards = [path for path in shards if path.lower().endswith((TAR_SUFFIX, PARQUET_SUFFIX))]
-        shards = _outside(shards, folder, out)
-        if not shards:
-            _check_not_results(pictures, folder, out)
-            raise ValueError(
-                f"{folder} is a folder without pictures ({', '.join(PICTURE_SUFFIXES)}) or shards of them "
-                f"({TAR_SUFFIX}, {PARQUET_SUFFIX}); name another one."
-            )
+    files = [str(path) for path in files_below(folder)]
+    pictures = [path for path in files if _is_picture_name(os.path.basename(path))]
+    found = sorted(_outside(pictures, folder, out))
+    shards = sorted(_outside([path for path in files if _is_shard_name(os.path.basename(path))], folder, out))
+    if found and shards:
+        pattern = os.path.join(folder, "**", f"*{os.path.splitext(shards[0])[1]}")
+        raise ValueError(
+            f"{folder} holds pictures ({len(found)}, such as {found[0]}) and shards of pictures ({len(shards)}, such "
+            f"as {shards[0]}); name those that are meant by a pattern, such as '{pattern}'."
+        )
+    if not found and not shards:
+        _check_not_results(pictures, folder, out)
+        raise ValueError(
+            f"{folder} is a folder without pictures ({', '.join(PICTURE_SUFFIXES)}) or shards of them "
+            f"({TAR_SUFFIX}, {PARQUET_SUFFIX}); name another one."
+        )
+    if shards:
         return [fields for path in shards for fields in _of_file(path)]
-    return [_of_path(os.path.relpath(path, folder), path) for path in sorted(found)]
+    return [_of_path(os.path.relpath(path, folder), path) for path in found]
+
+
+def _is_shard_name(name: str) -> bool:
+    """`metadata.parquet` says something about the pictures beside it, as `datasets` has it."""
+    return not name.startswith(".") and name.lower().endswith((TAR_SUFFIX, PARQUET_SUFFIX)) and name != _ABOUT_PICTURES
 
 
 def _is_picture_name(name: str) -> bool:
@@ -387,11 +267,20 @@ def _of_row(name: str, shown: str, place: Place, values: dict[str, Any]) -> dict
 
 
 def _of_tar(file: str) -> Iterator[dict[str, Any]]:
-    """The pictures of a shard in WebDataset's form; what else a sample has there is not read."""
+    """The pictures of a shard in WebDataset's form; what else a sample has there is not read: of `7.jpg` and
+    `7.mask.png`, which are one sample, the latter is no picture of its own."""
     name = os.path.basename(file)
-    for place in tar_members(os.path.abspath(file)):
-        if _is_picture_name(os.path.basename(place.name)):
+    for key, members in itertools.groupby(tar_members(os.path.abspath(file), _is_picture_name), _key_of):
+        sample = list(members)
+        itself = [place for place in sample if os.path.splitext(place.name)[0] == key]
+        for place in itself or sample:
             yield _fields_of(f"{name}/{place.name}", f"{file}, {place.name}", place)
+
+
+def _key_of(place: TarMember) -> str:
+    """What the files of one sample have in common: the name up to the first dot."""
+    folder, slash, name = place.name.rpartition("/")
+    return folder + slash + name.partition(".")[0]
 
 
 def _is_whole(value: Any) -> bool:

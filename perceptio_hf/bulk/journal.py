@@ -2,22 +2,25 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from perceptio_hf.files import named, write_json
+from perceptio_hf.files import named, replacing, write_json
 
 
 class Journal:
-    """A file of JSON lines, one for each item of a run, in order; a batch of them reaches the disk before the next.
+    """A file of JSON lines, one for each item of a run; a batch of them reaches the disk before the next.
 
     Beside NAME.jsonl lies NAME.claim.json: what the lines are results of. A last line that was cut off is dropped.
 
     Args:
         path: the file; its folder is made.
         claim: what the results depend on; they are never mixed with those of another claim.
-        ids: the items, in order.
+        ids: of the items.
+        order: in which lines are to come, places of items; each line then says its item's as "index". As `order` the
+            journal has the order there is: what has a line, as the lines come, and then the rest. None: as they are.
+        outdated: of what is given again: lines for which it is true are dropped, and their items done once more.
         overwrite: start anew over the results of another claim, or over lines that cannot be used.
         keep: whether the records stay in memory, as `records`; without it only their number does, as `done`.
 
@@ -26,9 +29,19 @@ class Journal:
     """
 
     def __init__(
-        self, path: Path, claim: dict[str, Any], ids: Sequence[str], *, overwrite: bool = False, keep: bool = True
+        self,
+        path: Path,
+        claim: dict[str, Any],
+        ids: Sequence[str],
+        *,
+        order: Sequence[int] | None = None,
+        outdated: Callable[[dict[str, Any]], bool] | None = None,
+        overwrite: bool = False,
+        keep: bool = True,
     ):
         self.path, self.ids, self.keep = path, ids, keep
+        self.by_index, self.outdated = order is not None, outdated
+        self.order = list(range(len(ids)) if order is None else order)
         self.records: list[dict[str, Any]] = []
         self.done = 0
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +76,7 @@ class Journal:
             self._count(record)
 
     def _line(self, record: dict[str, Any], place: int) -> bytes:
-        assert record["id"] == self.ids[place], "results come in the order of the items"
+        assert record["id"] == self.ids[self.order[place]], "results come in the order of the items"
         try:
             return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         except UnicodeEncodeError as error:
@@ -105,23 +118,43 @@ class Journal:
     def _read(self) -> None:
         if not self.path.exists():
             return
-        whole = 0  # bytes of lines that are complete
+        whole, dropped = 0, False  # bytes of lines that are complete
+        done: dict[int, None] = {}  # the places of items that have a line, in the lines' order
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):  # the last line was being written
                     break
-                self._count(self._parse(line, number))
+                record = self._parse(line, number, done)
                 whole += len(line)
-        if whole < self.path.stat().st_size:
+                if self.outdated is not None and self.outdated(record):
+                    dropped = True
+                    continue
+                done[record["index"] if self.by_index else number - 1] = None
+                self._count(record)
+        self.order = [*done, *(place for place in self.order if place not in done)]
+        if dropped:
+            self._drop(whole)
+        elif whole < self.path.stat().st_size:
             os.truncate(self.path, whole)
 
-    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
+    def _drop(self, whole: int) -> None:
+        """Write the journal anew without its outdated lines; of the old one `whole` bytes are lines."""
+        with replacing(self.path) as temporary, open(self.path, "rb") as old, open(temporary, "wb") as new:
+            while old.tell() < whole:
+                line = old.readline()
+                if not self.outdated(json.loads(line)):
+                    new.write(line)
+
+    def _parse(self, line: bytes, number: int, done: dict[int, None]) -> dict[str, Any]:
+        """A line that is the result of an item without one."""
         try:
             record = json.loads(line)
         except ValueError:
             record = None
-        expected = self.ids[number - 1] if number <= len(self.ids) else None
-        if not isinstance(record, dict) or expected is None or record.get("id") != expected:
+        place = record.get("index") if self.by_index and isinstance(record, dict) else number - 1
+        known = isinstance(place, int) and 0 <= place < len(self.ids) and place not in done
+        if not isinstance(record, dict) or not known or record.get("id") != self.ids[place]:
+            expected = self.ids[self.order[number - 1]] if number <= len(self.order) else None
             raise ValueError(f"{self.path}, line {number} is not the result of {expected}; {_WAY_OUT}")
         return record
 

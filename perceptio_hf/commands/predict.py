@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from perceptio_hf import PerceptioForConditionalGeneration, PerceptioProcessor, SpatialAnswer
     from perceptio_hf.bulk.engines import Engine
-    from perceptio_hf.bulk.items import Item
+    from perceptio_hf.bulk.item import Item
     from perceptio_hf.evaluation.run.predictions import Load
 
 LoadIn = Literal["4bit", "8bit"]

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perceptio_hf import __version__
-from perceptio_hf.bulk.engines import Engine, fill_journal
-from perceptio_hf.bulk.items import Item
+from perceptio_hf.bulk.engines import Engine, Result, fill_journal
+from perceptio_hf.bulk.item import Item
 from perceptio_hf.bulk.journal import Journal
 from perceptio_hf.bulk.order import cut, digest, order_by_size, read_order, write_order
 from perceptio_hf.data.published.labels import FORMAT, VERSION, read_label_metadata
 from perceptio_hf.data.rows import import_datasets
 from perceptio_hf.files import replacing, write_json
 
+from .again import FetchedPictures, Outdated
 from .shards import label_features, write_dataset
 from .worker import DEPTH_FOLDER, FETCHED_FOLDER, Load, open_labeller
 
@@ -54,7 +55,8 @@ def label_items(
 ) -> Tally:
     """Label what the folder has no line of yet, and write all rows as a data set.
 
-    Pictures of about the same shape share a batch; rows come in the order of the items.
+    Pictures of about the same shape share a batch; rows come in the order of the items. Pictures that failed, and
+    files that are no longer as large as they were, are done once more.
 
     Args:
         load: gives teacher and codec; called by each worker.
@@ -67,22 +69,41 @@ def label_items(
     """
     what = digest([item.id, item.picture, _said(item)] for item in items)
     order = read_order(folder / JOURNAL_FOLDER / _ORDER_FILE, what) or _order(items)
-    batches = [[items[place] for place in batch] for batch in cut(order, [None] * len(items), batch_size)]
-    ids = [items[place].id for place in order]
     # Fingerprints tell teachers and codecs apart; a folder that was moved holds the same one.
     parts = {part: {key: value for key, value in about[part].items() if key != "name"} for part in ("teacher", "codec")}
     claim = {**about, **parts, "set_of_pictures": what}
     _check_own(folder)
-    journal = Journal(folder / JOURNAL_FOLDER / _LINES_FILE, claim, ids, overwrite=overwrite, keep=False)
+    fetched = FetchedPictures(folder, folder / ROWS_FOLDER)
+    outdated = Outdated(items, fetched)
+    journal = Journal(
+        folder / JOURNAL_FOLDER / _LINES_FILE,
+        claim,
+        [item.id for item in items],
+        order=order,
+        outdated=outdated,
+        overwrite=overwrite,
+        keep=False,
+    )
+    batches = [[items[place] for place in batch] for batch in cut(journal.order, [None] * len(items), batch_size)]
     if not journal.done:
         _remove_results(folder)
         write_order(folder / JOURNAL_FOLDER / _ORDER_FILE, what, order)
-    if not (is_complete(folder) and journal.done == len(items)):
+    was_complete = is_complete(folder)
+    if not (was_complete and journal.done == len(items)):
         write_json(folder / ABOUT_FILE, _document(about, complete=False))
-    told = None if watch is None else lambda _: watch(journal.done, len(items))
+    changed = outdated.lost or not was_complete
+
+    def told(results: list[Result]) -> None:
+        nonlocal changed
+        changed |= any("error" not in result.record for result in results)
+        if watch is not None:
+            watch(journal.done, len(items))
+
     fresh = fill_journal(journal, engine, partial(open_labeller, load, about["maps"]), batches, told, folder)
+    if changed:  # the rows that questions are about
+        _remove_questions(folder)
     if not is_complete(folder):
-        _write_rows(items, folder, about)
+        _write_rows(items, folder, about, fetched)
     shutil.rmtree(folder / FETCHED_FOLDER, ignore_errors=True)  # it is in the rows
     document = read_label_metadata(folder)
     if not document["rows"]:
@@ -126,10 +147,11 @@ def _document(about: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"format": FORMAT, "version": VERSION, **more, **about, "perceptio_hf": __version__}
 
 
-def _write_rows(items: Sequence[Item], folder: Path, about: dict[str, Any]) -> None:
+def _write_rows(items: Sequence[Item], folder: Path, about: dict[str, Any], fetched: FetchedPictures) -> None:
     """The journal as a data set; last of all labels.json says that it is complete."""
     failures: list[dict[str, Any]] = []
-    rows = write_dataset(folder / ROWS_FOLDER, _rows(items, folder, failures), label_features(), _document(about))
+    rows = _rows(items, folder, failures, fetched)
+    count = write_dataset(folder / ROWS_FOLDER, rows, label_features(), _document(about))
     path = folder / FAILURES_FILE
     if failures:
         with replacing(path) as temporary:
@@ -137,21 +159,23 @@ def _write_rows(items: Sequence[Item], folder: Path, about: dict[str, Any]) -> N
             temporary.write_text("".join(lines), encoding="utf-8")
     else:
         path.unlink(missing_ok=True)
-    counts = {"complete": True, "rows": rows, "failures": len(failures)}
+    counts = {"complete": True, "rows": count, "failures": len(failures)}
     write_json(folder / ABOUT_FILE, _document(about, **counts))
 
 
-def _rows(items: Sequence[Item], folder: Path, failures: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _rows(
+    items: Sequence[Item], folder: Path, failures: list[dict[str, Any]], fetched: FetchedPictures
+) -> Iterator[dict[str, Any]]:
     for record in _in_order(folder / JOURNAL_FOLDER / _LINES_FILE):
         item = items[record["index"]]
         if "error" in record:
             place = item.source if isinstance(item.source, str) else item.picture
             failures.append({"id": item.id, "picture": place, "error": record["error"]})
             continue
-        fetched, said = record.get("fetched"), _said(item)
+        said = _said(item)
         yield {
             "id": item.id,
-            "image": item.encoded() | ({} if fetched is None else {"bytes": (folder / fetched).read_bytes()}),
+            "image": item.encoded() | ({"bytes": fetched.read(record)} if "fetched" in record else {}),
             **{key: record[key] for key in ("width", "height", "codes", "depth")},
             "extra": json.dumps(said, ensure_ascii=False) if said else None,
         }
@@ -164,14 +188,15 @@ def _said(item: Item) -> dict[str, Any]:
 
 
 def _in_order(lines: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a journal by their "index"; only those that came too early are kept."""
-    early: dict[int, dict[str, Any]] = {}
+    """The lines of a journal by their "index"; of those that came too early the places in the file are kept."""
+    early: dict[int, int] = {}
     following = 0
-    with open(lines, encoding="utf-8") as file:
-        for record in map(json.loads, file):
-            early[record["index"]] = record
+    with open(lines, "rb") as file, open(lines, "rb") as behind:
+        while line := file.readline():
+            early[json.loads(line)["index"]] = file.tell() - len(line)
             while following in early:
-                yield early.pop(following)
+                behind.seek(early.pop(following))
+                yield json.loads(behind.readline())
                 following += 1
     assert not early, "every item has one line"
 
@@ -186,7 +211,14 @@ def _check_own(folder: Path) -> None:
 
 def _remove_results(folder: Path) -> None:
     """What an earlier run left beside lines that are written anew."""
-    for name in (ROWS_FOLDER, DEPTH_FOLDER, QUESTIONS_FOLDER, FETCHED_FOLDER):
+    for name in (ROWS_FOLDER, DEPTH_FOLDER, FETCHED_FOLDER):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (ABOUT_FILE, FAILURES_FILE, REPORT_FILE):
+    for name in (ABOUT_FILE, FAILURES_FILE):
         (folder / name).unlink(missing_ok=True)
+    _remove_questions(folder)
+
+
+def _remove_questions(folder: Path) -> None:
+    """Questions about rows that are there no longer."""
+    shutil.rmtree(folder / QUESTIONS_FOLDER, ignore_errors=True)
+    (folder / REPORT_FILE).unlink(missing_ok=True)

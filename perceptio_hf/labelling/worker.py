@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from perceptio_hf.bulk.engines import Result, readers
-from perceptio_hf.bulk.items import Fetched, Item
+from perceptio_hf.bulk.item import Fetched, Item
 from perceptio_hf.data.depth_maps import DepthMap, depth_from_values, depth_picture
 from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE, prepare_depth
 
@@ -31,12 +31,14 @@ class Seen:
         sizes: {item's index: (height, width) of the picture}.
         errors: {item's index: why it cannot be used}.
         fetched: {item's index: the picture's file, where it came from another machine}.
+        bytes: {item's index: size of the file it was read from, where there is one here}.
     """
 
     pixels: dict[int, Tensor]
     sizes: dict[int, tuple[int, int]]
     errors: dict[int, str]
     fetched: dict[int, bytes]
+    bytes: dict[int, int | None]
 
 
 class Labeller:
@@ -51,9 +53,10 @@ class Labeller:
         self._pool = ThreadPoolExecutor(readers(), thread_name_prefix="maps")
 
     def read(self, batch: Sequence[Item]) -> Seen:
-        seen = Seen({}, {}, {}, {})
+        seen = Seen({}, {}, {}, {}, {})
         for item in batch:
             try:
+                seen.bytes[item.index] = item.file_size()
                 here = item.fetched()
                 picture = here.open()
                 if isinstance(here.source, Fetched):
@@ -112,7 +115,7 @@ class Labeller:
         height, width = read.sizes[item.index]
         name = map_name(item.index) if self.maps else None
         record: dict[str, Any] = {"id": item.id, "index": item.index, "width": width, "height": height}
-        record |= {"codes": codes, "depth": name}
+        record |= {"codes": codes, "depth": name, "bytes": read.bytes[item.index]}
         files = {} if name is None else {name: png}
         if item.index in read.fetched:
             record["fetched"] = _numbered(FETCHED_FOLDER, item.index)

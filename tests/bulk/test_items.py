@@ -13,7 +13,8 @@ from PIL import Image
 
 from perceptio_hf.bulk import archives
 from perceptio_hf.bulk.archives import ParquetRow, SavedRow, TarMember
-from perceptio_hf.bulk.items import Fetched, Item, is_collection, list_items
+from perceptio_hf.bulk.item import Fetched, Item
+from perceptio_hf.bulk.items import is_collection, list_items
 from perceptio_hf.bulk.order import order_by_size
 from perceptio_hf.data.rows import import_datasets
 
@@ -253,6 +254,68 @@ def test_tar_shards_are_their_pictures(tmp_path):
         items[3].open()
 
 
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda data: data[:1024] + b"x" * 512 + data[1536:], "is damaged at byte 1,024"),  # the second header
+        (lambda data: data[:1024] + bytes(512) + data[1536:], "goes on behind its end at byte 1,024"),
+        (lambda data: data[:2048], "is cut off at byte 2,048"),  # between two files
+        (lambda data: data[:1300], "is cut off at byte 1,300"),
+        (lambda data: data + data, "name each of them"),
+    ],
+)
+def test_a_damaged_shard_is_an_error_whole(tmp_path, spoil, says):
+    """Not the pictures in front of the damage."""
+    save(tmp_path / "a.png", 8, 6)
+    shard(tmp_path / "s.tar", ["1.png", "2.png", "3.png"])
+    assert [item.source.offset for item in list_items([str(tmp_path / "s.tar")])] == [512, 1536, 2560]
+    (tmp_path / "s.tar").write_bytes(spoil((tmp_path / "s.tar").read_bytes()))
+    with pytest.raises(ValueError, match=says):
+        list_items([str(tmp_path / "s.tar")])
+
+
+def test_links_in_a_shard_are_what_they_stand_for(tmp_path):
+    save(tmp_path / "a.png", 8, 6)
+    kinds = [("x/hard.png", tarfile.LNKTYPE, "x/a.png"), ("x/soft.png", tarfile.SYMTYPE, "a.png")]
+    for name, more in (("s", []), ("t", [("x/lost.png", tarfile.SYMTYPE, "b.png")])):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
+            archive.add(tmp_path / "a.png", "x/a.png")
+            for link, kind, target in kinds + more:
+                member = tarfile.TarInfo(link)
+                member.type, member.linkname = kind, target
+                archive.addfile(member)
+    items = list_items([str(tmp_path / "s.tar")])
+    assert [item.id for item in items] == ["s.tar/x/a.png", "s.tar/x/hard.png", "s.tar/x/soft.png"]
+    assert all(item.open().size == (8, 6) for item in items)
+    with pytest.raises(ValueError, match=r"x/lost\.png is a link to b"):
+        list_items([str(tmp_path / "t.tar")])
+
+
+def test_a_sample_of_a_shard_is_one_picture(tmp_path):
+    save(tmp_path / "a.png")
+    names = ["1.png", "1.depth.png", "1.json", "2.seg.png", "2.png", "3.left.png", "3.right.png", "d.x/4.png"]
+    shard(tmp_path / "s.tar", names)
+    found = [item.source.name for item in list_items([str(tmp_path / "s.tar")])]
+    assert found == ["1.png", "2.png", "3.left.png", "3.right.png", "d.x/4.png"]
+
+
+def test_a_folder_holds_pictures_or_shards(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "shards" / "more").mkdir(parents=True)
+    for name in ("0.tar", "more/1.tar"):
+        shard(tmp_path / name.replace("/", "-"), ["1.png"])
+        os.replace(tmp_path / name.replace("/", "-"), tmp_path / "shards" / name)
+    items = list_items([str(tmp_path / "shards")])
+    assert [item.id for item in items] == ["0.tar/1.png", "1.tar/1.png"]
+    with pytest.raises(ValueError, match=r"holds pictures \(1, such as .*a.png\) and shards of pictures \(2, "):
+        list_items([str(tmp_path)])
+    assert len(list_items([str(tmp_path / "**" / "*.tar")])) == 2
+    (tmp_path / "beside").mkdir()
+    os.replace(tmp_path / "a.png", tmp_path / "beside" / "a.png")
+    (tmp_path / "beside" / "metadata.parquet").write_bytes(b"PAR1")
+    assert len(list_items([str(tmp_path / "beside")])) == 1
+
+
 def test_a_name_in_a_shard_that_is_not_utf_8(tmp_path):
     save(tmp_path / "a.png")
     shard(tmp_path / "s.tar", ["a.png", "caf\udce9.png"])
@@ -312,16 +375,18 @@ def test_what_other_programs_write_into_parquet_is_carried_along(tmp_path):
 
 
 def test_columns_of_plain_bytes_and_of_paths(tmp_path, monkeypatch):
-    """As other programs write parquet, without the types of `datasets`; what is kept of a path holds anywhere."""
-    monkeypatch.chdir(tmp_path)
+    """As other programs write parquet, without the types of `datasets`; what is kept of a path holds anywhere, and is
+    seen from the folder of the file."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     data = save(tmp_path / "a.png", 8, 6).read_bytes()
     datasets = import_datasets()
     for name, column, kept in (
         ("b", data, {"bytes": data, "path": None}),
         ("p", "a.png", {"bytes": None, "path": str(tmp_path / "a.png")}),
     ):
-        datasets.Dataset.from_dict({"image": [column]}).to_parquet(f"{name}.parquet")
-        (item,) = list_items([f"{name}.parquet"])
+        datasets.Dataset.from_dict({"image": [column]}).to_parquet(f"../{name}.parquet")
+        (item,) = list_items([f"../{name}.parquet"])
         assert item.encoded() == kept and item.size() == item.open().size == (8, 6)
 
 

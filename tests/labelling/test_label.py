@@ -85,6 +85,30 @@ def test_metadata_names_teacher_and_codec(labelled, parts):
     assert failure["id"] == "5.png" and "is not a picture" in failure["error"]
 
 
+def test_pictures_that_were_mended_or_replaced_are_done_once_more(parts, label, tmp_path):
+    """And no other; questions about rows that are there no longer go, those about the same rows stay."""
+    photos, out, asked = tmp_path / "photos", tmp_path / "out", ("--questions", "closest", "--batch-size", "2")
+    shutil.copytree(parts / "photos", photos)
+    good = (photos / "0.jpg").read_bytes()
+    (photos / "0.jpg").write_text("no picture")
+    (photos / "8.jpg").write_text("nor this")
+    assert label(photos, "--out", out, *asked)[1]["failed"] == 2
+    before = codes_of(out)
+    assert label(photos, "--out", out, "--maps")[1]["fresh"] == 2 and (out / "questions.json").is_file()
+    assert codes_of(out) == before and len(before) == 7
+
+    (photos / "0.jpg").write_bytes(good)
+    picture(160, 120, seed=70).save(photos / "more" / "3.png")
+    code, said, _ = label(photos, "--out", out, "--maps")
+    assert code == 0 and (said["labelled"], said["failed"], said["fresh"]) == (8, 1, 3)
+    assert not (out / "questions").exists() and not (out / "questions.json").exists()
+    rows = {row["id"]: row for row in read_rows(out)}
+    assert list(rows) == sorted(rows) and (rows["more/3.png"]["width"], rows["more/3.png"]["height"]) == (160, 120)
+    assert label(photos, "--out", tmp_path / "anew", "--maps")[1]["labelled"] == 8
+    assert codes_of(out) == codes_of(tmp_path / "anew")
+    assert label(photos, "--out", out, "--maps")[1]["fresh"] == 1, "the one that fails"
+
+
 def test_training_reads_them_as_they_are(labelled):
     samples = load_tasks([{"labels": str(labelled)}, {"labels": str(labelled), "maps": True, "name": "maps"}])[0]
     assert samples["out"]["depth_codes"] == [[codes] for codes in codes_of(labelled).values()]
@@ -191,6 +215,10 @@ def test_what_a_list_says_comes_along_and_pictures_without_a_file_as_bytes(label
     assert not (tmp_path / "out" / "journal" / "fetched").exists()
     for sample in load_tasks([{"labels": str(tmp_path / "out")}])[0]["out"]:
         check_sample(sample, num_depth_tokens=16, num_depth_codes=16)
+    # Given again, the one that failed is tried again (there is no server now); what was fetched is not.
+    code, told, error = label(tmp_path / "list.jsonl", "--out", tmp_path / "out")
+    assert code == 0 and (told["labelled"], told["failed"], told["fresh"]) == (3, 1, 1), error
+    assert [row["image"] for row in read_rows(tmp_path / "out")] == kept
 
 
 def test_labels_in_the_folder_of_the_pictures(label, parts, tmp_path):

@@ -9,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from perceptio_hf import DepthVQVAE
-    from perceptio_hf.bulk.items import Item
+    from perceptio_hf.bulk.item import Item
     from perceptio_hf.labelling.teacher import Teacher
     from perceptio_hf.training.codec import DepthSource
 

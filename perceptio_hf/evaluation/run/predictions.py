@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from perceptio_hf.bulk.engines import Engine, Result, fill_journal
-from perceptio_hf.bulk.items import Item
+from perceptio_hf.bulk.item import Item
 from perceptio_hf.bulk.journal import Journal, claim_path
 from perceptio_hf.bulk.order import cut, digest, order_by_size, read_order, write_order
 from perceptio_hf.data.depth_maps import depth_picture
@@ -224,14 +224,14 @@ def predict_items(
     groups = [item.spatial for item in items]
     claim = {**claim, "set_of_pictures_and_questions": what, "max_new_tokens": max_new_tokens}
     order = read_order(folder / ORDER_FILE, what) or _order(items, groups, processor)
-    batches = [[items[place] for place in batch] for batch in cut(order, groups, batch_size)]
-    ids = [items[place].id for place in order]
     if (folder / DEPTH_FOLDER).exists() and not claim_path(folder / RESULTS_FILE).exists():
         raise ValueError(f"{folder / DEPTH_FOLDER} is there, and results would replace it; name another --out.")
-    journal = Journal(folder / RESULTS_FILE, claim, ids, overwrite=overwrite, keep=False)
+    ids = [item.id for item in items]
+    journal = Journal(folder / RESULTS_FILE, claim, ids, order=order, overwrite=overwrite, keep=False)
     if not journal.done:
         _remove_results(folder)
         write_order(folder / ORDER_FILE, what, order)  # after the journal, which may refuse these items
+    batches = [[items[place] for place in batch] for batch in cut(journal.order, groups, batch_size)]
     fresh = fill_journal(
         journal,
         engine,

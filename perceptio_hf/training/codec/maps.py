@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from perceptio_hf.bulk.items import Item
+from perceptio_hf.bulk.item import Item
 from perceptio_hf.data.depth_maps import DepthMap, depth_from_values, read_depth
 from perceptio_hf.labelling.teacher import Teacher
 from perceptio_hf.modeling.configuration_depth_vqvae import DepthVQVAEConfig

@@ -1,6 +1,6 @@
 """The rewards by the names that recipes give them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from perceptio_hf.data.keys import check_keys
@@ -9,6 +9,8 @@ from .pictures import DepthError, DepthOrder, MaskIoU
 from .texts import Form, right_answer
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
     from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 
@@ -20,6 +22,24 @@ REWARDS: dict[str, Callable] = {
     "depth_error": lambda model, processor: DepthError(model.depth_model),
     "mask_iou": MaskIoU,
 }
+
+
+_HINTS = {
+    "answer": "name tasks whose answers are words",
+    "depth": "name tasks with depth maps (of labels with `maps: true`)",
+    "masks": "name tasks with masks",
+}
+
+
+def check_rewards_apply(rewards: Sequence[Callable], prompts: "Dataset") -> None:
+    """ValueError where a reward finds its truth in none of the prompts: it would train nothing, and say nothing."""
+    for reward in rewards:
+        column = getattr(reward, "needs", None)
+        if column is not None and not any(prompts.select_columns([column])[column]):
+            raise ValueError(
+                f"The reward {reward.__name__} compares with `{column}`, which none of the {len(prompts)} prompts has: "
+                f"{_HINTS[column]}, or leave it out."
+            )
 
 
 def make_rewards(

@@ -1,8 +1,7 @@
 """Rewards of depth and masks: what a completion's codes and [SEG] become, beside the truth."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,16 +27,24 @@ class _OfDepth:
     """A reward of the first span of a completion, for samples with a depth map; 0 where there is no whole span."""
 
     uses_model = True  # its codec
+    needs = "depth"  # the column without which a sample gets no reward
 
     def __init__(self, codec: "DepthVQVAE"):
         self.codec = codec
 
     @torch.no_grad()
     def __call__(
-        self, completions: Sequence[Any], depth: Sequence[Any], depth_unit: Sequence[str | None], **columns: Any
+        self,
+        completions: Sequence[Any],
+        depth: Sequence[Any],
+        depth_unit: Sequence[str | None],
+        depth_valid: Sequence[Any] | None = None,
+        **columns: Any,
     ) -> list[float | None]:
         rewards: list[float | None] = []
-        for completion, source, unit in zip(completions, depth, depth_unit, strict=True):
+        depth_valid = depth_valid or [None] * len(completions)
+        read: dict[str, DepthMap] = {}
+        for completion, source, unit, valid in zip(completions, depth, depth_unit, depth_valid, strict=True):
             spans = spans_of(said(completion))
             whole = spans and len(spans[0]) == self.codec.config.num_tokens
             if not source:
@@ -45,7 +52,11 @@ class _OfDepth:
             elif not whole:
                 rewards.append(0.0)
             else:
-                true = _true_depth(_hashable(source[0]), unit)
+                files = source[0], valid[0] if valid else None
+                key = str(files)
+                if key not in read:  # once for all completions of a prompt
+                    read[key] = load_depth(files[0], unit, None if files[1] is None else load_mask(files[1]))
+                true = read[key]
                 rewards.append(self.compare(self._decoded(spans[0], true.relative.shape), true))
         return rewards
 
@@ -97,6 +108,7 @@ class MaskIoU:
 
     __name__ = "mask_iou"
     uses_model = True
+    needs = "masks"
 
     def __init__(self, model: "PerceptioForConditionalGeneration", processor: "PerceptioProcessor"):
         self.model, self.processor = model, processor
@@ -117,7 +129,7 @@ class MaskIoU:
         with _evaluating(self.model):
             found = self._masks([prompts[row] for row in asked], [completion_ids[row] for row in asked])
         for row, own in zip(asked, found, strict=True):
-            pairs = [(one, load_mask(mask, one.shape)) for one, mask in zip(own, masks[row], strict=False)]
+            pairs = [(one, _true_mask(mask, one.shape)) for one, mask in zip(own, masks[row], strict=False)]
             ious = [_iou(one, other) for one, other in pairs if one.shape == other.shape]
             rewards[row] = sum(ious) / max(len(own), len(masks[row]))
         return rewards
@@ -161,12 +173,7 @@ def _iou(one: np.ndarray, other: np.ndarray) -> float:
     return float((one & other).sum() / union) if union else 1.0
 
 
-def _hashable(source: Any) -> tuple[bytes | None, str | None]:
-    """A depth file as a column holds it, as a key."""
-    return source.get("bytes"), source.get("path")
-
-
-@lru_cache(maxsize=64)
-def _true_depth(source: tuple[bytes | None, str | None], unit: str) -> DepthMap:
-    """Read once for all completions of a prompt."""
-    return load_depth({"bytes": source[0], "path": source[1]}, unit)
+def _true_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) bool, of the sample's picture; polygons can be drawn on any, and say of which they are."""
+    own = mask.get("size") if isinstance(mask, Mapping) else None
+    return load_mask(mask, tuple(own or size))

@@ -34,7 +34,7 @@ from perceptio_hf.training.recipe import (
 )
 from perceptio_hf.training.reinforcement import PerceptioGRPOTrainer, PerceptioRLOOTrainer
 
-from .catalogue import REWARDS, make_rewards
+from .catalogue import REWARDS, check_rewards_apply, make_rewards
 from .prompts import as_prompts
 
 if TYPE_CHECKING:
@@ -129,8 +129,8 @@ def reward_trainer(
     """TRL's trainer for a recipe of one of `KINDS`.
 
     Raises:
-        ValueError: for tasks without samples, evaluation tasks that are never asked, or `metric_for_best_model` that
-            no evaluation has.
+        ValueError: for tasks without samples, pictures that cannot be opened, a reward that no prompt gives, evaluation
+            tasks that are never asked, or `metric_for_best_model` that no evaluation has.
     """
     arguments, settings = recipe.arguments, recipe.settings
     if arguments.eval_tasks and settings.eval_strategy == "no":
@@ -138,12 +138,14 @@ def reward_trainer(
     check_best_metric(recipe, parts=("reward", *(f"rewards/{name}/mean" for name in arguments.rewards), "loss"))
     rewards, settings.reward_weights = make_rewards(arguments.rewards, model, processor)
     held_out = evaluation_sets(arguments) or {}
+    prompts = as_prompts(training_set(arguments), arguments.prompts)
+    check_rewards_apply(rewards, prompts)
     settings.generation_kwargs = {"spatial": arguments.spatial} | (settings.generation_kwargs or {})
     return KINDS[arguments.recipe][1](
         model,
         reward_funcs=rewards,
         args=settings,
-        train_dataset=as_prompts(training_set(arguments), arguments.prompts),
+        train_dataset=prompts,
         eval_dataset={name: as_prompts(samples, arguments.eval_prompts) for name, samples in held_out.items()} or None,
         processing_class=processor,
         peft_config=peft_config,

@@ -42,6 +42,9 @@ def right_answer(completions: Sequence[Any], answer: Sequence[str | None], **col
     ]
 
 
+right_answer.needs = "answer"  # the column without which a sample gets no reward
+
+
 def _concludes(text: str) -> str:
     return conclusion(without_spatial(text)).casefold()
 

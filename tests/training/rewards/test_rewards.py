@@ -21,6 +21,7 @@ from perceptio_hf.files import find_recipe
 from perceptio_hf.modeling.modeling_depth_vqvae import prepare_depth
 from perceptio_hf.tokens import depth_span
 from perceptio_hf.training.rewards import REWARDS, DepthError, DepthOrder, Form, MaskIoU, as_prompts, make_rewards
+from perceptio_hf.training.rewards.catalogue import check_rewards_apply
 from perceptio_hf.training.rewards.recipe import read_reward_recipe
 from perceptio_hf.training.rewards.texts import right_answer
 
@@ -130,6 +131,49 @@ def test_depth_rewards_prefer_the_truth(model):
     order = DepthOrder(codec)
     flat = order.compare(inverse.astype("f4"), _map(slope)), order.compare(inverse[:, ::-1].astype("f4"), _map(slope))
     assert flat == (1, 0)
+
+
+def test_depth_without_a_reading_counts_for_nothing(model):
+    """Glitches of a sensor, which `depth_valid` names, neither as pixels nor for the range of the others."""
+    codec, valid = model.depth_model, np.ones((40, 48), bool)
+    slope = np.tile(np.linspace(1, 4, 48), (40, 1))
+    valid[:8, :8] = False
+    glitches = [np.where(valid, slope, value).tolist() for value in (0.0, 0.01)]
+    more = [{"depth": glitches[0]}, {"depth": glitches[1], "depth_valid": [encode_mask(valid)]}]
+    given = columns(as_prompts(dataset_of([sft.sample(1) | each for each in more])), 0, 1)
+    assert [bool(item) for item in given["depth_valid"]] == [False, True]
+    said = [depth_span(list(range(codec.config.num_tokens))) + "x"] * 2
+    for kind in (DepthError, DepthOrder):
+        absent, masked = kind(codec)(completions=said, **given)
+        assert absent == pytest.approx(masked, abs=1e-6) and 0 < masked < 1
+
+
+def test_polygons_of_a_picture_of_another_size_are_of_another_size(model, processor, monkeypatch):
+    drawn = np.zeros((4, 6), bool)
+    drawn[:, :3] = True
+    reward = MaskIoU(model, processor)
+    monkeypatch.setattr(reward, "_masks", lambda prompts, ids: [[drawn]] * 3)
+    polygons = [[0.0, 0.0, 3.0, 0.0, 3.0, 4.0, 0.0, 4.0]]
+    masks = [[{"size": size, "polygons": polygons, "counts": None}] for size in ([4, 6], [8, 6], None)]
+    given = {"completions": ["[SEG]"] * 3, "prompts": [None] * 3, "completion_ids": [[]] * 3}
+    assert reward(**given, masks=masks) == [1.0, 0.0, 1.0]
+
+
+def test_a_picture_that_cannot_be_opened_is_named_at_the_start(tmp_path):
+    (tmp_path / "bad.jpg").write_text("no picture")
+    rows = [sft.sample(3), sft.sample(3) | {"images": [str(tmp_path / "bad.jpg")], "id": "the seventh"}]
+    with pytest.raises(ValueError, match=r"Sample .the seventh.: .*bad\.jpg"):
+        as_prompts(dataset_of(rows))
+
+
+@pytest.mark.parametrize(("reward", "column"), [("depth_error", "depth"), ("mask_iou", "masks"), ("form", None)])
+def test_a_reward_that_no_prompt_gives_is_refused(model, processor, reward, column):
+    prompts = as_prompts(dataset_of([sft.sample(3)]))  # words alone
+    rewards, _ = make_rewards({"right_answer": 1, reward: 1}, model, processor)
+    if column is None:
+        return check_rewards_apply(rewards, prompts)
+    with pytest.raises(ValueError, match=f"The reward {reward} compares with `{column}`, which none of the 1 prompts"):
+        check_rewards_apply(rewards, prompts)
 
 
 def _map(depth: np.ndarray):
