@@ -84,6 +84,7 @@ def label(
     check_out(out)
 
     from perceptio_hf import tiny_checkpoint
+    from perceptio_hf.bulk.archives import TarMember
     from perceptio_hf.bulk.engines import open_engine
     from perceptio_hf.bulk.items import list_items
     from perceptio_hf.files import expanded
@@ -96,8 +97,8 @@ def label(
     out = expanded(out)
     items = list_items(pictures, out)  # before what takes longer
     instances = None if annotations is None else Annotations(annotations)  # all that is named is read before the work
-    if instances is not None:
-        instances.check([item.id, item.picture or ""] for item in items)
+    if instances is not None and all(isinstance(item.source, str | TarMember) or item.error for item in items):
+        instances.check([item.id, item.picture or ""] for item in items)  # rows of tables have names of their own
     opened = open_engine(engine, address, workers, device)
     if device is not None and engine == "local":
         checkpoints.check_device(device)

@@ -170,21 +170,24 @@ def _plan(config: Path, overrides: Sequence[str], measure: int | None, launch: P
     from perceptio_hf.files import find_recipe
 
     try:
+        from perceptio_hf.training.planning import sharding
         from perceptio_hf.training.planning.plan import plan_training
-        from perceptio_hf.training.planning.sharding import check_layout, layout_of_environment, layout_of_file
         from perceptio_hf.training.recipe import read_recipe
     except ModuleNotFoundError as error:
         raise missing(error, "Fine-tuning") from error
 
-    layout = layout_of_environment() if launch is None else layout_of_file(find_recipe(launch, "accelerate"))
+    file = None if launch is None else find_recipe(launch, "accelerate")
+    layout = sharding.layout_of_environment() if file is None else sharding.layout_of_file(file)
     recipe = read_recipe(config, [*overrides, "--output_dir", "planned"])
     _check_file_says(SFT, recipe)
-    check_layout(layout, recipe)
-    if launch is not None and measure is not None and layout != (here := layout_of_environment()):
+    sharding.check_layout(layout, recipe)
+    if file is not None and measure is not None and layout != (here := sharding.layout_of_environment()):
         raise ValueError(
             f"--measure trains with the processes that are here, {here.processes}, and --launch plans for "
             f"{layout.processes}: leave --launch out, or start the command by accelerate launch without it."
         )
+    if file is not None:
+        sharding.check_precision(file, recipe)
     checkpoints.quieten()
     source, revision = _source(recipe.arguments)
     _check_kind(source, revision)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perceptio_hf.data.published.labels import METADATA_KEY
 from perceptio_hf.data.rows import import_datasets
 from perceptio_hf.files import named, write_json
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 SHARD_ROWS, SHARD_BYTES = 20_000, 1 << 29
 _BATCH_ROWS, _BATCH_BYTES = 1000, 1 << 26
-METADATA_KEY = "perceptio_labels"
 
 
 def label_features() -> "Features":

@@ -104,8 +104,18 @@ class Teacher:
         self._needs_source = "source_sizes" in parameters
 
     def prepare(self, picture: Image.Image) -> Tensor:
-        """(1, 3, h, w) on the CPU: the picture as the teacher sees it. May be called from several threads."""
-        return self.processor(images=[picture], return_tensors="pt")["pixel_values"]
+        """(1, 3, h, w) on the CPU: the picture as the teacher sees it. May be called from several threads.
+
+        Raises:
+            ValueError: for one so narrow or small that nothing of it is left at the teacher's size.
+        """
+        try:
+            return self.processor(images=[picture], return_tensors="pt")["pixel_values"]
+        except (ValueError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"the teacher's image processor cannot take a picture of {picture.width} x {picture.height} "
+                f"({' '.join(str(error).split())[:200]}); cut or enlarge it, or leave it out."
+            ) from None
 
     @torch.inference_mode()
     def look(self, pixels: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:

@@ -164,7 +164,8 @@ class PerceptioDataCollator:
         if self.max_length is not None and length > self.max_length:
             raise SampleError(
                 f"its conversation has {length} tokens, more than max_length={self.max_length}; raise max_length, show "
-                "smaller or fewer pictures (max_patches), shorten it, or leave it out with on_error='skip'.",
+                "fewer pictures or cut them into fewer tiles (max_patches of the checkpoint's image processor), "
+                "shorten it, or leave it out with on_error='skip'.",
                 "length",
             )
 

@@ -31,7 +31,7 @@ from trl import TrlParser
 from perceptio_hf.conversion.saved_models import load_depth_codec
 from perceptio_hf.data.keys import check_keys, check_value
 from perceptio_hf.data.mixture import mix_tasks
-from perceptio_hf.data.published.labels import check_codec, folder_of_questions
+from perceptio_hf.data.published.labels import check_codec, read_label_metadata, saved_label_codecs
 from perceptio_hf.data.tasks import SOURCES, load_tasks, task_name
 from perceptio_hf.files import expanded, read_yaml, write_json
 from perceptio_hf.modeling.codec_identity import codec_fingerprint
@@ -216,8 +216,8 @@ def _lasting(values: dict[str, Any]) -> dict[str, Any]:
 def check_label_codecs(
     tasks: Sequence[dict], data_folder: str | None, codec: DepthVQVAE | str, revision: str | None = None
 ) -> None:
-    """Whether all codes that come out of folders of labels, by `labels` or as `samples` of their questions, are the
-    model's own.
+    """Whether all codes that `perceptio label` wrote, in folders of labels or data sets saved here (`samples`, `hub`),
+    are the model's own.
 
     Args:
         codec: the model's, or the checkpoint that it is saved in, with its `revision`; that is read where it is needed.
@@ -227,14 +227,15 @@ def check_label_codecs(
     """
     base = expanded(data_folder or "")
     places = [base / expanded(task["labels"]) for task in tasks if "labels" in task and not task.get("maps")]
-    saved = [folder_of_questions(base / expanded(task["samples"])) for task in tasks if "samples" in task]
-    places += [place for place in saved if place is not None]
-    if not places:
+    written = [(place, read_label_metadata(place).get("codec", {})) for place in places]
+    for place in (base / expanded(task[kind]) for task in tasks for kind in ("samples", "hub") if kind in task):
+        written += [(place, found) for found in saved_label_codecs(place)]
+    if not written:
         return
     codec = load_depth_codec(codec, revision=revision)
     own = codec_fingerprint(codec)
-    for place in places:
-        check_codec(place, own, codec.config.num_tokens, codec.config.num_codes)
+    for place, found in written:
+        check_codec(place, found, own, codec.config.num_tokens, codec.config.num_codes)
 
 
 def training_set(arguments: RecipeArguments):

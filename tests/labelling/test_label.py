@@ -221,6 +221,31 @@ def test_what_a_list_says_comes_along_and_pictures_without_a_file_as_bytes(label
     assert [row["image"] for row in read_rows(tmp_path / "out")] == kept
 
 
+def test_objects_of_pictures_that_rows_of_a_table_name(label, parts, tmp_path):
+    """As the Hub keeps COCO: bytes, and the name beside them."""
+    names = ("0.jpg", "2.jpg")
+    rows = [{"bytes": (parts / "photos" / name).read_bytes(), "path": name} for name in names]
+    import_datasets().Dataset.from_dict({"image": rows}).to_parquet(str(tmp_path / "p.parquet"))
+    square = [[5, 5, 25, 5, 25, 25, 5, 25]]
+    things = [{"id": n, "image_id": 1, "category_id": n, "segmentation": square, "iscrowd": 0} for n in (1, 2)]
+    document = {"images": [{"id": 1, "file_name": "0.jpg"}], "annotations": things}
+    document["categories"] = [{"id": 1, "name": "cup"}, {"id": 2, "name": "box"}]
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    words = ("--questions", "objects", "--annotations", tmp_path / "a.json", "--out", tmp_path / "out")
+    code, said, error = label(tmp_path / "p.parquet", *words)
+    assert code == 0, error
+    assert said["questions"]["annotations"]["pictures_without_annotations"] == 1
+    assert said["questions"]["annotations"]["annotated_pictures_not_labelled"] == 0
+
+
+def test_a_picture_too_narrow_for_the_teacher_is_listed(label, parts, tmp_path):
+    picture(3000, 3).save(tmp_path / "banner.png")
+    shutil.copy(parts / "photos" / "0.jpg", tmp_path / "0.jpg")
+    assert label(tmp_path, "--out", tmp_path / "out")[1]["failed"] == 1
+    failure = json.loads((tmp_path / "out" / "failures.jsonl").read_text())
+    assert failure["error"].startswith("the teacher's image processor cannot take a picture of 3000 x 3 (")
+
+
 def test_labels_in_the_folder_of_the_pictures(label, parts, tmp_path):
     shutil.copytree(parts / "photos" / "more", tmp_path / "photos")
     words = [tmp_path / "photos", "--maps", "--out", tmp_path / "photos" / "labels"]

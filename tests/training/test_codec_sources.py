@@ -214,6 +214,11 @@ def test_the_command_trains_on_labels_and_on_pictures(recipe, tmp_path, capsys):
     assert run([*train, *given, "--out", str(tmp_path / "b")]) == 2
     assert "1 of 6 pictures cannot be read, such as bad.png" in capsys.readouterr().err  # before it begins
     (tmp_path / "photos" / "bad.png").unlink()
+    picture(3000, 3).save(tmp_path / "photos" / "banner.png")
+    assert run([*train, *given, "--out", str(tmp_path / "b")]) == 2
+    narrow = capsys.readouterr().err
+    assert "banner.png: the teacher's image processor cannot take a picture of 3000 x 3" in narrow
+    (tmp_path / "photos" / "banner.png").unlink()
     earlier = tmp_path / "photos" / "b"  # beside the pictures lies what an earlier run drew
     earlier.mkdir()
     (earlier / "maps.png").write_text("no picture")

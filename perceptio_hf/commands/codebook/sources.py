@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from perceptio_hf.training.codec import DepthSource
 
 Unit = Literal["mm", "m", "disparity", "relative"]
+_NARROW, _SMALL = 20, 64  # sides of pictures that a teacher's image processor may make nothing of
 SCENES = 4000  # of the rendered world, where no number is given
 UnitOption = Annotated[Unit | None, typer.Option(help="What the values of the files are.", show_default=False)]
 Pattern = Annotated[
@@ -56,7 +57,7 @@ def depth_source(
     if teacher is not None:
         from perceptio_hf.bulk.items import list_items
 
-        return TeacherMaps(_readable(list_items([data], leave_out)[:maps]), teacher, size)
+        return TeacherMaps(_readable(list_items([data], leave_out)[:maps], teacher), teacher, size)
     if kind == "world":
         if start and not start.isdigit():
             raise ValueError(f"--data {data}: after `world:` comes the number of the first scene.")
@@ -67,8 +68,11 @@ def depth_source(
     return FileMaps(paths, needed_unit(unit), size)
 
 
-def _readable(items: "list[Item]") -> "list[Item]":
-    """The pictures, after a look at the header of each file: one that is no picture would end the training in hours."""
+def _readable(items: "list[Item]", teacher: "Teacher") -> "list[Item]":
+    """The pictures, after a look at the header of each file: one that is no picture, or too narrow for the teacher,
+    would end the training in hours."""
+    from PIL import Image
+
     from perceptio_hf.bulk.engines import readers
     from perceptio_hf.data.lines import SCHEMES
 
@@ -81,6 +85,12 @@ def _readable(items: "list[Item]") -> "list[Item]":
             f"{len(wrong)} of {len(items)} pictures cannot be read, such as {', '.join(wrong[:3])}; remove them, or "
             "let `perceptio label --maps` leave them out and train on what it writes."
         )
+    for item, size in zip(here, sizes, strict=True):
+        if max(size) >= _NARROW * min(size) or min(size) < _SMALL:
+            try:
+                teacher.prepare(Image.new("RGB", size))
+            except ValueError as error:
+                raise ValueError(f"{item.id}: {error}") from None
     return items
 
 

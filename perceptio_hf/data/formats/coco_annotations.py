@@ -96,10 +96,28 @@ def read_annotations(file: Path, folders: Sequence[Path]) -> Annotations:
         names = {item["id"]: item["name"] for item in document.get("categories", ())}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file}: an entry lacks {error}; take COCO's instances as published.") from None
+    _check_entries(file, pictures, objects, names)
     for kind, found in (("images", pictures), ("annotations", objects)):
         if len(found) != len(document[kind]):
             raise ValueError(f"{file}: {len(document[kind]) - len(found)} of the {kind} share an id with another.")
     return Annotations(pictures, objects, names, first_existing(folders, PICTURES))
+
+
+def _check_entries(file: Path, pictures: Mapping, objects: Mapping, names: Mapping) -> None:
+    """ValueError naming the first entry whose values are not of the kind that is published."""
+    for number, item in pictures.items():
+        name, sides = item["file_name"], (item["height"], item["width"])
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{file}: picture {number}: its file_name is {name!r}; expected a file's name.")
+        if not all(isinstance(side, (int, float)) and side >= 1 for side in sides):
+            raise ValueError(f"{file}: picture {number}: its height and width are {sides}; expected two numbers.")
+    for number, item in objects.items():
+        for key in ("image_id", "category_id"):
+            if not isinstance(item.get(key, 0), (int, str)):
+                raise ValueError(f"{file}: annotation {number}: its {key} is {item[key]!r}; expected a number.")
+    for number, name in names.items():
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"{file}: category {number}: its name is {name!r}; expected words.")
 
 
 def read_json(file: Path) -> Any:

@@ -75,15 +75,15 @@ def annotations_of(refs: Path, path: Path, pictures: Path | None = None) -> Anno
 
 
 def wanted_objects(record: dict) -> list[int]:
-    """The annotations that a record means; none where gRefCOCO says so by -1.
+    """The annotations that a record means; none where gRefCOCO says so by a list of -1 alone.
 
     Raises:
         ValueError: for something else than numbers.
     """
     wanted = record["ann_id"] if isinstance(record["ann_id"], list) else [record["ann_id"]]
-    if not all(isinstance(item, int) for item in wanted):
+    if not wanted or not all(isinstance(item, int) for item in wanted):
         raise ValueError(f"its ann_id is {record['ann_id']!r:.60}; expected numbers of annotations.")
-    return [] if wanted == [-1] else wanted
+    return [] if record["ann_id"] == [-1] else wanted
 
 
 def sentences_of(record: dict) -> list[tuple[int, str]]:

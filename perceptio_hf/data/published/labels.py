@@ -4,14 +4,14 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perceptio_hf.data.formats.coco_annotations import read_json
 from perceptio_hf.data.rows import as_batches, as_rows, dataset_of_batches, import_datasets, sample_features, to_row
 from perceptio_hf.data.sources import DEPTH_ANSWER
-from perceptio_hf.files import expanded
+from perceptio_hf.files import expanded, files_below
 from perceptio_hf.tokens import DEPTH_END_TOKEN, DEPTH_START_TOKEN
 from perceptio_hf.world.questions import DEPTH_QUESTIONS
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 FORMAT, VERSION = "perceptio labels", 1
+METADATA_KEY = "perceptio_labels"  # of the schema of every shard of labels and of their questions
 PARTS = ("spans", "questions")
 _ABOUT, _QUESTIONS = "labels.json", "questions"
 _COCO_NAME = re.compile(r"(\d{12})\.(?:jpe?g|png)\b", re.IGNORECASE)
@@ -49,7 +50,7 @@ def labels(
 
     Raises:
         ValueError: for a folder without labels or with half of them, without maps or questions that were asked for,
-            where pictures are missing, or where none is COCO's and some are to be held out.
+            where pictures or maps are missing, or where none is COCO's and some are to be held out.
     """
     place = expanded(folder)
     if maps and part != "spans":
@@ -112,9 +113,25 @@ def read_label_metadata(folder: str | os.PathLike) -> dict[str, Any]:
     return about
 
 
-def folder_of_questions(place: Path) -> Path | None:
-    """The folder of labels whose questions are saved at `place`; None for any other place."""
-    return place.parent if place.name == _QUESTIONS and (place.parent / _ABOUT).is_file() else None
+def saved_label_codecs(place: Path) -> list[dict[str, Any]]:
+    """The codecs of codes that `perceptio label` wrote, as the shards of a saved data set name them, wherever it was
+    copied to; none for any other place."""
+    import pyarrow as pa
+
+    found = []
+    for file in files_below(place) if place.is_dir() else ():
+        if file.suffix != ".arrow":
+            continue
+        try:
+            with pa.memory_map(str(file)) as shard:
+                said = (pa.ipc.open_stream(shard).schema.metadata or {}).get(METADATA_KEY.encode())
+        except (OSError, pa.ArrowInvalid):  # reading its rows will say what is wrong with it
+            continue
+        document = json.loads(said) if said else {}
+        codec = document.get("labels", document).get("codec")
+        if codec is not None and codec not in found:
+            found.append(codec)
+    return found
 
 
 def _spans(place: Path, about: dict[str, Any], maps: bool) -> "Dataset":
@@ -156,17 +173,19 @@ def _rows(table: "Dataset", place: Path, maps: bool) -> Iterator[dict[str, Any]]
         )
 
 
-def check_codec(folder: str | os.PathLike, fingerprint: str, num_tokens: int, num_codes: int) -> None:
-    """Whether the codes of a folder of labels are those of a codec.
+def check_codec(
+    folder: str | os.PathLike, codec: Mapping[str, Any], fingerprint: str, num_tokens: int, num_codes: int
+) -> None:
+    """Whether the codes in a folder are those of a codec.
 
     Args:
+        codec: whose they are, as labels.json says.
         fingerprint: of the codec, see `perceptio_hf.modeling.codec_identity`.
         num_tokens, num_codes: N and K of the codec.
 
     Raises:
         ValueError: where they are another's.
     """
-    codec = read_label_metadata(folder).get("codec", {})
     wrote = f"{codec.get('name')} ({codec.get('num_tokens')} codes of {codec.get('num_codes')})"
     if codec.get("fingerprint") != fingerprint:
         raise ValueError(

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 ON_MISSING = ("raise", "skip")
-_NAMED = 5  # missing pictures that a message names
+_NAMED = 5  # missing files that a message names
+_FILES = {"images": "pictures", "masks": "masks", "depth": "depth maps", "depth_valid": "maps of valid depth"}
 
 
 def listed(
@@ -52,24 +53,24 @@ def listed(
 
 
 def with_pictures(dataset: "Dataset", place: Path, missing: str = "raise") -> "Dataset":
-    """The samples whose picture files exist. Folders are listed, each once; no file is opened, and of pictures that the
-    data set holds itself no byte is read.
+    """The samples whose files exist: of pictures, masks and depth maps. Folders are listed, each once; no file is
+    opened, and of what the data set holds itself no byte is read.
 
     Raises:
         ValueError: where some are missing, unless `missing` is "skip"; where all are.
     """
     check_missing(missing)
     known: dict[str, set[str]] = {}
-    gone = [(row, path) for row, path in _picture_files(dataset) if not _is_there(path, known)]
+    kinds = {kind: [place for place in _files(dataset, kind) if not _is_there(place[1], known)] for kind in _FILES}
+    gone = [place for places in kinds.values() for place in places]
     if not gone:
         return dataset
+    noun = " and ".join(_FILES[kind] for kind, places in kinds.items() if places)
     absent, names = {row for row, _ in gone}, list(dict.fromkeys(path for _, path in gone))
-    what = f"{place}: {len(names)} pictures are missing, of {len(absent)} of {len(dataset)} samples: "
+    what = f"{place}: {len(names)} {noun} are missing, of {len(absent)} of {len(dataset)} samples: "
     what += ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
     if missing == "raise" or len(absent) == len(dataset):
-        raise ValueError(
-            f"{what}. Complete the pictures, name their folder, or leave such samples out (missing: skip)."
-        )
+        raise ValueError(f"{what}. Complete the {noun}, name their folder, or leave such samples out (missing: skip).")
     _logger.warning("%s. Left out.", what)
     return dataset.select([number for number in range(len(dataset)) if number not in absent])
 
@@ -85,15 +86,15 @@ def check_missing(missing: str, streaming: bool = False) -> None:
         )
 
 
-def _picture_files(dataset: "Dataset") -> Iterator[tuple[int, str]]:
-    """(row, path) of every picture that is a file."""
+def _files(dataset: "Dataset", column: str) -> Iterator[tuple[int, str]]:
+    """(row, path) of every entry of a column that is a file."""
     from pyarrow import compute
 
     row = 0
-    for batch in dataset.select_columns(["images"]).with_format("arrow").iter(10_000):
-        for chunk in batch.column("images").chunks:
-            pictures = compute.list_flatten(chunk)
-            data, paths = (compute.struct_field(pictures, name) for name in ("bytes", "path"))
+    for batch in dataset.select_columns([column]).with_format("arrow").iter(10_000):
+        for chunk in batch.column(column).chunks:
+            entries = compute.list_flatten(chunk)
+            data, paths = (compute.struct_field(entries, name) for name in ("bytes", "path"))
             is_file = compute.and_(data.is_null(), paths.is_valid())
             places, names = (part.filter(is_file).to_pylist() for part in (compute.list_parent_indices(chunk), paths))
             yield from ((row + place, name) for place, name in zip(places, names, strict=True))
@@ -102,12 +103,13 @@ def _picture_files(dataset: "Dataset") -> Iterator[tuple[int, str]]:
 
 def _is_there(path: str, known: dict[str, set[str]]) -> bool:
     """Whether a path is an address, or a file in its folder, which is listed once."""
-    if not path or "://" in path:
+    if "://" in path:
         return True
     folder, name = os.path.split(path)
     if folder not in known:
         try:
-            known[folder] = set(os.listdir(folder))
+            with os.scandir(folder or ".") as entries:
+                known[folder] = {entry.name for entry in entries if not entry.is_dir()}
         except OSError:
             known[folder] = set()
     return name in known[folder]
@@ -159,7 +161,10 @@ def published_mask(segmentation: Any, size: Sequence[int]) -> dict[str, Any]:
         ValueError: for neither of them, or run lengths of another size.
     """
     if isinstance(segmentation, Mapping):
-        if [int(side) for side in segmentation.get("size", ())] != list(size):
+        if not isinstance(segmentation.get("counts"), (str, bytes, list)) or not segmentation["counts"]:
+            raise ValueError(f"its run lengths have no counts: {dict(segmentation)!r:.60}.")
+        own = segmentation.get("size")
+        if not isinstance(own, (list, tuple)) or list(own) != list(size):
             raise ValueError(
                 f"its run lengths are {segmentation.get('size')} and its picture {list(size)} (height, width); the "
                 "annotations belong to another version of the pictures."

@@ -133,6 +133,9 @@ def _samples(
             by_picture.setdefault(record["image_id"], []).append(record)
     if crowds:
         _logger.warning("%s: %d records are about crowds, which have no mask of one object. Left out.", refs, crowds)
+    wordless = sum(not words for about in by_picture.values() for record in about for _, words in sentences_of(record))
+    if wordless:
+        _logger.warning("%s: %d expressions have no words. Left out.", refs, wordless)
     for number, about in by_picture.items():
         yield from _of_picture(name, number, about, annotations, turns)
 
@@ -146,7 +149,7 @@ def _of_picture(
         with _naming(record):
             objects = annotations.without_crowds(wanted_objects(record))
             masks = [published_mask(annotations.segmentation(item, number), size) for item in objects]
-            asked += [(words, masks) for _, words in sentences_of(record)]
+            asked += [(words, masks) for _, words in sentences_of(record) if words]
     rng = rng_of(name, number)
     rng.shuffle(asked)
     parts = -(-len(asked) // turns)

@@ -146,7 +146,11 @@ class TeacherMaps(DepthSource):
     def prepare(self, index: int) -> tuple[Tensor, tuple[int, int], str | None]:
         item = self.items[index]
         picture = item.open()
-        return self.teacher.prepare(picture), picture.size[::-1], item.picture
+        try:
+            pixels = self.teacher.prepare(picture)
+        except ValueError as error:
+            raise ValueError(f"{item.picture}: {error}") from None
+        return pixels, picture.size[::-1], item.picture
 
     def finish(self, prepared: Sequence[Any]) -> Pair:
         seen: dict[int, Tensor] = {}

@@ -132,7 +132,8 @@ class Plan:
             )
         if self.seconds is None:
             return [*lines, "", "Seconds and hours: add --measure 20, on the machine that will train."]
-        return [*lines, "", f"Measured: {self.seconds:.3g} s a step, {self.hours:.3g} hours for {self.steps:,} steps."]
+        hours = f"{self.hours:.3g} hours for {self.steps:,} steps, without evaluations and saving"
+        return [*lines, "", f"Measured: {self.seconds:.3g} s a step, {hours}."]
 
     def as_json(self) -> dict[str, Any]:
         """The plan for programs; bytes, seconds, hours."""

@@ -12,6 +12,14 @@ if TYPE_CHECKING:
     from perceptio_hf.training.recipe import Recipe
 
 STRATEGIES = ("ddp", "fsdp", "zero3")
+# Settings of FSDP and DeepSpeed that decide about memory -> what is reckoned with, which is their default.
+_RECKONED = {
+    "fsdp_reshard_after_forward": "true",
+    "fsdp_offload_params": "false",
+    "fsdp_activation_checkpointing": "false",
+    "offload_optimizer_device": "none",
+    "offload_param_device": "none",
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,8 @@ def layout_of_file(file: str | os.PathLike) -> Layout:
     """The layout of a configuration of accelerate, such as those in recipes/accelerate.
 
     Raises:
-        ValueError: for a file that is none, FSDP of version 1, or a stage of ZeRO that does not shard parameters.
+        ValueError: for a file that is none, FSDP of version 1, a stage of ZeRO that does not shard parameters, or
+            settings that memory is not reckoned with.
     """
     values = read_yaml(file)
     kind = str(values.get("distributed_type", "NO")).upper()
@@ -54,13 +63,40 @@ def layout_of_file(file: str | os.PathLike) -> Layout:
     if not isinstance(processes, int):
         raise ValueError(f"{file}: num_processes is {processes!r}; expected a whole number.")
     if kind == "FSDP":
-        version = (values.get("fsdp_config") or {}).get("fsdp_version")
+        settings = values.get("fsdp_config") or {}
+        version = settings.get("fsdp_version")
         if version != 2:
             raise ValueError(f"{file}: fsdp_version is {version!r}; expected 2.")
+        _check_reckoned(settings, str(file))
         return Layout(processes, "fsdp")
     if kind == "DEEPSPEED":
-        return Layout(processes, _strategy_of_stage(values.get("deepspeed_config") or {}, str(file)))
+        settings = values.get("deepspeed_config") or {}
+        _check_reckoned(settings, str(file))
+        return Layout(processes, _strategy_of_stage(settings, str(file)))
     return Layout(processes if kind != "NO" else 1)
+
+
+def _check_reckoned(settings: Mapping, place: str) -> None:
+    """ValueError for a setting that changes what a process holds in a way that is not reckoned with."""
+    for name, expected in _RECKONED.items():
+        value = str(settings.get(name, expected)).lower()
+        if value != expected:
+            raise ValueError(
+                f"{place}: {name} is {value}, and memory is reckoned with {expected} alone; plan without it."
+            )
+
+
+def check_precision(file: str | os.PathLike, recipe: "Recipe") -> None:
+    """ValueError where a configuration of accelerate would decide on the precision, and on another than is planned
+    with: what a recipe says of it counts."""
+    settings = recipe.settings
+    planned = "bf16" if settings.bf16 else "fp16" if settings.fp16 else "no"
+    asked = str(read_yaml(file).get("mixed_precision", "no")).lower()
+    if asked != planned and not {"bf16", "fp16"} & set(recipe.values):
+        raise ValueError(
+            f"{file}: mixed_precision is {asked}, which counts where a recipe says nothing of it, and here it would be "
+            f"planned with {planned}: add --bf16 {str(asked == 'bf16').lower()} to the command or the recipe."
+        )
 
 
 def _strategy_of_stage(settings: Mapping, place: str) -> str:
@@ -74,9 +110,12 @@ def layout_of_environment() -> Layout:
     """The layout that `accelerate launch` has set up for this process; one process where it has not.
 
     Raises:
-        ValueError: for a stage of ZeRO that does not shard parameters.
+        ValueError: for a stage of ZeRO that does not shard parameters, or settings that memory is not reckoned with.
     """
     processes = int(os.environ.get("WORLD_SIZE", 1))
+    names = {name: name if name.startswith("fsdp") else f"accelerate_deepspeed_{name}" for name in _RECKONED}
+    said = {name: os.environ.get(key.upper()) for name, key in names.items()}
+    _check_reckoned({name: value for name, value in said.items() if value is not None}, "accelerate launch")
     if fsdp.is_wanted():
         return Layout(processes, "fsdp")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":

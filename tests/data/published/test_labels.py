@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ from evaluation.published_formats import png, scenes_of
 from PIL import Image as Pictures
 
 from perceptio_hf import DepthVQVAE
-from perceptio_hf.data.published.labels import check_codec
-from perceptio_hf.data.rows import dataset_of
+from perceptio_hf.data.published.labels import check_codec, read_label_metadata
+from perceptio_hf.data.rows import sample_features, to_row
 from perceptio_hf.data.samples import load_sample
 from perceptio_hf.data.tasks import load_tasks
+from perceptio_hf.labelling.shards import write_dataset
 
 N, K = 64, 128
 
@@ -64,7 +66,6 @@ def write_labels(folder, scenes, *, ids="picture {}", **changes):
     features = {"id": text, "image": file, "width": whole, "height": whole, "codes": List(whole)}
     features = Features(features | {"depth": text, "extra": text})
     Dataset.from_list(rows, features=features).save_to_disk(str(folder / "labels"))
-    dataset_of(asked).save_to_disk(str(folder / "questions"))
     about = {
         "format": "perceptio labels",
         "version": 1,
@@ -74,7 +75,9 @@ def write_labels(folder, scenes, *, ids="picture {}", **changes):
         "codec": {"name": "codec", "fingerprint": "0123456789abcdef", "num_tokens": N, "num_codes": K},
         "maps": True,
     }
-    (folder / "labels.json").write_text(json.dumps(about | changes))
+    about |= changes
+    (folder / "labels.json").write_text(json.dumps(about))
+    write_dataset(folder / "questions", map(to_row, asked), sample_features(), {"labels": about})
     return [row["codes"] for row in rows]
 
 
@@ -145,6 +148,11 @@ def test_parts_and_pictures_that_are_not_there(scenes, tmp_path):
     with pytest.raises(ValueError, match=r"1 pictures are missing, .*0\.png"):
         load(tmp_path)
     assert load(tmp_path, missing="skip")["id"][:] == ["picture 1", "picture 2"]
+    (tmp_path / "depth" / "1.png").unlink()
+    with pytest.raises(ValueError, match=r"2 pictures and depth maps are missing, of 2 of 3 samples: .*1\.png"):
+        load(tmp_path, maps=True)
+    assert load(tmp_path, maps=True, missing="skip")["id"][:] == ["picture 2"]
+    assert load(tmp_path, missing="skip")["id"][:] == ["picture 1", "picture 2"], "whose codes need no map"
 
 
 def test_pictures_that_others_test_on_are_held_out(scenes, tmp_path):
@@ -162,11 +170,12 @@ def test_pictures_that_others_test_on_are_held_out(scenes, tmp_path):
 
 def test_codes_of_another_codec_are_refused(scenes, tmp_path):
     write_labels(tmp_path, scenes)
-    check_codec(tmp_path, "0123456789abcdef", N, K)
+    codec = read_label_metadata(tmp_path)["codec"]
+    check_codec(tmp_path, codec, "0123456789abcdef", N, K)
     with pytest.raises(
         ValueError, match=r"codes of the codec codec \(64 codes of 128\), 0123456789abcdef; the model's"
     ):
-        check_codec(tmp_path, "f" * 16, N, K)
+        check_codec(tmp_path, codec, "f" * 16, N, K)
 
 
 def test_training_refuses_labels_of_another_codec(scenes, tmp_path):
@@ -177,10 +186,12 @@ def test_training_refuses_labels_of_another_codec(scenes, tmp_path):
     model = PerceptioForConditionalGeneration.from_pretrained(tiny_checkpoint())
     write_labels(tmp_path / "mine", scenes)
     tasks = [{"world": "refer", "scenes": 1}, {"labels": "mine"}]
-    for others in (tasks, [{"samples": "mine/questions"}]):
+    shutil.copytree(tmp_path / "mine" / "questions", tmp_path / "elsewhere" / "asked")
+    kinds = [[{kind: name}] for kind in ("samples", "hub") for name in ("mine/questions", "elsewhere/asked")]
+    for others in (tasks, *kinds):
         with pytest.raises(ValueError, match="Label with the model's codec"):
             check_label_codecs(others, str(tmp_path), model.depth_model)
-    check_label_codecs([{"samples": "questions"}], str(tmp_path), model.depth_model)
+    check_label_codecs([{"samples": "questions"}, {"hub": "somebody/set"}], str(tmp_path), model.depth_model)
     check_label_codecs([{"labels": "mine", "maps": True}], str(tmp_path), model.depth_model)
     about = json.loads((tmp_path / "mine" / "labels.json").read_text())
     about["codec"]["fingerprint"] = codec_fingerprint(DepthVQVAE.from_pretrained(_saved(model, tmp_path)))

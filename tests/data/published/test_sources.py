@@ -147,6 +147,20 @@ def test_a_record_that_contradicts_its_annotations_is_named(scenes, tmp_path):
         load({"refcoco": str(tmp_path)})
 
 
+def test_a_record_that_means_no_object_is_named_and_one_without_words_asks_nothing(scenes, tmp_path, caplog):
+    records = write_refcoco(tmp_path, scenes)
+    train = [record for record in records if record["split"] == "train"]
+    before = [questions(row) for row in load({"refcoco": str(tmp_path)})]
+    train[0]["sentences"].append({"sent": " ", "sent_id": 999})
+    (tmp_path / "refs(unc).p").write_bytes(pickle.dumps(records))
+    found = [questions(row) for row in load({"refcoco": str(tmp_path)})]
+    assert sum(map(len, found)) == sum(map(len, before)) and "1 expressions have no words. Left out" in caplog.text
+    train[0]["ann_id"] = []
+    (tmp_path / "refs(unc).p").write_bytes(pickle.dumps(records))
+    with pytest.raises(ValueError, match=rf"record {train[0]['ref_id']}: its ann_id is \[\]; expected numbers"):
+        load({"refcoco": str(tmp_path)})
+
+
 def test_a_picture_of_another_size_than_its_polygons(scenes, tmp_path):
     write_refcoco(tmp_path, scenes)
     Image.new("RGB", (SIZE * 2, SIZE)).save(tmp_path / "train2014" / file_name(1))
@@ -242,6 +256,36 @@ def test_things_without_a_box(box, scenes, tmp_path):
         item.update(bbox=box) if box != "absent" else item.pop("bbox")
     (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(document))
     assert [questions(row) for row in load({"coco_instances": str(tmp_path)})] == asked
+
+
+def _first(kind: str, **values):
+    """Something that is done to the first entry of a kind in instances.json."""
+    return lambda document: document[kind][0].update(values)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_first("images", height=None), r"picture 1: its height and width are \(None, \d+\)"),
+        (_first("images", width="x"), r"picture 1: its height and width are \(\d+, 'x'\)"),
+        (_first("images", file_name=None), "picture 1: its file_name is None"),
+        (_first("annotations", category_id=[1]), r"annotation \d+: its category_id is \[1\]"),
+        (_first("annotations", image_id=[1]), r"annotation \d+: its image_id is \[1\]"),
+        (
+            _first("annotations", segmentation={"size": None, "counts": "ab"}),
+            r"annotation \d+: its run lengths are None",
+        ),
+        (_first("annotations", segmentation={"size": [48, 48]}), r"annotation \d+: its run lengths have no counts"),
+        (_first("categories", name=None), "category 1: its name is None; expected words"),
+        (_first("categories", name=" "), "category 1: its name is ' '; expected words"),
+    ],
+)
+def test_entries_of_another_kind_are_named(spoil, message, scenes, tmp_path):
+    document = write_instances(tmp_path, scenes)
+    spoil(document)
+    (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=rf"instances_train2017\.json: {message}"):
+        load({"coco_instances": str(tmp_path)})
 
 
 def test_a_box_of_another_form_is_named(scenes, tmp_path):
@@ -374,6 +418,10 @@ def test_llava_samples_that_cannot_be_are_counted_and_named(tmp_path):
     write_llava(tmp_path, [*good, gone])
     with pytest.raises(ValueError, match=r"1 pictures are missing, of 1 of 4 samples: .*2\.jpg"):
         load({"llava": str(tmp_path / "llava.json")})
+    for name in ("", "coco"):  # no name, and a folder's
+        write_llava(tmp_path, [*good, gone | {"image": name}])
+        with pytest.raises(ValueError, match="1 pictures are missing, of 1 of 4 samples"):
+            load({"llava": str(tmp_path / "llava.json")})
     write_llava(tmp_path, [three, *good, gone])
     kept = load({"llava": str(tmp_path / "llava.json"), "missing": "skip"})
     assert kept["id"][:] == ["a", "words", "first"]

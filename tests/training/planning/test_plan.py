@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from helpers import random_model
 
 from perceptio_hf.commands.main import run
 from perceptio_hf.data.sources import write_samples
+from perceptio_hf.files import find_recipe
 from perceptio_hf.training.planning.sharding import Layout, check_layout, layout_of_environment, layout_of_file
 from perceptio_hf.training.recipe import read_recipe, training_set
 
@@ -97,12 +99,46 @@ def test_seconds_and_hours_are_measured(recipe, capsys, tmp_path, monkeypatch):
 
 
 def test_gpus_of_the_launch_are_reckoned_with(recipe, plan, capsys):
-    assert run(["train", "--config", recipe(), "--dry-run", "--json", "--launch", "fsdp2_8gpu"]) == 0
+    assert run(["train", "--config", recipe(bf16=False), "--dry-run", "--json", "--launch", "fsdp2_8gpu"]) == 0
     shards = json.loads(capsys.readouterr().out)
     assert shards["samples_per_step"] == 8 * plan["samples_per_step"]
     assert shards["memory"]["weights"] == -(-plan["memory"]["weights"] // 8)
     at_once, alone = shards["memory"], plan["memory"]["activations"]
     assert 0 < at_once["activations"] <= alone <= at_once["activations"] + at_once["gathered"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": False}},
+            "fsdp_reshard_after_forward is false",
+        ),
+        ({"fsdp_config": {"fsdp_version": 2, "fsdp_offload_params": True}}, "fsdp_offload_params is true"),
+        (
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3, "offload_optimizer_device": "cpu"}},
+            "offload_optimizer_device is cpu",
+        ),
+        ({"mixed_precision": "bf16"}, "mixed_precision is bf16, .* add --bf16 true"),
+    ],
+)
+def test_what_a_launch_changes_and_the_plan_does_not_reckon_with(changes, message, recipe, tmp_path, capsys):
+    file = tmp_path / "launch.yaml"
+    given = yaml.safe_load(find_recipe("fsdp2_8gpu", "accelerate").read_text()) | {"mixed_precision": "no"}
+    file.write_text(yaml.safe_dump(given | changes))
+    assert run(["train", "--config", recipe(), "--dry-run", "--launch", str(file)]) == 2
+    assert re.search(f"launch.yaml: {message}", capsys.readouterr().err)
+
+
+def test_the_environment_of_a_launch_is_reckoned_with(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_RESHARD_AFTER_FORWARD", "true")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert layout_of_environment() == Layout(4, "fsdp")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(ValueError, match="accelerate launch: fsdp_offload_params is true"):
+        layout_of_environment()
 
 
 BOTH = "2 of 3 sources cannot be opened: "
