@@ -3,6 +3,8 @@
 import io
 import os
 import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +19,7 @@ from .archives import Place, TarMember
 
 _WEB = re.compile(r"https?://", re.IGNORECASE)
 _HEAD = 1 << 17  # bytes of a picture in a shard that tell its size: JPEG's header with EXIF and a colour profile
+_ASKERS = 8  # threads that ask for the sizes of files
 _ORIENTATION = 0x0112  # EXIF tag; values above 4 exchange width and height
 
 
@@ -145,6 +148,12 @@ def _size_of(source: str | bytes) -> tuple[int, int] | None:
             return (picture.height, picture.width) if turned else picture.size
     except Exception:  # Pillow's readers raise many kinds; reading the whole picture will say which
         return None
+
+
+def file_sizes(items: Sequence[Item]) -> list[int | None]:
+    """`Item.file_size` of many."""
+    with ThreadPoolExecutor(_ASKERS) as pool:
+        return list(pool.map(Item.file_size, items))
 
 
 def absolute(path: str) -> str:

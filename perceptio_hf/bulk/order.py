@@ -36,8 +36,9 @@ def cut(order: Sequence[int], groups: Sequence[Hashable], batch_size: int) -> li
     return batches
 
 
-def read_order(path: Path, items: str) -> list[int] | None:
-    """The order that an earlier run over the same items wrote; None where there is none.
+def read_order(path: Path, items: str) -> tuple[list[int] | None, list[int | None]]:
+    """The order that an earlier run over the same items wrote, None where there is none, and how large their files were
+    then, where it says so.
 
     It is kept, since a picture that is mended between two runs would move to another place, and the lines behind it
     with it.
@@ -47,14 +48,14 @@ def read_order(path: Path, items: str) -> list[int] | None:
     """
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        return kept["order"] if kept["items"] == items else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
+        return (kept["order"], kept.get("sizes", [])) if kept["items"] == items else (None, [])
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None, []
 
 
-def write_order(path: Path, items: str, order: list[int]) -> None:
+def write_order(path: Path, items: str, order: Sequence[int], sizes: Sequence[int | None] = ()) -> None:
     """For `read_order`."""
-    write_text(path, json.dumps({"items": items, "order": order}) + "\n")
+    write_text(path, json.dumps({"items": items, "order": list(order), "sizes": list(sizes)}) + "\n")
 
 
 def digest(rows: Iterable[Any]) -> str:

@@ -1,15 +1,12 @@
 """What is done once more where a folder of labels is given the same pictures again."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from perceptio_hf.bulk.item import Item
+from perceptio_hf.bulk.item import Item, file_sizes
 from perceptio_hf.data.rows import import_datasets
-
-_READERS = 8  # threads that ask for the sizes of files
 
 
 class FetchedPictures:
@@ -59,5 +56,4 @@ class Outdated:
 
     @cached_property
     def _sizes(self) -> list[int | None]:
-        with ThreadPoolExecutor(_READERS) as pool:
-            return list(pool.map(Item.file_size, self.items))
+        return file_sizes(self.items)

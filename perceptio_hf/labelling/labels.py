@@ -68,7 +68,7 @@ def label_items(
         OSError: where it cannot be written.
     """
     what = digest([item.id, item.picture, _said(item)] for item in items)
-    order = read_order(folder / JOURNAL_FOLDER / _ORDER_FILE, what) or _order(items)
+    order = read_order(folder / JOURNAL_FOLDER / _ORDER_FILE, what)[0] or _order(items)
     # Fingerprints tell teachers and codecs apart; a folder that was moved holds the same one.
     parts = {part: {key: value for key, value in about[part].items() if key != "name"} for part in ("teacher", "codec")}
     claim = {**about, **parts, "set_of_pictures": what}

@@ -114,12 +114,12 @@ def test_large_pictures_come_first_within_a_window_and_groups_share_no_batch():
 
 def test_the_order_is_kept_for_the_same_items_only(tmp_path):
     path = tmp_path / "order.json"
-    assert read_order(path, "a") is None
-    write_order(path, "a", [2, 0, 1])
-    assert read_order(path, "a") == [2, 0, 1] and read_order(path, "b") is None
+    assert read_order(path, "a") == (None, [])
+    write_order(path, "a", [2, 0, 1], [7, None, 9])
+    assert read_order(path, "a") == ([2, 0, 1], [7, None, 9]) and read_order(path, "b") == (None, [])
     for broken in ("", "[]", json.dumps({"items": "a"})):
         path.write_text(broken)
-        assert read_order(path, "a") is None
+        assert read_order(path, "a") == (None, [])
 
 
 def test_options_of_several_workers_need_ray():

@@ -161,19 +161,33 @@ def test_sigkill_in_the_middle_and_the_same_lines_in_the_end(predict, photos, tm
     done = journal.read_bytes().count(b"\n")
     assert 4 <= done < 48
     assert predict(*words, "--out", tmp_path / "calm")[0] == 0
-    picture(9, 9).save(photos / "7.png")  # it was missing: later runs keep to the order of the first
+    # It was missing: later runs keep to the order of the first, and answer it at last.
+    picture(9, 9).save(photos / "7.png")
+    failed = sum("error" in line for line in lines(tmp_path / "killed"))
     code, said, _ = predict(*words, "--out", tmp_path / "killed", "--json")
-    assert code == 0 and json.loads(said)["fresh"] == 48 - done
+    assert code == 0 and json.loads(said)["fresh"] == 48 - done + failed
     calm, killed = lines(tmp_path / "calm"), lines(tmp_path / "killed")
-    mended = [place for place in range(done, 48) if "error" in calm[place]]
-    assert [line for place, line in enumerate(killed) if place not in mended] == [
-        line for place, line in enumerate(calm) if place not in mended
-    ]
-    assert all("error" not in killed[place] for place in mended)
+    mended = [line["index"] for line in calm if "error" in line]
+    assert len(mended) == 6 and not any("error" in line for line in killed)
+    assert [line for line in killed if line["index"] not in mended] == [line for line in calm if "error" not in line]
     for line in calm:
         if "error" not in line:
             one, other = (tmp_path / name / line["depth"] for name in ("killed", "calm"))
             assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_picture_that_was_replaced_is_answered_once_more(predict, photos, tmp_path):
+    words = (photos, QUESTION, "--spatial", "depth", "--json", "--out", tmp_path / "out")
+    assert predict(*words)[0] == 0
+    before = {line["id"]: line for line in lines(tmp_path / "out")}
+    assert json.loads(predict(*words)[1])["fresh"] == 0
+    picture(70, 30, seed=5).save(photos / "2.png")
+    code, said, _ = predict(*words)
+    after = {line["id"]: line for line in lines(tmp_path / "out")}
+    assert code == 0 and json.loads(said)["fresh"] == 1 and after.keys() == before.keys()
+    assert (after["2.png"]["width"], after["2.png"]["height"]) == (70, 30)
+    assert all(after[name] == before[name] for name in before if name != "2.png")
+    assert json.loads(predict(*words)[1])["fresh"] == 0
 
 
 def test_results_of_other_questions_settings_or_weights_are_never_mixed(predict, photos, tmp_path):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from perceptio_hf.bulk.engines import Engine, Result, fill_journal
-from perceptio_hf.bulk.item import Item
+from perceptio_hf.bulk.item import Item, file_sizes
 from perceptio_hf.bulk.journal import Journal, claim_path
 from perceptio_hf.bulk.order import cut, digest, order_by_size, read_order, write_order
 from perceptio_hf.data.depth_maps import depth_picture
@@ -204,7 +204,7 @@ def predict_items(
     overwrite: bool = False,
     watch: Callable[[int, int], None] | None = None,
 ) -> Tally:
-    """Answer what the folder has no line of yet.
+    """Answer what the folder has no line of yet, and pictures whose files are no longer as large as they were.
 
     Pictures that InternVL cuts into as many tiles share a batch, so that little of it is padding; lines come in that
     order, never far from the order of the items, whose place is the line's "index".
@@ -223,14 +223,25 @@ def predict_items(
     what = digest([item.id, item.picture, item.question, item.spatial, item.extra] for item in items)
     groups = [item.spatial for item in items]
     claim = {**claim, "set_of_pictures_and_questions": what, "max_new_tokens": max_new_tokens}
-    order = read_order(folder / ORDER_FILE, what) or _order(items, groups, processor)
+    order, old_sizes = read_order(folder / ORDER_FILE, what)
+    order, sizes = order or _order(items, groups, processor), file_sizes(items)
+    changed = {place for place, pair in enumerate(zip(old_sizes, sizes, strict=False)) if len({*pair}) > 1}
     if (folder / DEPTH_FOLDER).exists() and not claim_path(folder / RESULTS_FILE).exists():
         raise ValueError(f"{folder / DEPTH_FOLDER} is there, and results would replace it; name another --out.")
     ids = [item.id for item in items]
-    journal = Journal(folder / RESULTS_FILE, claim, ids, order=order, overwrite=overwrite, keep=False)
+    journal = Journal(
+        folder / RESULTS_FILE,
+        claim,
+        ids,
+        order=order,
+        outdated=lambda record: record["index"] in changed,
+        overwrite=overwrite,
+        keep=False,
+    )
     if not journal.done:
         _remove_results(folder)
-        write_order(folder / ORDER_FILE, what, order)  # after the journal, which may refuse these items
+    if not journal.done or sizes != old_sizes:
+        write_order(folder / ORDER_FILE, what, order, sizes)  # after the journal, which may refuse these items
     batches = [[items[place] for place in batch] for batch in cut(journal.order, groups, batch_size)]
     fresh = fill_journal(
         journal,

@@ -99,7 +99,7 @@ class _Reader(TorchFunctionMode):
         if fixed:
             self.readings = _FixedHead.apply(states, weight.detach(), bias, rows, index, *common, self.learns)
         else:
-            self.readings = _PartsOfHead.apply(states, weight, bias, *common)
+            self.readings = _PartsOfHead.apply(states, weight, bias, *common, self.learns)
         self.standing_in.append(self.readings[0])
         return self.readings[0]
 
@@ -177,7 +177,14 @@ class _PartsOfHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, code_ids: Tensor, dtype: torch.dtype
+        ctx,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        code_ids: Tensor,
+        dtype: torch.dtype,
+        learns: bool,
     ) -> Readings:
         found, ctx.kept = [], None
         with torch.autocast(states.device.type, enabled=False):
@@ -185,7 +192,7 @@ class _PartsOfHead(torch.autograd.Function):
             for rows in _kept_and_other_parts(len(states), len(weight)):
                 logits = F.linear(own[rows], head, offset)
                 found.append(_readings(logits, targets[rows], code_ids))
-                if rows.start == 0 and any(ctx.needs_input_grad):
+                if rows.start == 0 and learns:
                     ctx.kept = logits
                 del logits
         readings = tuple(torch.cat(part) for part in zip(*found, strict=True))
@@ -214,7 +221,7 @@ class _PartsOfHead(torch.autograd.Function):
                 if wants_bias:
                     of_bias += logits.sum(0)
                 logits = None
-        return of_states, of_weight, of_bias, None, None, None
+        return of_states, of_weight, of_bias, *[None] * 4
 
 
 class _FixedHead(torch.autograd.Function):
