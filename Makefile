@@ -14,7 +14,7 @@ STAMP := $(VENV)/.perceptio-installed
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-oldest test-oldest-quick test-newest test-between test-arithmetic test-arithmetic-quick test-formats test-sam2 test-lmms-eval test-engines test-ray test-track test-zero3 test-app rehearse plan lint clean
+.PHONY: help env env-newest demo test test-oldest test-oldest-quick test-newest test-between test-arithmetic test-arithmetic-quick test-formats test-sam2 test-lmms-eval test-engines test-ray test-track test-zero3 test-app rehearse plan lint clean
 
 help:
 	@echo "make demo   render a scene, ask the embedded model about it, write pictures to perceptio-demo/"
@@ -78,11 +78,13 @@ NEWEST_NAMES := torch transformers huggingface_hub accelerate safetensors numpy 
 NEWER := import sys; from importlib.metadata import version; from pathlib import Path; \
 	tested = {line.split(" ;")[0].strip() for line in Path("$(CONSTRAINTS)").read_text().splitlines()}; \
 	print(*(name for name in sys.argv[1:] if f"{name}=={version(name).partition(chr(43))[0]}" not in tested))
-test-newest:
+env-newest:
 	@echo "Bringing $(NEWEST) up to date (the first time a few minutes) ..."
 	@test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
 	@$(NEWEST)/bin/python -m pip install -qq --disable-pip-version-check --upgrade --upgrade-strategy eager \
 		-e ".[$(EXTRAS)]" "$$(grep '^torch==' $(CONSTRAINTS))"
+
+test-newest: env-newest
 	@$(NEWEST)/bin/python -c 'import sys; from importlib.metadata import version; print(*(f"{name} {version(name)}" for name in sys.argv[1:]), sep=", ")' $(NEWEST_NAMES)
 	@newer="$$($(NEWEST)/bin/python -c '$(NEWER)' $(NEWEST_NAMES))" || exit 1; \
 	case "$$newer" in "") tests="";; pillow) tests="$(PICTURE_TESTS)";; *) tests="$(NEWEST_TESTS)";; esac; \

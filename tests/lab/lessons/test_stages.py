@@ -265,7 +265,7 @@ def test_schedule():
 @pytest.mark.slow
 def test_all_stages_run_resume_and_load(tmp_path):
     steps = {f"{stage}_steps": 2 for stage in STAGES} | {f"{stage}_batch": 2 for stage in STAGES}
-    recipe = TinyRecipe(codec=CODEC, codec_scenes=20, codec_steps=10, corpus_scenes=30, checkpoint_every=1, **steps)
+    recipe = TinyRecipe(codec=CODEC, codec_scenes=20, codec_steps=10, corpus_scenes=30, checkpoint_every=2, **steps)
     folder = train_tiny(recipe, tmp_path / "run", processes=2, workers=0)
     model = AutoModel.from_pretrained(folder)
     start = fresh_model_of(recipe, tmp_path / "run")
