@@ -153,6 +153,8 @@ def evaluate(
             elsewhere = {"load": partial(checkpoints.load, place), "reopen": reopen}
         loaded = checkpoints.load(name, "cpu" if elsewhere else None)  # there it only says whose the weights are
         facts = ModelFacts.of(loaded[0], shown_name)
+        if card is not None:
+            check_card(card, shown_name, facts.weights_sha256, overwrite=overwrite)
         with progress("samples") as watch:
             run = run_benchmark(
                 *loaded,

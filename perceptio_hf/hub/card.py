@@ -182,10 +182,17 @@ def revised_card(text: str, repo: str, facts: CardFacts) -> str:
     for name, value in facts.metadata().items():
         card.data[name] = value
     if facts.results:
-        kept = [old for old in card.data.eval_results or [] if not any(map(old.is_equal_except_value, facts.results))]
+        fresh = set(map(_measured, facts.results))
+        kept = [old for old in card.data.eval_results or [] if _measured(old) not in fresh]
         card.data.eval_results = [*kept, *facts.results]
         card.data.model_name = card.data.model_name or repo.rpartition("/")[2]
     return card.content
+
+
+def _measured(result: EvalResult) -> tuple[str | None, ...]:
+    """What a result is of: not how many samples that took, nor with which settings."""
+    data = (result.dataset_type, result.dataset_name, result.dataset_config, result.dataset_split)
+    return result.task_type, *data, result.dataset_revision, result.metric_type, result.metric_config
 
 
 def replace_default_card(card: Path, model: "PerceptioForConditionalGeneration", repo: str) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from helpers import picture
 
+from perceptio_hf.bulk import progress
 from perceptio_hf.bulk.engines import Result, open_engine
 from perceptio_hf.commands import main
 
@@ -247,7 +248,10 @@ def photographs(folder: Path, count: int) -> Path:
 
 
 @needs_ray
-def test_a_predict_that_is_killed_goes_on_and_ends_with_the_rows_of_one_worker(cluster, tiny_folder, tmp_path, capfd):
+def test_a_predict_that_is_killed_goes_on_and_ends_with_the_rows_of_one_worker(
+    cluster, tiny_folder, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setattr(progress, "LOGGED_EVERY", 3600.0)  # a slow machine is told how far it is
     """SIGKILL of the process that drives Ray, in the middle."""
     import psutil  # comes with Ray
 
@@ -287,7 +291,8 @@ def lines(folder: Path) -> list[bytes]:
 
 
 @needs_ray
-def test_eval_gives_the_rows_of_one_worker(cluster, tiny_folder, tmp_path, capfd):
+def test_eval_gives_the_rows_of_one_worker(cluster, tiny_folder, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(progress, "LOGGED_EVERY", 3600.0)  # a slow machine is told how far it is
     command = ["eval", "world-closest", "--limit", "6", "--replace-depth", "identity,oracle", "--batch-size", "2"]
     command += ["--model", str(tiny_folder), "--max-new-tokens", "24"]
     summaries = []

@@ -103,7 +103,7 @@ def test_a_card_by_hand_keeps_its_words_and_its_metadata():
 def test_results_join_the_others_and_replace_their_own():
     other = replace(RESULT, dataset_split="test")
     first = revised_card(BY_HAND, "me/fine", CardFacts(results=(RESULT, other)))
-    better = replace(RESULT, metric_value=0.9)
+    better = replace(RESULT, metric_value=0.9, dataset_args={"samples": 10_834})
     again = ModelCard(revised_card(first, "me/other-name", CardFacts(results=(better,)))).data
     assert again.model_name == "fine"
     assert {result.dataset_split: result.metric_value for result in again.eval_results} == {"val": 0.9, "test": 0.827}

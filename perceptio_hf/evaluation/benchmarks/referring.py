@@ -124,9 +124,14 @@ def _picture_problem(picture: PictureSource, size: list[int]) -> str | None:
     if not picture.content.is_file():
         return f"there is no picture {picture.content}; complete the folder of COCO's pictures."
     try:
-        width, height = picture.size()
+        (width, height), turned = picture.header()
     except ValueError as error:
         return str(error)
+    if turned in range(2, 9):
+        return (
+            f"the picture {picture.name} is to be turned when it is shown (EXIF orientation {turned}), and annotations "
+            "are of pictures as they are stored; store it without that tag, or leave the sample out."
+        )
     if [height, width] != size:
         return (
             f"the picture {picture.name} is {height} x {width} and instances.json says {size[0]} x {size[1]} (height x "

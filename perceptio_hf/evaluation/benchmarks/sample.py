@@ -55,13 +55,18 @@ class PictureSource:
         Raises:
             ValueError: naming a picture whose header cannot be read.
         """
+        return self.header()[0]
+
+    def header(self) -> tuple[tuple[int, int], int]:
+        """`size`, and by which of EXIF's orientations the picture as it is stored was turned for that; 1: not at all.
+        Errors as `size`."""
         content = self.content() if callable(self.content) else self.content
         if not isinstance(content, (bytes, str, os.PathLike)):
-            return load_picture(open_encoded(content)).size
+            return load_picture(open_encoded(content)).size, 1
         try:
             with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as picture:
-                turned = picture.getexif().get(_ORIENTATION, 1) > 4
-                return (picture.height, picture.width) if turned else picture.size
+                turned = picture.getexif().get(_ORIENTATION, 1)
+                return ((picture.height, picture.width) if turned > 4 else picture.size), turned
         except Exception as error:  # Pillow's readers raise many kinds
             reason = " ".join(str(error).split())[:100]
             raise ValueError(f"the picture {self.name} cannot be read ({reason}); copy it again.") from None

@@ -49,8 +49,10 @@ def answer_choice(text: str, choices: Sequence[str]) -> str | None:
     exactly one choice within it.
 
     A choice's text counts where it stands as whole words, in any case, except within a longer choice that is there too
-    and behind "not". Letters in such a text, as in "Figure B", name nothing by themselves. An answer that is nothing
-    but a letter names the choice of that letter, even where a choice's text is a letter: that is what is asked for.
+    and behind "not", "no", "neither" or "without"; "yes" and "no" count where they answer, not in "there is no cat".
+    Sentences that say that nothing can be said name no choice. Letters in such a text, as in "Figure B", name nothing
+    by themselves. An answer that is nothing but a letter names the choice of that letter, even where a choice's text is
+    a letter: that is what is asked for.
 
     Args:
         text: What the model wrote.
@@ -69,7 +71,11 @@ def answer_choice(text: str, choices: Sequence[str]) -> str | None:
     letter = answer_letter(_without_lettered(text, choices), len(choices))
     if letter is not None:
         return letter
-    said, wanted = _words(" ".join(sentences(_normal(text)))), [_words(choice) for choice in choices]
+    asserted = [sentence for sentence in sentences(_normal(text)) if not _REFUSAL.search(sentence)]
+    wanted = [_words(choice) for choice in choices]
+    if {" yes ", " no "} & {*wanted}:
+        asserted = [_NO_ANSWER.sub(" ", sentence) for sentence in asserted]
+    said = _words(" ".join(asserted))
     found = [index for index, words in enumerate(wanted) if words and words == said] or _named(said, wanted)
     return LETTERS[found[0]] if len(found) == 1 else None
 
@@ -118,6 +124,18 @@ def _without_lettered(text: str, choices: Sequence[str]) -> str:
     return text
 
 
+_REFUSAL = re.compile(
+    r"\b(?:can(?:not|['’]t| not)\s+(?:be\s+)?(?:tell|told|say|said|see|determined?|decided?|answer(?:ed)?|know|judged?)"
+    r"|(?:do(?:n['’]t| not)|not)\s+know|unable|impossible|uncertain|unsure|unclear|no\s+way|whether"
+    r"|not\s+(?:sure|possible|clear|certain))\b",
+    re.IGNORECASE,
+)
+# "yes" and "no" that do not answer: neither at the beginning and before a break, nor behind what announces them.
+_NO_ANSWER = re.compile(
+    r"(?<!^)(?<!answer is )(?<!\bsay )(?<!: )(?<!, )(?<!\bso )\b(?:yes|no)\b"
+    r"|^(?:yes|no)\b(?!\W*$|\s*[,.;:!–—-]|\s+(?:it|they|he|she|there|this|that|these|those|the|i|you|we)\b)",
+    re.IGNORECASE,
+)
 # -3, 0.5, 1,000, 1/2, 10:30, 2-3 and 10^3 are one word each; "12cm" is two, "H2O" one.
 _WORD = re.compile(r"-?\d+(?:[.,:/^+-]\d+)*|[^\W\d_]+(?:'[^\W\d_]+|\d\w*)?")
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
@@ -140,11 +158,15 @@ def _words(text: str) -> str:
     return f" {' '.join(words)} " if words else ""
 
 
+_NEGATIONS, _ARTICLES = ("not", "no", "neither", "nor", "without"), ("", " a", " an", " the")
+_NOT_BEHIND = "".join(f"(?<! {word}{article})" for word in _NEGATIONS for article in _ARTICLES)
+
+
 def _named(said: str, wanted: Sequence[str]) -> list[int]:
     """Indices of the choices named in `said`; longer ones are looked for first and taken out."""
     found = []
     for index in sorted(range(len(wanted)), key=lambda index: -len(wanted[index])):
-        pattern = re.compile(rf"(?<! not)(?<! not a)(?<! not the){re.escape(wanted[index])}")
+        pattern = re.compile(_NOT_BEHIND + re.escape(wanted[index]))
         if wanted[index] and pattern.search(said):
             found.append(index)
             if sum(words == wanted[index] for words in wanted) == 1:

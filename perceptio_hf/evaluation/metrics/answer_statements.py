@@ -99,7 +99,9 @@ _ASIDE = re.compile(
 )
 _CLAUSE = re.compile(
     r"[,;]?\s*\b(?:but|while|whereas|although|though|however|because|since|as (?:it|this|its|they)|making|meaning)\b,?"
-    rf"|,\s*and\b|\s+and\s+(?=<[A-H]+>\s+\w)|,\s*(?=<[A-H]+>\s*{_VERB})",
+    rf"|,\s*and\b|\s+and\s+(?=<[A-H]+>\s+\w)|,\s*(?=<[A-H]+>\s*{_VERB})"
+    # "the farthest is A, the nearest is B": another subject
+    rf"|,\s*(?=(?:the\s+)?(?:one\s+)?(?:closest|nearest|closer|nearer)\b[^<>,;]{{0,60}}?(?:{_VERB}|[:=–—-]|\s){_FILLER}<)",
     re.IGNORECASE,
 )
 _DOUBT = re.compile(
@@ -114,7 +116,9 @@ _SAY = (
 )
 _PLAIN_RULES = [
     (3, rf"\b(?:answer|option|choice|response|letter)\b[^<>]{{0,80}}?(?:\bis\b|\bbe\b|[:=→]){_FILLER}{_SOME}"),
-    (3, rf"\banswer\s+{_SOME}"),
+    (3, rf"\banswer\s*[–—-]?\s*{_SOME}"),
+    (3, rf"^\W*(?:ans|result|conclusion)\s*[:=]\s*{_SOME}"),
+    (3, rf"^\W*(?:i\s+)?(?:choose|pick|select)\s+{_SOME}\W*$"),
     (3, rf"{_SOME}\s+{_VERB}\s+(?:(?:be|the|final|best|most|likely)\s+)*(?:correct|right|answer)\b"),
     (2, rf"^\W*(?:(?:so|therefore|thus|hence|sure|yes|okay|ok|well)\b\W*)*{_SOME}\W*$"),
     (2, rf"^{_SOME}\s*[:–—-]\s*(?!{_VERB})(?!.*<(?!\1>))"),
@@ -125,7 +129,7 @@ _RULES = [(strength, re.compile(pattern, re.IGNORECASE)) for strength, pattern i
 _SUBJECT = rf"{_SOME}(?:[^<>]*?{_VERB})?{_FILLER}\b(?:WORD)\b"
 _OBJECT = (
     r"(?<!second[ -])(?<!third[ -])(?<!next[ -])\b(?:WORD)\b"
-    rf"[^<>]*?(?:\b(?:is|be|as|namely)\b|[:=→,–—-]){_FILLER}{_SOME}"
+    rf"(?:[^<>]*?(?:\b(?:is|be|as|namely)\b|[:=→,–—-]){_FILLER}|\s+){_SOME}"
 )
 _NEAREST, _NEARER = (
     [re.compile(pattern.replace("WORD", words), re.IGNORECASE) for pattern in (_SUBJECT, _OBJECT)]

@@ -1,6 +1,7 @@
 """Summaries of runs side by side: what each scored, what needs no model, and what others published."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +45,15 @@ def compare(summaries: Sequence[Summary]) -> Comparison:
     columns: list[Column] = []
     rows: dict[str, dict[Column, float]] = {}
     free: dict[str, dict[Column, float]] = {"chance": {}, "majority": {}}
+    most = Counter()  # samples of the run whose chance is shown
     for summary, label in zip(summaries, _labels(summaries), strict=True):
         for column in _columns(summary):
             columns += [column] * (column not in columns)
             rows.setdefault(label, {})[column] = summary["scores"][column[2]]
-            for name, figures in summary["baselines"].items():
-                if column[2] in figures:
-                    free[name].setdefault(column, figures[column[2]])
+            if summary["samples"] > most[column]:
+                most[column] = summary["samples"]
+                for name, figures in summary["baselines"].items():
+                    free[name] |= {column: figures[column[2]]} if column[2] in figures else {}
     published = _published_rows(columns)
     sources = {f"{model.name} {PUBLISHED_MARK}": model.source for model in PUBLISHED if model.name in published}
     rows |= {name: figures for name, figures in free.items() if figures}
@@ -86,22 +89,26 @@ def _columns(summary: Summary) -> list[Column]:
 
 
 def _labels(summaries: Sequence[Summary]) -> list[str]:
-    """A row for each run: the model's name, and what tells it from other runs where the name does not."""
+    """A row for each run: the model's name, and what tells it from other runs where the name does not. Where a model
+    was asked the same in several ways, all its rows say how; a run over a part of the data always says so."""
     digests: dict[str, set[str]] = {}
     for summary in summaries:
         digests.setdefault(summary["model"]["name"], set()).add(summary["model"]["weights_sha256"])
-    taken: set[tuple] = set()
     labels = []
     for summary in summaries:
         name, digest = summary["model"]["name"], summary["model"]["weights_sha256"]
-        label = name if len(digests[name]) == 1 else f"{name} [{digest[:8]}]"
-        variants = (label, f"{label}, spatial {summary['generation']['spatial']}")
-        place = (summary["benchmark"], summary["split"])
-        free = [variant for variant in variants if (variant, *place) not in taken]
-        label = free[0] if free else f"{variants[1]}, run {1 + len(taken)}"
-        taken.add((label, *place))
-        labels.append(label)
-    return labels
+        part = "" if summary["data"].get("limit") is None else f", first {summary['samples']} samples"
+        labels.append((name if len(digests[name]) == 1 else f"{name} [{digest[:8]}]") + part)
+    places = [(summary["benchmark"], summary["split"]) for summary in summaries]
+    asked = Counter(zip(labels, places, strict=True))
+    several = {label for (label, _), count in asked.items() if count > 1}
+    ways = [f", spatial {summary['generation']['spatial']}" for summary in summaries]
+    labels = [label + (way if label in several else "") for label, way in zip(labels, ways, strict=True)]
+    asked, runs, found = Counter(zip(labels, places, strict=True)), Counter(), []
+    for row in zip(labels, places, strict=True):
+        runs[row] += 1
+        found.append(row[0] if asked[row] == 1 else f"{row[0]}, run {runs[row]}")
+    return found
 
 
 def _published_rows(columns: Sequence[Column]) -> dict[str, dict[Column, float]]:

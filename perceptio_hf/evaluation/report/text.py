@@ -106,7 +106,11 @@ def _replacement_section(summaries: Sequence[Summary]) -> list[str]:
         accuracies = [f"{100 * found[name]['accuracy']:.1f}" if name in found else "" for name in names]
         points = run["replacement"]["content_points"]
         content = "" if points is None else f"{points:+.1f}"
-        rows.append([f"{run['model']['name']}, {run['benchmark']}", *accuracies, content])
+        which = (run["model"]["name"], run["benchmark"])
+        if sum((other["model"]["name"], other["benchmark"]) == which for other in runs) > 1:
+            spans = f"{run['replacement']['samples']} spans"
+            which += (f"split {run['split']}", f"spatial {run['generation']['spatial']}", spans)
+        rows.append([", ".join(which), *accuracies, content])
     for model, figures in PUBLISHED_REPLACEMENTS.items():
         content = f"{figures['identity'] - figures['random']:+.1f}"
         rows.append([f"{model} {PUBLISHED_MARK}", *(str(figures.get(name, "")) for name in names), content])

@@ -4,6 +4,8 @@ The folder holds samples.jsonl, one line for each sample, and with replaced span
 same samples however often a run was stopped, so that the lines come out the same.
 """
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 
 SAMPLES_FILE, REPLACED_FILE, SUMMARY_FILE = "samples.jsonl", "replaced.jsonl", "summary.json"
+_OF_THE_PLACE = ("_name_or_path", "name_or_path", "_commit_hash", "transformers_version")
 Load = Callable[[], "tuple[PerceptioForConditionalGeneration, PerceptioProcessor]"]
 
 
@@ -71,9 +74,9 @@ class RunSettings:
     def __post_init__(self):
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; it must be 1 or more.")
+        if "oracle" not in self.replacements and (self.oracle is not None or self.oracle_unit is not None):
+            raise ValueError("--oracle is for the replacement `oracle`; add --replace-depth identity,oracle.")
         if not self.replacements:
-            if self.oracle is not None or self.oracle_unit is not None:
-                raise ValueError("--oracle is for the replacement `oracle`; add --replace-depth identity,oracle.")
             return
         object.__setattr__(self, "replacements", check_replacements(self.replacements))
         if self.spatial not in ("auto", "depth", "seg+depth"):
@@ -134,7 +137,7 @@ def run_benchmark(
     if settings.replacements and not SCORINGS[benchmark.task].choices:
         raise ValueError(f"Replaced spans are scored by answers in words; {benchmark.name} has masks or depth.")
     settings = replace(settings, max_new_tokens=token_budget(model, settings.max_new_tokens))
-    claim = _claim(benchmark, settings, weights)
+    claim = _claim(benchmark, settings, weights) | {"settings_of_the_model": digest_settings(model, processor)}
     ids = [sample.id for sample in benchmark.samples]
     oracle = replaced = None
     notes: list[str] = []
@@ -165,7 +168,8 @@ def run_benchmark(
 
 def _without(settings: RunSettings, replacement: str, why: str, notes: list[str]) -> RunSettings:
     notes.append(f"left out the replacement {replacement}: {why}")
-    return replace(settings, replacements=tuple(name for name in settings.replacements if name != replacement))
+    own = {"oracle": None, "oracle_unit": None} if replacement == "oracle" else {}
+    return replace(settings, replacements=tuple(name for name in settings.replacements if name != replacement), **own)
 
 
 def _claim(benchmark: Benchmark, settings: RunSettings, weights: str) -> dict[str, Any]:
@@ -178,6 +182,19 @@ def _claim(benchmark: Benchmark, settings: RunSettings, weights: str) -> dict[st
         "spatial": settings.spatial,
         "max_new_tokens": settings.max_new_tokens,
     }
+
+
+def digest_settings(model: "PerceptioForConditionalGeneration", processor: "PerceptioProcessor") -> str:
+    """SHA-256 over what beside the weights decides about answers: the configuration, how it generates, and how the
+    processor prepares pictures, words and masks. Where they were loaded from, and by which release, is left out."""
+    settings = [model.config.to_dict(), model.generation_config.to_dict(), processor.to_dict(), processor.chat_template]
+    return hashlib.sha256(json.dumps(_lasting(settings), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _lasting(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _lasting(item) for key, item in value.items() if key not in _OF_THE_PLACE}
+    return [_lasting(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _remove_results(folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from perceptio_hf.evaluation.benchmarks import BENCHMARKS
 from perceptio_hf.evaluation.benchmarks.sample import Benchmark
-from perceptio_hf.evaluation.metrics.intervals import wilson_interval
+from perceptio_hf.evaluation.metrics.intervals import paired_interval, wilson_interval
 from perceptio_hf.evaluation.replacement.token_replacement import REPLACEMENTS
 from perceptio_hf.evaluation.report.published import PUBLISHED_REPLACEMENTS, REPLACEMENT_SOURCE
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
 
 FORMAT = 1
-_Z95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def summarise_replacements(task: str, records: Sequence[Record], replaced: Seque
         "samples", "without_span": how many answers have a span, and how many have none and are not counted here.
         "own": accuracy of the own answers. For each replacement under "replacements": "accuracy"; "changed", the share
         of answers that read otherwise than with identity; "points", percentage points above identity, and
-        "points_interval", their 95 % interval from the paired differences (normal approximation).
+        "points_interval", their 95 % interval (`paired_interval`).
         "chance": of these samples. "content_points": identity minus random, and "content_share": that as a share of
         what identity has above chance, None where identity is not clearly above it (its 95 % Wilson interval reaches
         chance); both None without random.
@@ -165,15 +164,17 @@ def _replacement(benchmark: Benchmark, run: Run) -> dict[str, Any]:
 
 
 def _compared(name: str, right: dict[str, np.ndarray], replaced: Sequence[Record]) -> dict[str, Any]:
-    difference = 100 * (right[name] - right["identity"])
-    middle, spread = float(difference.mean()), _Z95 * float(difference.std()) / len(difference) ** 0.5
+    gained = int(((right[name] > 0) & (right["identity"] == 0)).sum())
+    lost = int(((right[name] == 0) & (right["identity"] > 0)).sum())
+    itself = name == "identity"
+    low, high = (0.0, 0.0) if itself else paired_interval(gained, lost, len(replaced))
     changed = [record[name]["read"] != record["identity"]["read"] for record in replaced]
     return {
         "definition": REPLACEMENTS[name],
         "accuracy": float(right[name].mean()),
         "changed": float(np.mean(changed)),
-        "points": round(middle, 4),
-        "points_interval": [round(middle - spread, 4), round(middle + spread, 4)],
+        "points": round(100 * (gained - lost) / len(replaced), 4),
+        "points_interval": [round(100 * low, 4), round(100 * high, 4)],
     }
 
 

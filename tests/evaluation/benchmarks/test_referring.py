@@ -234,6 +234,18 @@ def test_one_record_twice(folder):
     assert len(open_benchmark("refcoco", folder, on_error="skip").samples) == 2
 
 
+@pytest.mark.parametrize("orientation", [2, 3, 6])
+def test_annotations_of_a_picture_that_is_turned_when_it_is_shown(tmp_path, scenes, orientation):
+    """They are of the picture as it is stored; COCO's tools do not turn it."""
+    write_refcoco(tmp_path, scenes)
+    exif = Image.Exif()
+    for file in (tmp_path / "train2014").iterdir():
+        exif[0x0112] = orientation
+        Image.open(file).save(file, exif=exif)
+    with pytest.raises(ValueError, match=rf"is to be turned .*EXIF orientation {orientation}"):
+        open_benchmark("refcoco", tmp_path, split="val")
+
+
 def test_a_sentence_without_words(folder):
     records = pickle.loads((folder / "refs(unc).p").read_bytes())
     del records[0]["sentences"][1]["sent"]

@@ -36,7 +36,7 @@ def test_sizes_are_those_of_the_upright_picture(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(exif=exif))
     for content in (tmp_path / "a.png", encoded(exif=exif)):
         source = PictureSource("a", content)
-        assert source.size() == source.open().size == (20, 30)
+        assert source.size() == source.open().size == (20, 30) and source.header() == ((20, 30), 6)
     assert PictureSource("a", encoded()).size() == (30, 20)
 
 

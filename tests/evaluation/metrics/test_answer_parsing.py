@@ -77,6 +77,16 @@ SAID = [
     ("Of the three points (A, B, C), B seems to be nearest to the viewer.", "B"),
     ("Compared to A and C, B is closest.", "B"),
     ("Point A is farthest, while point C is closest.", "C"),
+    ("The farthest point is A, the nearest is B.", "B"),
+    ("The farthest is C, the closest A.", "A"),
+    ("Farthest: A, nearest: B", "B"),
+    ("The middle point is B, closest is C", "C"),
+    ("The second is C, nearest is A", "A"),
+    ("A, the closest of all, then B and C", "A"),
+    ("Ans: B", "B"),
+    ("Result: B", "B"),
+    ("I choose B", "B"),
+    ("Answer - B", "B"),
     ("Point D is closest, followed by A, and then B.", "D"),
     ("A is on the wall, B is on the floor, and C is on the sofa. Therefore, B is the closest.", "B"),
     ("(A) is on the wall. (B) is on the floor. (C) is on the sofa. The closest one is (B).", "B"),
@@ -262,6 +272,31 @@ ANIMALS = ["cat", "dog", "black dog", "no animal"]
 )
 def test_the_text_of_one_choice(text, letter):
     assert answer_choice(text, ANIMALS) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "choices", "letter"),
+    [
+        ("I cannot tell, there is no information.", "yes no", None),
+        ("There is no way to know", "yes no", None),
+        ("No object is visible, so I cannot say.", "yes no", None),
+        ("There is no cup.", "yes no", None),
+        ("No object is closer.", "yes no", None),
+        ("There is no cat in the picture.", "cat dog", None),
+        ("It is neither a cat nor anything else", "cat dog", None),
+        ("I don't know whether it is red", "red blue", None),
+        ("No.", "yes no", "B"),
+        ("No, it is not.", "yes no", "B"),
+        ("No it isn't", "yes no", "B"),
+        ("There is no red cup, so no", "yes no", "B"),
+        ("The answer is no.", "yes no", "B"),
+        ("Yes, there is no doubt.", "yes no", "A"),
+        ("I would say yes", "yes no", "A"),
+        ("It is a dog, not a cat.", "cat dog", "B"),
+    ],
+)
+def test_what_denies_or_declines_takes_no_choice(text, choices, letter):
+    assert answer_choice(text, choices.split()) == letter
 
 
 def test_choices_in_numbers_and_other_scripts():

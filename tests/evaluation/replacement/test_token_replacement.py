@@ -193,9 +193,10 @@ def test_the_conclusion_is_counted_from_the_same_samples():
     random = told["replacements"]["random"]
     assert random["accuracy"] == 0.5 and random["points"] == pytest.approx(-30)
     assert random["changed"] == pytest.approx(np.mean([index % 2 != (index < 8) or index == 8 for index in range(10)]))
-    differences = np.array([index % 2 for index in range(10)]) - np.array([index < 8 for index in range(10)])
-    spread = 1.959964 * 100 * differences.std() / np.sqrt(10)
-    assert random["points_interval"] == pytest.approx([-30 - spread, -30 + spread], abs=1e-3)
+    # One of ten gained, four lost: Bonett and Price's 2/12 - 5/12 -+ 1.96 sqrt((7/12 - (3/12)^2) / 12).
+    spread = 1.959964 * ((7 / 12 - 9 / 144) / 12) ** 0.5
+    assert random["points_interval"] == pytest.approx([100 * (-0.25 - spread), 100 * (-0.25 + spread)], abs=1e-3)
+    assert told["replacements"]["identity"]["points_interval"] == [0, 0]
     assert told["content_points"] == pytest.approx(30)
     assert told["content_share"] is None, "8 of 10 may still be chance"
     many = [row | {"id": f"{row['id']} {copy}"} for copy in range(10) for row in replaced]

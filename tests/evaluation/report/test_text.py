@@ -67,10 +67,24 @@ def test_runs_that_differ_in_weights_or_spans_are_told_apart():
     other = summary(digest="ef", ciou=0.6)
     forced = copy.deepcopy(summary(ciou=0.7))
     forced["generation"]["spatial"] = "seg+depth"
-    table = compare([summary(ciou=0.5), other, forced, summary(ciou=0.5)])
+    elsewhere = summary("refcoco+", ciou=0.1)
+    table = compare([summary(ciou=0.5), other, forced, summary(ciou=0.4), elsewhere])
     labels = [label for label in table.rows if not label.endswith("(published)")]
-    assert labels[:3] == ["mine [abababab]", "mine [efefefef]", "mine [abababab], spatial seg+depth"]
-    assert len(labels) == 4 and list(table.rows[labels[3]].values()) == [0.5]
+    mine = "mine [abababab], spatial"
+    rows = [f"{mine} seg, run 1", "mine [efefefef]", f"{mine} seg+depth", f"{mine} seg, run 2", f"{mine} seg"]
+    assert labels == rows, "a model that was asked in two ways says in every row in which"
+    assert list(table.rows[labels[3]].values()) == [0.4] and list(table.rows[labels[4]].values()) == [0.1]
+
+
+def test_a_run_over_a_part_of_the_data_says_so_and_chance_is_of_most_samples():
+    whole, part = copy.deepcopy(points(accuracy=0.3)), copy.deepcopy(points(accuracy=1.0))
+    whole["baselines"], part["baselines"] = {"chance": {"accuracy": 0.26}}, {"chance": {"accuracy": 0.33}}
+    part["samples"], part["data"]["limit"] = 3, 3
+    for runs in ([whole, part], [part, whole]):
+        table = compare(runs)
+        column = table.columns[0]
+        assert table.rows["mine"][column] == 0.3 and table.rows["mine, first 3 samples"][column] == 1.0
+        assert table.rows["chance"][column] == 0.26
 
 
 def test_published_rows_are_marked_and_have_sources():
@@ -106,6 +120,10 @@ def test_what_needs_no_model_stands_beside():
 def test_replaced_spans_have_a_table_with_the_published_ones():
     text = markdown([points(accuracy=0.3)])
     assert row(text, "mine, hardblink") == ["mine, hardblink", "50.0", "37.5", "+12.5"]
+    spans = points(accuracy=0.3)["replacement"]["samples"]
+    both = markdown([points(accuracy=0.3), points(accuracy=0.3) | {"split": "3"}])
+    for split in ("all", "3"):
+        assert row(both, f"mine, hardblink, split {split}, spatial seg, {spans} spans")[1:] == ["50.0", "37.5", "+12.5"]
     assert row(text, "Qwen2.5-VL-3B (published)")[1:] == ["71.2", "51.3", "+19.9"]
     assert "## Codes replaced" not in markdown([summary(ciou=0.5)])
 

@@ -172,6 +172,25 @@ def test_results_of_another_model_data_or_setting_are_never_mixed(run, tmp_path)
         run(benchmark, tmp_path, spatial="none")
 
 
+def test_settings_of_the_model_count_and_its_place_does_not(run, tmp_path, wordy, processor, monkeypatch):
+    benchmark = benchmark_helpers.points(2)
+    run(benchmark, tmp_path)
+    monkeypatch.setattr(wordy.config, "_name_or_path", "elsewhere")
+    run(benchmark, tmp_path)
+    for thing, name, value in (
+        (processor, "mask_threshold", 5.0),
+        (processor, "chat_template", processor.chat_template + " "),
+        (processor.image_processor, "max_patches", 3),
+        (wordy.config, "image_seq_length", 7),
+        (wordy.generation_config, "repetition_penalty", 1.5),
+    ):
+        with monkeypatch.context() as changed:
+            changed.setattr(thing, name, value)
+            with pytest.raises(ValueError, match=r"another settings of the model: .*--overwrite"):
+                run(benchmark, tmp_path)
+    run(benchmark, tmp_path)
+
+
 def test_a_finished_run_answers_nothing_again(run, tmp_path, wordy):
     benchmark = benchmark_helpers.points(3)
     first = run(benchmark, tmp_path)
@@ -303,6 +322,8 @@ def test_settings_that_contradict_one_another_are_refused(run, tmp_path):
         RunSettings("depth", replacements=("noise",))
     with pytest.raises(ValueError, match="--replace-depth"):
         RunSettings("depth", oracle="folder")
+    with pytest.raises(ValueError, match="--replace-depth identity,oracle"):
+        RunSettings("depth", replacements=("random",), oracle="folder")
     with pytest.raises(ValueError, match="batch_size"):
         RunSettings("depth", batch_size=0)
     with pytest.raises(ValueError, match="answers in words"):

@@ -109,6 +109,11 @@ def test_a_card_collects_benchmarks_and_keeps_the_newest(summaries, tmp_path):
     assert len(found) == len(results)
     assert found["world-closest", "accuracy"] == 0.75
     assert found["world-refer", "ciou"] == round(summaries["masks"]["scores"]["ciou"], 4)
+    newer["scores"] = {name: value for name, value in newer["scores"].items() if name == "accuracy"}
+    newer["samples"] = 2
+    write_card(path, newer)  # of fewer samples, and without what these cannot tell
+    points = [item for item in read_results(path) if item.dataset_config == "world-closest"]
+    assert [(item.metric_type, item.dataset_args["samples"]) for item in points] == [("accuracy", 2)]
     document = yaml.safe_load(path.read_text())
     assert document["model-index"][0]["name"] == "random"
 
@@ -122,6 +127,11 @@ def test_results_of_another_model_or_another_file_are_not_overwritten(summaries,
         with pytest.raises(ValueError, match=r"the model random, not other.*--overwrite"):
             refuse()
     check_card(path, "random")
+    again = copy.deepcopy(summaries["points"])  # trained again, under the same name
+    again["model"]["weights_sha256"] = "0" * 64
+    for refuse in (lambda: write_card(path, again), lambda: check_card(path, "random", "0" * 64)):
+        with pytest.raises(ValueError, match=r"another random, with other weights; name another file"):
+            refuse()
     write_card(path, other, overwrite=True)
     assert {item.dataset_config for item in read_results(path)} == {"world-closest"}
     assert len(read_results(path)) == len(card_results(other))
