@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from perceptio_hf.labelling.objects import Annotations
     from perceptio_hf.labelling.teacher import Teacher, TeacherInfo
 
-Unit = Literal["mm", "m", "disparity", "relative"]
+Unit = Literal["mm", "m", "m/256", "disparity", "relative"]
 
 
 def label(

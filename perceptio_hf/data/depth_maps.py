@@ -5,7 +5,7 @@ Inside the package depth is relative inverse depth in [0, 1], 1 = nearest, float
 
     unit          values                                        not valid
     "mm", "m"     distance along the optical axis               0, negative, NaN, infinite, and the largest value of
-                                                                an integer type (sensors write it for "no reading")
+    "m/256"       the same in 256ths of a metre (KITTI)         an integer type (sensors write it for "no reading")
     "disparity"   any affine function of 1/z, larger = nearer   NaN, infinite; of integers also 0 and below (what
                                                                 matchers write for "no match") and the largest value
     "relative"    0..1 (8/16-bit integers: 0..255 / 0..65535)   NaN, infinite
@@ -25,7 +25,8 @@ from perceptio_hf.files import write_picture
 
 from .arrays import read_array
 
-UNITS = ("mm", "m", "disparity", "relative")
+_METRES = {"mm": 0.001, "m": 1.0, "m/256": 1 / 256}  # of one step
+UNITS = (*_METRES, "disparity", "relative")
 SUFFIXES = (".png", ".tif", ".tiff", ".npy", ".npz")
 MAX_PIXELS = 80_000_000
 _TRANSPOSED = 0.05  # relative difference of side ratios up to which a depth map counts as lying on its side
@@ -103,7 +104,7 @@ def read_depth(path: str | os.PathLike, unit: str, valid: np.ndarray | None = No
 
     Args:
         path: The file.
-        unit: What its values are: "mm", "m", "disparity" or "relative" (see the table above).
+        unit: What its values are, one of `UNITS` (see the table above).
         valid: (H, W) bool; False marks further holes.
 
     Raises:
@@ -130,8 +131,8 @@ def depth_from_values(values: np.ndarray | Image.Image, unit: str, valid: np.nda
         raise ValueError(f"depth is {values.dtype} of shape {values.shape}; expected (height, width) numbers.")
     is_whole = values.dtype.kind in "iu"
     full = np.iinfo(values.dtype).max if is_whole else np.inf
-    if unit in ("mm", "m"):
-        metres = _wide(values) * (0.001 if unit == "mm" else 1.0)
+    if unit in _METRES:
+        metres = _wide(values) * _METRES[unit]
         return DepthMap.from_metric(metres, _joined_valid(values != full, valid))
     if unit == "disparity":
         finite = _joined_valid((values > 0) & (values != full) if is_whole else _is_finite(_wide(values)), valid)

@@ -57,7 +57,7 @@ class Sample(TypedDict, total=False):
         is an error.
     depth: one depth map for each empty span (a list where there are several): a path (.png, .tif, .npy, .npz), an array
         (H, W) or a grey picture.
-    depth_unit: what the numbers of `depth` are: "mm", "m", "disparity" or "relative".
+    depth_unit: what the numbers of `depth` are: "mm", "m", "m/256", "disparity" or "relative".
     depth_valid: like one of `masks`; outside where `depth` has no reading.
     depth_codes: instead of `depth`: the N codes of the span (a list of lists where there are several).
     mask_pictures: optional, to be checked: the picture each mask lies on, as an index (0, 1, ...) of `images`.

@@ -36,7 +36,7 @@ from perceptio_hf.tokens import (
     read_sequence,
 )
 
-from .depth_maps import DepthMap
+from .depth_maps import UNITS, DepthMap
 from .encoded import as_code_lists, as_list, load_depth, load_mask, open_encoded
 from .form import REASONS as REASONS
 from .form import Sample as Sample
@@ -129,7 +129,7 @@ def _depth_of(sample: Mapping[str, Any]) -> list[DepthMap]:
     sources, valids = as_list(sample.get("depth")), as_list(sample.get("depth_valid"))
     unit = sample.get("depth_unit")
     if sources and not isinstance(unit, str):
-        raise SampleError('it has `depth` but no `depth_unit`; say "mm", "m", "disparity" or "relative".', "depth")
+        raise SampleError(f"it has `depth` but no `depth_unit`; say one of {', '.join(UNITS)}.", "depth")
     if valids and len(valids) != len(sources):
         raise SampleError(f"it has {len(sources)} depth maps, but {len(valids)} in `depth_valid`.", "depth")
     return [_depth(source, unit, valid) for source, valid in zip(sources, valids or [None] * len(sources), strict=True)]

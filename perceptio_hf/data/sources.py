@@ -136,7 +136,7 @@ def depth_folder(
 
     Args:
         folder: where both are; sub-folders only where the patterns say so.
-        unit: what the depth maps hold: "mm", "m", "disparity" or "relative"; 0 in the first two is a hole.
+        unit: what the depth maps hold: "mm", "m", "m/256" (0 in these is a hole), "disparity" or "relative".
         pictures, depths: which files they are. What `*` stands for must be the same for a picture and its depth map.
         questions: asked in turn.
         answer: what follows the depth span.

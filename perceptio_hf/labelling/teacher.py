@@ -25,7 +25,7 @@ class TeacherInfo:
     Args:
         name: its folder, or its name on the Hub.
         model_type: as transformers calls its architecture.
-        unit: of its numbers: "disparity", "m", "mm" or "relative" (see `perceptio_hf.data.depth_maps`).
+        unit: of its numbers: "disparity", "m", "mm", "m/256" or "relative" (see `perceptio_hf.data.depth_maps`).
     """
 
     name: str

@@ -184,7 +184,8 @@ def test_deep_colour_is_refused_instead_of_shortened_to_8_bits(tmp_path, channel
 @pytest.mark.parametrize("suffix", [".tif", ".tiff"])
 def test_tiff(tmp_path, suffix):
     path = tmp_path / f"d{suffix}"
-    for values, unit in ((METRES.astype(np.float32), "m"), ((METRES * 1000).astype(np.uint16), "mm")):
+    kitti = (METRES * 256).astype(np.uint16)
+    for values, unit in ((METRES.astype(np.float32), "m"), ((METRES * 1000).astype(np.uint16), "mm"), (kitti, "m/256")):
         for options in ({}, {"compression": "tiff_lzw"}):
             Image.fromarray(values).save(path, **options)
             item = read_depth(path, unit)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from perceptio_hf.labelling.teacher import Teacher
     from perceptio_hf.training.codec import DepthSource
 
-Unit = Literal["mm", "m", "disparity", "relative"]
+Unit = Literal["mm", "m", "m/256", "disparity", "relative"]
 _NARROW, _SMALL = 20, 64  # sides of pictures that a teacher's image processor may make nothing of
 SCENES = 4000  # of the rendered world, where no number is given
 UnitOption = Annotated[Unit | None, typer.Option(help="What the values of the files are.", show_default=False)]

@@ -37,7 +37,7 @@ def open_benchmark(
         split: which part; None takes the benchmark's default.
         limit: at most so many samples, the first ones; rendered benchmarks have 200 unless told otherwise.
         on_error: what to do with single items that cannot be used; what was left out is in `Benchmark.notes`.
-        unit, pictures, depths: only for "depth": what the depth maps hold ("mm", "m", "disparity" or "relative"),
+        unit, pictures, depths: only for "depth": what the depth maps hold (`perceptio_hf.data.depth_maps.UNITS`),
             and patterns of the two kinds of files, in which * stands for the name that they share.
 
     Raises:

@@ -85,7 +85,7 @@ class DepthSource:
     Args:
         name: as in `PictureSource`.
         content: a .png, .tif, .npy or .npz file, or a function without arguments that gives the depth map.
-        unit: of a file: "mm", "m", "disparity" or "relative" (see `perceptio_hf.data.depth_maps`).
+        unit: of a file: "mm", "m", "m/256", "disparity" or "relative" (see `perceptio_hf.data.depth_maps`).
     """
 
     name: str
