@@ -88,7 +88,7 @@ Place = TarMember | ParquetRow | SavedRow
 
 def _located(content: Any, folder: str) -> Any:
     path = content.get("path") if isinstance(content, dict) and content.get("bytes") is None else content
-    if not isinstance(path, str) or SCHEMES.match(path):
+    if not isinstance(path, str) or SCHEMES.match(path) or "." not in path:  # the last may be a picture in base64
         return content
     return os.path.join(folder, os.path.expanduser(path))
 
