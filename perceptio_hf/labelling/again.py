@@ -15,14 +15,17 @@ class FetchedPictures:
     def __init__(self, folder: Path, rows: Path):
         self.folder, self.rows = folder, rows
 
-    def read(self, record: dict[str, Any]) -> bytes | None:
-        """The file that a line of the journal speaks of; None where it is gone."""
+    def has(self, record: dict[str, Any]) -> bool:
+        """Whether the picture that a line of the journal speaks of is there."""
+        return (self.folder / record["fetched"]).is_file() or _name_of(record) in self._opened[1]
+
+    def read(self, record: dict[str, Any]) -> bytes:
+        """Its file."""
         path = self.folder / record["fetched"]
         if path.is_file():
             return path.read_bytes()
-        opened, places = self._opened
-        place = places.get((record["id"], record["width"], record["height"]))
-        return None if place is None else opened[place]["image"]["bytes"]
+        rows, places = self._opened
+        return rows[places[_name_of(record)]]["image"]["bytes"]
 
     @cached_property
     def _opened(self) -> tuple[Any, dict[tuple[str, int, int], int]]:
@@ -32,6 +35,10 @@ class FetchedPictures:
         rows = datasets.load_from_disk(str(self.rows)).cast_column("image", datasets.Image(decode=False))
         names = zip(*(rows[name] for name in ("id", "width", "height")), strict=True)
         return rows, {name: place for place, name in enumerate(names)}
+
+
+def _name_of(record: dict[str, Any]) -> tuple[str, int, int]:
+    return record["id"], record["width"], record["height"]
 
 
 class Outdated:
@@ -48,7 +55,7 @@ class Outdated:
         if "error" in record:
             return True
         if "fetched" in record:
-            found = self.fetched.read(record) is None
+            found = not self.fetched.has(record)
         else:
             found = record.get("bytes") is not None and record["bytes"] != self._sizes[record["index"]]
         self.lost |= found
