@@ -75,12 +75,17 @@ def evaluate(
     oracle_unit: Annotated[
         str | None,
         typer.Option(
-            help="Of that folder, or of a model that does not say it: mm, m, disparity or relative.", show_default=False
+            help="Of that folder, or of a model that does not say it: mm, m, m/256, disparity or relative.",
+            show_default=False,
         ),
     ] = None,
     unit: Annotated[
         str | None,
-        typer.Option(help="For `depth`: what the maps hold; mm, m, disparity or relative.", show_default=False),
+        typer.Option(help="For `depth`: what the maps hold; mm, m, m/256, disparity or relative.", show_default=False),
+    ] = None,
+    max_depth: Annotated[
+        float | None,
+        typer.Option(help="For `depth`: metres beyond which readings do not count, e.g. 80.", show_default=False),
     ] = None,
     pictures: Annotated[
         str | None, typer.Option(help="For `depth`: pattern of pictures, e.g. *.color.jpg.", show_default=False)
@@ -133,6 +138,7 @@ def evaluate(
         unit=unit,
         pictures=pictures,
         depths=depths,
+        max_depth=max_depth,
     )
     works, opened = open_engine(engine, address, workers), reopen()
     settings = RunSettings(
@@ -167,7 +173,9 @@ def evaluate(
                 engine=works,
                 **elsewhere,
             )
-        summary = build_summary(opened, facts, run, path=None if data is None else str(data), limit=limit)
+        summary = build_summary(
+            opened, facts, run, path=None if data is None else str(data), limit=limit, max_depth=max_depth
+        )
         _write_cases(folder / "cases.png", opened, run, loaded[0])
         write_json(folder / SUMMARY_FILE, summary)
         if card is not None:

@@ -48,7 +48,7 @@ class Request:
         split: which part; None where there are none, or for all of them.
         limit: how many samples are wanted at most; readers may ignore it.
         faults: where unusable items are reported.
-        unit, pictures, depths: of folders with depth, see `perceptio_hf.evaluation.benchmarks.depth_pairs`.
+        unit, pictures, depths, max_depth: of folders with depth, see `perceptio_hf.evaluation.benchmarks.depth_pairs`.
     """
 
     name: str
@@ -59,3 +59,4 @@ class Request:
     unit: str | None = None
     pictures: str | None = None
     depths: str | None = None
+    max_depth: float | None = None

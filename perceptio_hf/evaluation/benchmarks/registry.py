@@ -28,6 +28,7 @@ def open_benchmark(
     unit: str | None = None,
     pictures: str | None = None,
     depths: str | None = None,
+    max_depth: float | None = None,
 ) -> Benchmark:
     """List the samples of a benchmark. No picture is decoded.
 
@@ -37,8 +38,9 @@ def open_benchmark(
         split: which part; None takes the benchmark's default.
         limit: at most so many samples, the first ones; rendered benchmarks have 200 unless told otherwise.
         on_error: what to do with single items that cannot be used; what was left out is in `Benchmark.notes`.
-        unit, pictures, depths: only for "depth": what the depth maps hold (`perceptio_hf.data.depth_maps.UNITS`),
-            and patterns of the two kinds of files, in which * stands for the name that they share.
+        unit, pictures, depths, max_depth: only for "depth": what the depth maps hold
+            (`perceptio_hf.data.depth_maps.UNITS`), patterns of the two kinds of files, in which * stands for the name
+            that they share, and the distance in metres beyond which readings do not count.
 
     Raises:
         ValueError: for an unknown name, files that are missing or contradict one another, or no sample at all.
@@ -51,11 +53,13 @@ def open_benchmark(
         raise ValueError(f"on_error is {on_error!r}; use raise or skip.")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be 1 or more.")
-    if name != "depth" and (unit or pictures or depths):
-        raise ValueError("a unit and patterns of files are for the benchmark `depth` only.")
+    if name != "depth" and (unit or pictures or depths or max_depth):
+        raise ValueError("a unit, patterns of files and a largest distance are for the benchmark `depth` only.")
+    if max_depth is not None and not max_depth > 0:
+        raise ValueError(f"max_depth is {max_depth}; it must be above 0 metres.")
     faults = Faults(on_error)
     chosen = _chosen_split(name, info, split)
-    request = Request(name, _checked_path(name, info, path), chosen, limit, faults, unit, pictures, depths)
+    request = Request(name, _checked_path(name, info, path), chosen, limit, faults, unit, pictures, depths, max_depth)
     samples = list(islice(_distinct(info.read(request), faults), limit))
     if not samples:
         raise ValueError(

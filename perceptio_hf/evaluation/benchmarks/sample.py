@@ -86,22 +86,31 @@ class DepthSource:
         name: as in `PictureSource`.
         content: a .png, .tif, .npy or .npz file, or a function without arguments that gives the depth map.
         unit: of a file: "mm", "m", "m/256", "disparity" or "relative" (see `perceptio_hf.data.depth_maps`).
+        most: metres beyond which a reading counts as none; None: all count.
     """
 
     name: str
     content: Path | Callable[[], DepthMap]
     unit: str = "m"
+    most: float | None = None
 
     def open(self) -> DepthMap:
         """The depth map.
 
         Raises:
-            ValueError: naming a file that cannot be read.
+            ValueError: naming a file that cannot be read, or has no reading within `most`.
         """
-        return self.content() if callable(self.content) else read_depth(self.content, self.unit)
+        found = self.content() if callable(self.content) else read_depth(self.content, self.unit)
+        if self.most is None:
+            return found
+        try:
+            return DepthMap.from_metric(found.metric, found.valid & (found.metric <= self.most))
+        except ValueError as error:
+            raise ValueError(f"{self.name}, up to {self.most:g} m: {error}") from None
 
     def signature(self) -> str:
-        return f"{_signature(self.name, self.content)} {self.unit}"
+        most = "" if self.most is None else f" up to {self.most:g}"
+        return f"{_signature(self.name, self.content)} {self.unit}{most}"
 
 
 @dataclass(frozen=True, eq=False)

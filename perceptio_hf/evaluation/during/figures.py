@@ -6,7 +6,8 @@ A recipe lists them (`figures`), each as
       limit: 30                  # its first samples
       cases: 2                   # pictures of the best, the worst and other cases; 0: none
     - benchmark: refcoco
-      data: data/refcoco         # and the other options that the benchmark's files need: split, unit, pictures, depths
+      data: data/refcoco         # and the other options that the benchmark's files need: split, unit,
+                                 # pictures, depths, max_depth
       limit: 100
     - broken_spans: 64           # responses that are sampled without the grammar, to the questions of the first
                                  # benchmark with depth spans
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
     from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 
 BROKEN = "broken_spans"
-_OPTIONS = {"benchmark": str, "data": str, "split": str, "unit": str, "pictures": str, "depths": str}
+_TEXTS = ("benchmark", "data", "split", "unit", "pictures", "depths")
+_OPTIONS = dict.fromkeys(_TEXTS, str) | {"max_depth": float}
 _NUMBERS = {"limit": int, "cases": int}
 _DEFAULT_CASES = 2
 _COUNTS = ("samples", "without_depth")  # of a score: how many, not how good

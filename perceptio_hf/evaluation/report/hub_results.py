@@ -17,7 +17,8 @@ _WEIGHTS = "weights_sha256"  # beside the index: what tells models of one name a
 def card_results(summary: dict[str, Any]) -> list[EvalResult]:
     """The scores of a run that belong on a card; shares are 0 to 1, as in the summary."""
     (kind, name), scoring = BENCHMARKS[summary["benchmark"]].hub, SCORINGS[summary["task"]]
-    count = summary["samples"]
+    how = {"samples": summary["samples"], "spatial": summary["generation"]["spatial"]}
+    how |= {name: summary["data"][name] for name in ("max_depth",) if name in summary["data"]}
     return [
         EvalResult(
             task_type=scoring.hub_task,
@@ -25,7 +26,7 @@ def card_results(summary: dict[str, Any]) -> list[EvalResult]:
             dataset_name=name,
             dataset_config=summary["benchmark"],
             dataset_split=summary["split"],
-            dataset_args={"samples": count, "spatial": summary["generation"]["spatial"]},
+            dataset_args=how,
             metric_type=metric,
             metric_name=label,
             metric_value=round(summary["scores"][metric], 4),

@@ -61,13 +61,15 @@ def build_summary(
     *,
     path: str | None = None,
     limit: int | None = None,
+    max_depth: float | None = None,
 ) -> dict[str, Any]:
     """The summary of a run, of types that JSON has.
 
     Two runs with the same model, data and settings give the same summary but for "time", stopped in between or not.
 
     Args:
-        path, limit: where the data came from, and how many were asked for; for people to read.
+        path, limit, max_depth: where the data came from, how many were asked for, and beyond how many metres depth does
+            not count; for people to read.
 
     Raises:
         ValueError: if no sample was answered.
@@ -87,7 +89,8 @@ def build_summary(
         "baselines": baselines(benchmark.task, run.records),
         "replacement": _replacement(benchmark, run) if run.replaced else None,
         "model": vars(model),
-        "data": {"path": path, "sha256": benchmark.data_hash, "limit": limit},
+        "data": {"path": path, "sha256": benchmark.data_hash, "limit": limit}
+        | ({} if max_depth is None else {"max_depth": max_depth}),
         "left_out": [*run.left_out, *benchmark.notes],
         "prompt": BENCHMARKS[benchmark.name].prompt._asdict(),
         "generation": {

@@ -53,7 +53,7 @@ class _OfDepth:
                 rewards.append(0.0)
             else:
                 files = source[0], valid[0] if valid else None
-                key = str(files)
+                key = str((files, unit))
                 if key not in read:  # once for all completions of a prompt
                     read[key] = load_depth(files[0], unit, None if files[1] is None else load_mask(files[1]))
                 true = read[key]

@@ -44,8 +44,28 @@ def test_real_frames(shared):
     assert not depth.valid.all()  # holes stay holes
 
 
+def test_readings_beyond_a_distance_do_not_count(folder, scenes):
+    whole = open_benchmark("depth", folder, unit="mm")
+    most = float(np.median(scenes[0].depth))
+    capped = open_benchmark("depth", folder, unit="mm", max_depth=most)
+    depth, all_of_it = capped.samples[0].depth.open(), whole.samples[0].depth.open()
+    assert (depth.valid == (all_of_it.metric <= most)).all() and 0.3 < depth.valid.mean() < 0.7
+    assert depth.metric.max() <= most and depth.relative[depth.valid].min() == 0, "the range is that of what counts"
+    assert capped.data_hash != whole.data_hash
+    with pytest.raises(ValueError, match=r"frame-000.depth.png, up to 0.001 m: no pixel"):
+        open_benchmark("depth", folder, unit="mm", max_depth=0.001).samples[0].depth.open()
+    with pytest.raises(ValueError, match="max_depth is -1"):
+        open_benchmark("depth", folder, unit="mm", max_depth=-1)
+    with pytest.raises(ValueError, match="--max-depth is in metres, and --unit relative has no distances"):
+        open_benchmark("depth", folder, unit="relative", max_depth=80)
+    with pytest.raises(ValueError, match="are for the benchmark `depth` only"):
+        open_benchmark("world-depth", max_depth=80)
+
+
 def test_bad_input(folder):
-    with pytest.raises(ValueError, match=r"--unit says what the depth maps hold: mm, m, disparity, relative; not None"):
+    with pytest.raises(
+        ValueError, match=r"--unit says .*: mm, m, m/256, disparity, relative; not None"
+    ):
         open_benchmark("depth", folder)
     with pytest.raises(ValueError, match=r"a\.jpg is a file; name the folder"):
         (folder / "a.jpg").touch()
