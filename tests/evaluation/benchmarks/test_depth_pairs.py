@@ -63,9 +63,7 @@ def test_readings_beyond_a_distance_do_not_count(folder, scenes):
 
 
 def test_bad_input(folder):
-    with pytest.raises(
-        ValueError, match=r"--unit says .*: mm, m, m/256, disparity, relative; not None"
-    ):
+    with pytest.raises(ValueError, match=r"--unit says .*: mm, m, m/256, disparity, relative; not None"):
         open_benchmark("depth", folder)
     with pytest.raises(ValueError, match=r"a\.jpg is a file; name the folder"):
         (folder / "a.jpg").touch()
