@@ -28,7 +28,7 @@ def test_json_has_the_same_rows(runs, tmp_path, capsys):
     assert main.run(["report", str(runs / "world-plain"), "--out", str(tmp_path), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     summary = json.loads((runs / "world-plain" / "summary.json").read_text())
-    row = document["rows"][summary["model"]["name"]]
+    row = document["rows"][f"{summary['model']['name']}, first 2 samples"]
     assert {item["metric"]: item["value"] for item in row}["accuracy"] == summary["scores"]["accuracy"]
     assert "chance" in document["rows"] and document["published"] == {}
 
