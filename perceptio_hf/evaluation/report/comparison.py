@@ -97,7 +97,7 @@ def _labels(summaries: Sequence[Summary]) -> list[str]:
     labels = []
     for summary in summaries:
         name, digest = summary["model"]["name"], summary["model"]["weights_sha256"]
-        part = "" if summary["data"].get("limit") is None else f", first {summary['samples']} samples"
+        part = "" if summary["data"].get("limit") is None else f", first {summary['data']['limit']} samples"
         labels.append((name if len(digests[name]) == 1 else f"{name} [{digest[:8]}]") + part)
     places = [(summary["benchmark"], summary["split"]) for summary in summaries]
     asked = Counter(zip(labels, places, strict=True))
