@@ -110,19 +110,18 @@ def tar_members(file: str, wanted: Callable[[str], bool]) -> Iterator[TarMember]
         ValueError: for what is no tar file, one that is damaged or cut off, several of them in one file, or a packed
             one, in which nothing can be found without unpacking all.
     """
-    seen: dict[str, TarMember] = {}  # for links
+    seen: dict[str, TarMember] = {}  # what links may stand for
     try:
         with tarfile.open(file, "r:") as archive:
             for member in archive:
-                if member.isfile() and not member.issparse():
-                    seen[member.name] = TarMember(file, member.name, member.offset_data, member.size)
+                archive.members = []  # it would remember all of them
                 if not wanted(posixpath.basename(member.name)):
                     continue
                 if member.islnk() or member.issym():
                     yield replace(_linked(member, seen, file), name=member.name)
-                elif member.name in seen:
+                elif member.isfile() and not member.issparse():
+                    seen[member.name] = TarMember(file, member.name, member.offset_data, member.size)
                     yield seen[member.name]
-                archive.members = []  # it would remember all of them
             _check_end(file, archive.offset)
     except FileNotFoundError:
         raise ValueError(f"There is no file {file}; check the path.") from None

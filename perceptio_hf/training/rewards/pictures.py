@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,7 +44,6 @@ class _OfDepth:
     ) -> list[float | None]:
         rewards: list[float | None] = []
         depth_valid = depth_valid or [None] * len(completions)
-        read: dict[str, DepthMap] = {}
         for completion, source, unit, valid in zip(completions, depth, depth_unit, depth_valid, strict=True):
             spans = spans_of(said(completion))
             whole = spans and len(spans[0]) == self.codec.config.num_tokens
@@ -52,11 +52,7 @@ class _OfDepth:
             elif not whole:
                 rewards.append(0.0)
             else:
-                files = source[0], valid[0] if valid else None
-                key = str((files, unit))
-                if key not in read:  # once for all completions of a prompt
-                    read[key] = load_depth(files[0], unit, None if files[1] is None else load_mask(files[1]))
-                true = read[key]
+                true = _true_depth(_frozen(source[0]), _frozen(valid[0]) if valid else None, unit)
                 rewards.append(self.compare(self._decoded(spans[0], true.relative.shape), true))
         return rewards
 
@@ -177,3 +173,20 @@ def _true_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
     """(H, W) bool, of the sample's picture; polygons can be drawn on any, and say of which they are."""
     own = mask.get("size") if isinstance(mask, Mapping) else None
     return load_mask(mask, tuple(own or size))
+
+
+def _frozen(entry: Any) -> Any:
+    """A file or a mask as a column holds it, as a key."""
+    if isinstance(entry, Mapping):
+        return tuple((name, _frozen(value)) for name, value in entry.items())
+    return tuple(map(_frozen, entry)) if isinstance(entry, (list, tuple)) else entry
+
+
+@lru_cache(maxsize=64)
+def _true_depth(depth: tuple, valid: tuple | None, unit: str) -> DepthMap:
+    """Read once for all completions of a prompt, and all rewards.
+
+    Args:
+        depth, valid: `_frozen`.
+    """
+    return load_depth(dict(depth), unit, None if valid is None else load_mask(dict(valid)))
