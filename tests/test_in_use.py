@@ -94,8 +94,9 @@ for split in range(8):
 
 
 def test_two_evaluations_write_one_card(tmp_path):
-    summary = {"benchmark": "ai2d", "task": "multiple_choice", "samples": 1, "generation": {"spatial": "none"}}
-    summary |= {"model": {"name": "m", "weights_sha256": "0"}, "scores": {"accuracy": 0.5}, "split": "first"}
+    summary = {"benchmark": "ai2d", "task": "multiple_choice", "samples": 1, "split": "first", "data": {}}
+    summary |= {"generation": {"spatial": "none"}, "model": {"name": "m", "weights_sha256": "0"}}
+    summary["scores"] = {"accuracy": 0.5}
     card = tmp_path / "card.yaml"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     commands = [[sys.executable, "-c", ADD, str(card), json.dumps(summary), name] for name in "ab"]
