@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -153,15 +155,50 @@ def test_a_teacher_looks_while_the_codec_trains(tmp_path):
         picture(*((60, 40), (40, 60))[index % 2], seed=index).save(tmp_path / "photos" / f"{index}.png")
     teacher = Teacher(teacher_info(str(tmp_path / "teacher")), "cpu")
     source = TeacherMaps(list_items([str(tmp_path / "photos")]), teacher, 32)
-    relative, weight = source.finish([source.prepare(index) for index in (0, 1, 2)])
+    relative, weight = source.batch([source.prepare(index) for index in (0, 1, 2)])
     assert relative.shape == weight.shape == (3, 32, 32)
     for place in range(3):
         alone = DepthBank.gather([source.read(place)], CONFIG)
         torch.testing.assert_close(relative[place], alone.relative[0], atol=1e-4, rtol=0)
     train_codebook(CONFIG, source, steps=3, options=PLAIN, workers=1)
     picture(1, 1).save(tmp_path / "photos" / "1.png")
-    with pytest.raises(ValueError, match=r"photos/1\.png: the teacher's depth cannot be used: every valid pixel"):
-        source.finish([source.prepare(index) for index in (0, 1, 2)])
+    relative, weight = source.batch([source.prepare(index) for index in (0, 1, 2)])
+    assert len(relative) == 2
+    (left_out,) = source.left_out
+    assert re.search(r"photos/1\.png: the teacher's depth cannot be used: every valid pixel", left_out)
+
+
+@pytest.fixture
+def damaged(files, tmp_path) -> Path:
+    """The maps, of which two are none."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(files.paths[0].parent, folder)
+    (folder / "03.png").write_bytes(b"no picture")
+    write_depth_png(folder / "11.png", np.zeros((8, 8), np.float32))
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_cannot_be_used_is_left_out_and_named(damaged, workers, caplog):
+    maps = FileMaps(sorted(damaged.glob("*.png")), "relative", 32)
+    train_codebook(CONFIG, maps, steps=14, options=PLAIN, workers=workers)  # two times through all
+    said = sorted(record.getMessage() for record in caplog.records)
+    assert len(said) == 2 and re.search(r"left out: .*03\.png", said[0]) and re.search(r"11\.png.*same depth", said[1])
+    seen = [len(relative) for _, (relative, _) in zip(range(13), batches(maps, Order(26, 4, seed=3)), strict=False)]
+    assert sum(seen) == 2 * 24
+    assert [index for index, _ in maps.read_each(range(5))] == [0, 1, 2, 4]
+
+
+def test_too_many_that_cannot_be_used_end_it(files):
+    """With another unit than theirs, for example, nothing of all that would be what it should be."""
+    maps = FileMaps([*files.paths, *[files.paths[0].with_name(f"no-{place}.png") for place in range(11)]], "mm", 32)
+    with pytest.raises(ValueError, match=r"11 of 37 depth maps cannot be used, such as .*no-0\.png"):
+        list(maps.read_each(range(37)))
+    alone = FileMaps([files.paths[0].with_name("none.png")], "mm", 32)
+    with pytest.raises(ValueError, match=r"no depth map can be used, of a whole batch or of all: .*none\.png"):
+        next(batches(alone, Order(1, 4, seed=0)))
+    with pytest.raises(ValueError, match=r"no depth map can be used, of a whole batch or of all: .*none\.png"):
+        list(alone.read_each([0]))
 
 
 def test_the_world_is_rendered_as_it_is_needed():
@@ -180,6 +217,17 @@ def recipe(files, tmp_path) -> Path:
     document["options"] = {"batch_size": 4}
     (tmp_path / "recipe.yaml").write_text(json.dumps(document))
     return tmp_path / "recipe.yaml"
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_the_command_says_what_it_left_out(recipe, damaged, tmp_path, monkeypatch, capsys, in_memory):
+    if not in_memory:
+        monkeypatch.setattr(command, "_IN_MEMORY", 0)
+    arguments = ["codebook", "train", "--config", str(recipe), "--data", str(damaged), "--device", "cpu", "--json"]
+    assert run([*arguments, "--out", str(tmp_path / "codec")]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["on_training_maps"]["maps"] == 24
+    assert [re.search(r"(03|11)\.png", line)[1] for line in sorted(record["left_out"])] == ["03", "11"]
 
 
 def test_the_command_streams_what_does_not_fit(recipe, tmp_path, monkeypatch, capsys):

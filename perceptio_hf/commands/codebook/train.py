@@ -63,8 +63,8 @@ def train(
     """Train a depth codec from scratch and save it in OUT.
 
     Maps that take more than 1 GB are read while training, in random order over all of them; memory does not grow with
-    their number. A training that was stopped goes on with the same command. For several GPUs: `accelerate launch -m
-    perceptio_hf codebook train ...`.
+    their number. A map that cannot be used is left out and named, up to a tenth of them. A training that was stopped
+    goes on with the same command. For several GPUs: `accelerate launch -m perceptio_hf codebook train ...`.
     """
     from perceptio_hf.files import check_new_folder, expanded, in_use, new_folder, write_json, write_picture
 
@@ -96,6 +96,7 @@ def train(
         figures, drawn = measure_maps(codec, whole, _SHOWN_MAPS, _DRAWN)
         trained_on = known(figures)
         record = {"settings": settings, "parameters": codec.num_parameters(), "on_training_maps": trained_on}
+        record["left_out"] = list(whole.left_out)
         with new_folder(out, overwrite, sources) as folder:
             codec.save_pretrained(folder)
             write_json(folder / "codec.json", record)
@@ -147,7 +148,8 @@ def _trained(
 
     source = whole
     if len(whole) * codec_config.image_size**2 * 8 <= _IN_MEMORY:
-        source = DepthBank.gather(map(whole.read, tracked(range(len(whole)), "reading", "maps")), codec_config)
+        read = whole.read_each(tracked(range(len(whole)), "reading", "maps"))
+        source = DepthBank.gather((item for _, item in read), codec_config)
         workers = 0
     names = ("data", "unit", "pattern", "maps", "teacher", "teacher_unit")
     claim = {"data": {key: settings[key] for key in names}, "maps": len(whole)}

@@ -24,7 +24,7 @@ def measure_maps(
     """
     from perceptio_hf.training.codec.maps import spread
 
-    figures = {index: map_figures(codec, source.read(index)) for index in spread(len(source), count)}
+    figures = {index: map_figures(codec, item) for index, item in source.read_each(spread(len(source), count))}
     ranked = sorted(figures, key=lambda index: figures[index]["relative_mae"])
     each = min(each, len(ranked) // 2) or 1
     chosen = [("best", index) for index in ranked[:each]] + [("worst", index) for index in ranked[-each:]]

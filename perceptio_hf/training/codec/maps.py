@@ -5,9 +5,11 @@ to keep. Every epoch goes through all maps in a new random order, read ahead by 
 step depends on the seed and the step alone, so that a run goes on where another stopped.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,31 @@ from perceptio_hf.modeling.modeling_depth_vqvae import prepare_depth
 from perceptio_hf.world import render_scene
 
 Pair = tuple[Tensor, Tensor]  # (B, S, S) float32 each: relative inverse depth without holes, and its weight
+_FEW = 10  # maps that may be left out of any source
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """In the place of a map: why there is none."""
+
+    reason: str
 
 
 class DepthSource(ABC):
-    """Depth maps by number.
+    """Depth maps by number. One that cannot be used is left out with a warning, since a training that has run for hours
+    must not end for it; where more than a tenth are like this, something else is wrong.
 
     Args:
         size: side of the codec's square, S.
     """
 
     size: int
+
+    @cached_property
+    def left_out(self) -> dict[str, None]:
+        """What this process left out so far: a line for each map, which begins with its name."""
+        return {}
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -45,9 +62,50 @@ class DepthSource(ABC):
         """What a worker process makes of a map."""
         return _square(self.read(index), self.size)
 
-    def finish(self, prepared: Sequence[Any]) -> Pair:
-        """What the training's process makes of that, for a batch."""
-        return tuple(torch.stack(parts) for parts in zip(*prepared, strict=True))
+    def finish(self, prepared: Sequence[Any]) -> list[Pair | Unusable]:
+        """What the training's process makes of that, for the maps of a batch."""
+        return list(prepared)
+
+    def read_each(self, indices: Iterable[int]) -> Iterator[tuple[int, DepthMap]]:
+        """Whole maps with their numbers, but those that cannot be used.
+
+        Raises:
+            ValueError: That is true of all, or of too many.
+        """
+        none = True
+        for index in indices:
+            try:
+                found = self.read(index)
+            except ValueError as error:
+                self.leave_out(str(error))
+                continue
+            none = False
+            yield index, found
+        self._check_some(none)
+
+    def batch(self, prepared: Sequence[Any]) -> Pair:
+        """The maps of a batch that can be used; errors as `read_each`."""
+        found = self.finish([item for item in prepared if not isinstance(item, Unusable)])
+        for item in (*prepared, *found):
+            if isinstance(item, Unusable):
+                self.leave_out(item.reason)
+        pairs = [item for item in found if not isinstance(item, Unusable)]
+        self._check_some(not pairs)
+        return tuple(torch.stack(parts) for parts in zip(*pairs, strict=True))
+
+    def leave_out(self, reason: str) -> None:
+        if reason in self.left_out:
+            return
+        self.left_out[reason] = None
+        if len(self.left_out) > max(_FEW, len(self) // 10):
+            raise ValueError(
+                f"{len(self.left_out)} of {len(self)} depth maps cannot be used, such as {next(iter(self.left_out))}"
+            )
+        _logger.warning("left out: %s", reason)
+
+    def _check_some(self, none: bool) -> None:
+        if none and self.left_out:
+            raise ValueError(f"no depth map can be used, of a whole batch or of all: {next(iter(self.left_out))}")
 
 
 def _square(item: DepthMap, size: int) -> Pair:
@@ -152,20 +210,25 @@ class TeacherMaps(DepthSource):
             raise ValueError(f"{item.picture}: {error}") from None
         return pixels, picture.size[::-1], item.picture
 
-    def finish(self, prepared: Sequence[Any]) -> Pair:
+    def finish(self, prepared: Sequence[Any]) -> list[Pair | Unusable]:
         seen: dict[int, Tensor] = {}
         for shape in {tuple(pixels.shape) for pixels, *_ in prepared}:
             group = [place for place, (pixels, *_) in enumerate(prepared) if tuple(pixels.shape) == shape]
             pixels = torch.cat([prepared[place][0] for place in group])
             seen |= dict(zip(group, self.teacher.look(pixels, [prepared[place][1] for place in group]), strict=True))
-        maps = [self._map_of(seen[place], name) for place, (*_, name) in enumerate(prepared)]
-        return super().finish([_square(item, self.size) for item in maps])
+        return [self._pair_of(seen[place], name) for place, (*_, name) in enumerate(prepared)]
+
+    def _pair_of(self, depth: Tensor, name: str | None) -> Pair | Unusable:
+        try:
+            return _square(self._map_of(depth, name), self.size)
+        except ValueError as error:
+            return Unusable(str(error))
 
     def _map_of(self, depth: Tensor, name: str | None) -> DepthMap:
         try:
             return depth_from_values(depth.numpy(), self.teacher.info.unit)
         except ValueError as error:
-            raise ValueError(f"{name}: the teacher's depth cannot be used: {error} Leave the picture out.") from None
+            raise ValueError(f"{name}: the teacher's depth cannot be used: {error}") from None
 
 
 class _Prepared(Dataset):
@@ -173,7 +236,10 @@ class _Prepared(Dataset):
         self.source = source
 
     def __getitem__(self, index: int) -> Any:
-        return self.source.prepare(index)
+        try:
+            return self.source.prepare(index)
+        except ValueError as error:
+            return Unusable(str(error))
 
 
 class Order:
@@ -224,8 +290,9 @@ def batches(source: DepthSource, order: Order, *, workers: int = 0) -> Iterator[
     )
     for step, prepared in enumerate(loader, start=order.first):
         generator = torch.Generator().manual_seed((order.seed * 1_000_003 + step) * order.parts + order.part)
-        mirror = torch.rand(len(prepared), 1, 1, generator=generator) < 0.5
-        yield tuple(torch.where(mirror, x.flip(-1), x) for x in source.finish(prepared))
+        pair = source.batch(prepared)
+        mirror = torch.rand(len(pair[0]), 1, 1, generator=generator) < 0.5
+        yield tuple(torch.where(mirror, x.flip(-1), x) for x in pair)
 
 
 def some_maps(source: DepthSource, count: int, *, workers: int = 0, batch_size: int = 16) -> Iterator[Pair]:
@@ -235,7 +302,7 @@ def some_maps(source: DepthSource, count: int, *, workers: int = 0, batch_size: 
     loader = DataLoader(
         _Prepared(source), batch_sampler=parts, collate_fn=list, num_workers=workers, generator=torch.Generator()
     )
-    return map(source.finish, loader)
+    return map(source.batch, loader)
 
 
 def spread(total: int, count: int) -> list[int]:
