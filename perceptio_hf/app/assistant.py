@@ -17,6 +17,7 @@ from perceptio_hf.world import draw_points
 LETTERS = "ABCDEFGH"
 CLOSEST = "Which of the circled points is the closest to the camera?"
 _SMALLEST_MARKED = 32  # pixels; `draw_points` draws on nothing smaller
+_MOST_ENLARGED = 10_000_000  # pixels of what is smaller, made large enough
 _LONGEST_QUESTION = 2000  # characters
 
 Point = tuple[float, float]  # (x, y) in pixels of the picture
@@ -49,6 +50,9 @@ class Question:
         width, height = self.picture.size
         if not all(0 <= x < width and 0 <= y < height for x, y in self.points):
             raise ValueError(f"A point lies outside of the picture, which is {width} x {height} pixels.")
+        factor = _enlarged(self.picture) if self.points else 1
+        if factor > 1 and width * height * factor**2 > _MOST_ENLARGED:
+            raise ValueError(f"The picture is too narrow for points: {width} x {height} pixels.")
         if not self.text.strip():
             if len(self.points) < 2:
                 raise ValueError("The question is empty; ask something about the picture.")
@@ -108,10 +112,13 @@ class Assistant:
 
 def mark(picture: Image.Image, points: Sequence[Point], size: tuple[int, int]) -> Image.Image:
     """The picture with lettered circles at points given in pixels of a picture of `size` (width, height)."""
-    short = min(picture.size)
-    if short < _SMALLEST_MARKED:
-        factor = -(-_SMALLEST_MARKED // short)
+    if (factor := _enlarged(picture)) > 1:
         picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     scale = np.array(picture.size) / size
     places = [tuple(((np.array(point) + 0.5) * scale).astype(int).tolist()) for point in points]
     return Image.fromarray(draw_points(np.array(picture.convert("RGB")), places, LETTERS[: len(places)]))
+
+
+def _enlarged(picture: Image.Image) -> int:
+    """How many times as large a picture becomes before points are drawn on it."""
+    return max(1, -(-_SMALLEST_MARKED // min(picture.size)))

@@ -17,6 +17,7 @@ from shutil import rmtree
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported: it asks nothing of the network
 
 import gradio as gr
+from gradio.events import Dependency
 from gradio.utils import get_upload_folder
 from PIL import Image, ImageFile
 
@@ -58,6 +59,10 @@ _EMPTY = {
 }
 
 
+_OFF = (gr.update(interactive=False, value=None),) * 3  # the buttons of files
+_STAYS = (gr.skip(),) * 5  # words, what was written, three files
+
+
 class Page:
     """The handlers of one app.
 
@@ -71,15 +76,16 @@ class Page:
         self.examples = write_examples(folder)
         self._kept: deque[Path] = deque()
 
-    def read_picture(self, view: dict) -> dict:
-        """The picture that was just sent, or in one line why not; the picture before it stays then."""
+    def read_picture(self, view: dict) -> tuple:
+        """The picture that was just sent, with nothing said about it yet; or in one line why not, and what was there
+        stays."""
         name = str(view.get("name") or "This file")
         try:
             path = self._own(view.get("chosen"))
             picture = _opened(path, name)
         except ValueError as error:
-            return {**_EMPTY, **view, "error": str(error), "chosen": None}
-        return {**_EMPTY, "picture": _about(picture, path)}
+            return {**_EMPTY, **view, "error": str(error), "chosen": None}, *_STAYS
+        return {**_EMPTY, "picture": _about(picture, path)}, *_nothing_said()
 
     def set_points(self, view: dict) -> dict:
         """The picture with its points drawn."""
@@ -90,36 +96,36 @@ class Page:
             return {**view, "points": [], "marked": None, "error": str(error)}
         return {**view, "points": points, "marked": _marked(picture, points), "error": ""}
 
-    def show_example(self, data: gr.EventData) -> tuple[dict, str, str]:
-        """View, question and spatial mode of the example that was chosen."""
+    def show_example(self, data: gr.EventData) -> tuple:
+        """View of the example that was chosen, with nothing said about it yet, its question and spatial mode."""
         number = int(data._data["number"]) % len(EXAMPLES)
         example, path = EXAMPLES[number], Path(self.examples[number]["path"])
         picture = _opened(path, path.name)
         view = {**_EMPTY, "picture": _about(picture, path), "points": list(map(list, example.points))}
-        return {**view, "marked": _marked(picture, example.points)}, example.question, example.spatial
+        view["marked"] = _marked(picture, example.points)
+        return view, *_nothing_said(), example.question, example.spatial
 
-    def wait(self, view: dict, text: str) -> str:
-        """The question, until its turn comes: others may be asking."""
-        if not view.get("picture") or not (text or "").strip():
-            return gr.skip()  # `ask` says what is missing
-        return results.show_words(text, "", True)
+    def wait(self, view: dict, text: str) -> tuple:
+        """The question, until its turn comes: others may be asking. Picture and points are those of the question."""
+        if view.get("busy") or not view.get("picture") or not (text or "").strip():
+            return gr.skip(), gr.skip()  # there is a question already, or `ask` says what is missing
+        return {**view, "busy": True}, results.show_words(text, "", True)
 
     def ask(self, view: dict, text: str, spatial: str) -> Iterator[tuple]:
         """View, answer, what was written, and three files, again and again while the answer is written."""
-        nothing = (gr.skip(), gr.skip(), *[gr.skip()] * 3)
         try:
             question = Question(self._picture(view), text or "", spatial, _points(view))
             yield from self._answer(view, question)
         except ValueError as error:
-            yield {**view, "busy": False, "error": str(error)}, *nothing
+            yield {**view, "busy": False, "error": str(error)}, *_STAYS
         except Exception as error:  # of the model: the page goes on
             traceback.print_exc()
-            yield {**view, "busy": False, "error": f"The model failed: {' '.join(str(error).split())[:300]}"}, *nothing
+            yield {**view, "busy": False, "error": f"The model failed: {' '.join(str(error).split())[:300]}"}, *_STAYS
 
     def ask_closest(self, view: dict) -> Iterator[tuple]:
         """The same for "which of the points is the closest"."""
         if len(_points(view)) < 2:
-            yield {**view, "error": "Set at least two points on the picture first."}, *[gr.skip()] * 5
+            yield {**view, "busy": False, "error": "Set at least two points on the picture first."}, *_STAYS
             return
         yield from self.ask(view, "", "depth")
 
@@ -148,8 +154,7 @@ class Page:
         events: list[SpatialEvent] = []
         words, codes, shown, drawn = "", [], 0, 0.0
         width = self.assistant.model.config.depth_config.grid_size
-        off = [gr.update(interactive=False, value=None)] * 3
-        yield view, results.show_words(question.text, "", True), results.show_written(events), *off
+        yield view, results.show_words(question.text, "", True), results.show_written(events), *_OFF
         for event in self.assistant.ask(question):
             if isinstance(event, AnswerEvent):
                 break
@@ -192,7 +197,8 @@ class Page:
         return place
 
     def _picture(self, view: dict) -> Image.Image:
-        path = self._own((view.get("picture") or {}).get("path"))
+        picture = view.get("picture")
+        path = self._own(picture.get("path") if isinstance(picture, dict) else None)
         return _opened(path, "The picture")
 
     def _folder(self) -> Path:
@@ -222,9 +228,10 @@ def build_page(assistant: Assistant, folder: Path) -> gr.Blocks:
                 )
                 spatial = gr.Radio(list(_MODES), value="auto", label="Write down first", elem_id="spatial")
                 button = gr.Button("Ask", variant="primary", elem_id="ask")
-                said = gr.HTML(results.show_words(None, "The answer appears here."), elem_id="answer")
+                words, nothing_written, *_ = _nothing_said()
+                said = gr.HTML(words, elem_id="answer")
                 with gr.Accordion("What the model wrote", open=False, elem_id="written-box"):
-                    written = gr.HTML('<p class="pp-faint">Nothing yet.</p>', elem_id="written")
+                    written = gr.HTML(nothing_written, elem_id="written")
                 with gr.Row(elem_id="files"):
                     files = [
                         gr.DownloadButton(label, interactive=False, size="sm", min_width=90, elem_id=name)
@@ -237,18 +244,27 @@ def build_page(assistant: Assistant, folder: Path) -> gr.Blocks:
             with gr.Column(elem_id="area-examples", min_width=0):
                 examples = _examples(page.examples)
         shown = [viewer, said, written, *files]
-        viewer.picture_chosen(page.read_picture, viewer, viewer, **_OWN)
+        viewer.picture_chosen(page.read_picture, viewer, shown, **_OWN)
         viewer.points_set(page.set_points, viewer, viewer, trigger_mode="always_last", **_OWN)
-        viewer.closest_asked(lambda view: page.wait(view, CLOSEST), viewer, said, **_AT_ONCE).then(
-            page.ask_closest, viewer, shown, **_OWN, **_ONE_AT_A_TIME
-        )
-        examples.example_chosen(page.show_example, None, [viewer, text, spatial], **_OWN)
+        waits = viewer.closest_asked(lambda view: page.wait(view, CLOSEST), viewer, [viewer, said], **_AT_ONCE)
+        _then_ask(waits, page.ask_closest, [viewer], shown)
+        examples.example_chosen(page.show_example, None, [*shown, text, spatial], **_OWN)
         for asked in (button.click, text.submit):
-            asked(page.wait, [viewer, text], said, **_AT_ONCE).then(
-                page.ask, [viewer, text, spatial], shown, **_OWN, **_ONE_AT_A_TIME
-            )
+            waits = asked(page.wait, [viewer, text], [viewer, said], **_AT_ONCE)
+            _then_ask(waits, page.ask, [viewer, text, spatial], shown)
         _publish(page.answer)
     return blocks.queue(default_concurrency_limit=4, max_size=64)
+
+
+def _then_ask(waits: Dependency, ask: Callable, given: list, shown: list) -> None:
+    """Ask when the turn comes. Where no answer came, since too many wait, say, the page goes on nevertheless."""
+    asked = waits.then(ask, given, shown, **_OWN, **_ONE_AT_A_TIME)
+    asked.then(None, shown[0], shown[0], js="(view) => view.busy ? { ...view, busy: false } : view", **_OWN)
+
+
+def _nothing_said() -> tuple:
+    """Words, what was written, and three files, where nothing was asked about a picture."""
+    return results.show_words(None, "The answer appears here."), '<p class="pp-faint">Nothing yet.</p>', *_OFF
 
 
 def page_options() -> dict:
@@ -290,6 +306,7 @@ def _examples(examples: list[dict]) -> gr.HTML:
         html_template='<div class="pp-examples-title">Rendered scenes to try</div>'
         f'<div class="pp-examples">{tiles}</div>',
         js_on_load="for (const tile of element.querySelectorAll('.pp-example')) tile.addEventListener('click', () => "
+        "document.querySelector('.pp').dataset.state === 'busy' || "
         "trigger('example_chosen', { number: Number(tile.dataset.number) }));",
         apply_default_css=False,
         elem_id="examples",

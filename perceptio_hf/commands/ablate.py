@@ -58,7 +58,7 @@ def ablate(
     from perceptio_hf.lab.ablation.report import write_report
     from perceptio_hf.lab.ablation.variants import VARIANTS, AblationRecipe, summarise, train_base
 
-    names = list(VARIANTS) if variants == "all" else [name.strip() for name in variants.split(",")]
+    names = list(VARIANTS) if variants == "all" else list(dict.fromkeys(map(str.strip, variants.split(","))))
     unknown = [name for name in names if name not in VARIANTS]
     if unknown:
         raise ValueError(f"Unknown variants {', '.join(unknown)}; use {', '.join(VARIANTS)}.")
@@ -94,6 +94,9 @@ def _run_all(runs: list[tuple[str, int]], recipe, base: Path, out: Path, process
         for index, run in enumerate(runs):
             where = {"device": device, "position": 1 + index % processes}
             waiting[pool.submit(run_variant, *run, recipe, base, out, **where)] = run
-        for finished in as_completed(waiting):
-            bar.update()
-            yield waiting[finished], finished.result()
+        try:
+            for finished in as_completed(waiting):
+                bar.update()
+                yield waiting[finished], finished.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after an error: those that run keep their scores

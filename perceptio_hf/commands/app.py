@@ -12,6 +12,7 @@ from .checkpoints import Device, DType, Model
 
 
 def app(
+    context: typer.Context,
     model: Model = None,
     device: Device = None,
     dtype: DType = "auto",
@@ -35,6 +36,12 @@ def app(
 
     name = checkpoints.resolve(model)
     if space is not None:
+        given = [key for key in ("device", "dtype", "host", "port", "share") if _on_command_line(context, key)]
+        if given:
+            raise ValueError(
+                f"--{' and --'.join(given)} {'is' if len(given) == 1 else 'are'} about serving here; --space writes "
+                "files, and the Space decides where it runs."
+            )
         from perceptio_hf.app.space import write_space
 
         checkpoints.quieten()
@@ -53,3 +60,9 @@ def app(
     loaded = checkpoints.load(name, device, dtype)
     note = checkpoints.TINY_NOTE if checkpoints.is_tiny(name) else None
     serve(Assistant(*loaded, "embedded tiny checkpoint" if note else name, note), host=host, port=port, share=share)
+
+
+def _on_command_line(context: typer.Context, option: str) -> bool:
+    """Other sources are defaults and environment variables, which are there for every command."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"

@@ -40,11 +40,12 @@ def export(
     outlines.
     """
     from perceptio_hf.files import expanded, new_folder
+    from perceptio_hf.training.lora import base_of_adapter
 
     from . import checkpoints
 
     name = checkpoints.resolve(model)
-    with new_folder(out, overwrite, sources=(name,)) as partial:
+    with new_folder(out, overwrite, sources=(name, base_of_adapter(name))) as partial:
         from perceptio_hf.conversion.export import stock_internvl, write_internvl
         from perceptio_hf.conversion.written import Written
 

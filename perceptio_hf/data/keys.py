@@ -1,14 +1,17 @@
 """Keys and values that people write, checked: an unknown key is named with the one that may have been meant."""
 
+import dataclasses
 import difflib
 import os
+import re
 import types
 import typing
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
+_Built = TypeVar("_Built")
 _EXPECTED = {
     bool: "true or false",
     int: "a whole number",
@@ -43,6 +46,28 @@ def check_value(place: str, value: Any, hint: Any, convert: Callable | None = No
             pass
     expected = " or ".join(text for kind, text in _EXPECTED.items() if kind in allowed)
     raise ValueError(f"{place} must be {expected}, got {value!r}.")
+
+
+def build(cls: type[_Built], values: Any, place: str) -> _Built:
+    """`cls(**values)`, a dataclass, of what a YAML file has for it, where 1e-4 is a text.
+
+    Raises:
+        ValueError: `values` are no mapping, a key is unknown, a value of another kind or refused by the class.
+    """
+    check_value(place, values, dict)
+    kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+    check_keys(values, kinds, place)
+    values = {key: _number(value) for key, value in values.items()}
+    for key, value in values.items():
+        check_value(f"{place}: {key}", value, kinds[key])
+    try:
+        return cls(**values)
+    except Exception as error:  # ValueError of ours, TypeError, or the type checks of huggingface_hub
+        raise ValueError(f"{place}: {error}") from error
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value.strip()) else value
 
 
 def _plain_types(hint: Any) -> set[type]:

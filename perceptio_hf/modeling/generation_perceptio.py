@@ -100,7 +100,8 @@ class SpatialGenerationMixin(SpatialReadingMixin):
         configs = [config for config in (generation_config, self.generation_config) if config is not None]
         request = SpatialRequest.of(self.spatial_vocabulary(), spatial, prompt, embedded, configs, kwargs)
         returns_dict = setting("return_dict_in_generate")
-        request.check(needs_masks=returns_dict and mask_pixel_values is None)
+        given = {"mask_pixel_values": mask_pixel_values, "original_sizes": original_sizes}
+        request.check(needs_masks=returns_dict and mask_pixel_values is None, **given)
         _check_assistant(kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key not in ("max_length", "max_new_tokens")}
         if generation_config is None:

@@ -61,7 +61,7 @@ class MaskPredictionMixin:
     modules' forward only, and every index goes where the indexed tensor is.
     """
 
-    _mask_features: MaskFeatures | None = None
+    _mask_features: tuple[MaskFeatures, ...] = ()  # of the contexts that are open
 
     @contextmanager
     def keep_mask_features(self, pictures: int = 8):
@@ -75,11 +75,12 @@ class MaskPredictionMixin:
         """
         if not isinstance(pictures, int) or pictures < 1:
             raise ValueError(f"keep_mask_features(pictures={pictures!r}): keep 1 or more, or leave the context out.")
-        before, self._mask_features = self._mask_features, MaskFeatures(pictures)
+        own = MaskFeatures(pictures)
+        self._mask_features = (*self._mask_features, own)
         try:
             yield
-        finally:
-            self._mask_features = before
+        finally:  # of several threads the first to come need not be the last to go
+            self._mask_features = tuple(kept for kept in self._mask_features if kept is not own)
 
     @property
     def mask_size(self) -> tuple[int, int]:
@@ -127,7 +128,8 @@ class MaskPredictionMixin:
 
     def _features_of(self, mask_pixel_values: torch.Tensor, used: list[int]) -> list[torch.Tensor]:
         """Features of some of the pictures, three tensors of (len(used), ...); what is kept is not computed again."""
-        store = None if torch.is_grad_enabled() else self._mask_features
+        open_stores = self._mask_features
+        store = None if torch.is_grad_enabled() or not open_stores else open_stores[-1]
         kept = {} if store is None else {number: store.get(mask_pixel_values[number]) for number in used}
         missing = [number for number in used if kept.get(number) is None]
         if not missing:

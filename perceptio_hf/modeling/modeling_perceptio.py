@@ -171,7 +171,8 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
                 random numbers), unless `ignore_mismatched_sizes=True` asks for that; where an index of weights names
                 files outside its folder.
         """
-        check_shards(pretrained_model_name_or_path or "", kwargs.get("subfolder"))
+        if pretrained_model_name_or_path is not None:
+            check_shards(pretrained_model_name_or_path, kwargs.get("subfolder"))
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
@@ -293,8 +294,13 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
             code_ids: the ids of the depth codes, if their logits are wanted (`code_logits`, for all steps).
 
         Raises:
-            ValueError: if both `labels` and `criterion` are given.
+            ValueError: if both `labels` and `criterion` are given, or `mask_pixel_values` without `input_ids`.
         """
+        if mask_pixel_values is not None and input_ids is None:
+            raise ValueError(
+                "mask_pixel_values came without input_ids, in which each [SEG] is looked for: pass the ids, or leave "
+                "mask_pixel_values out where inputs_embeds are all there is."
+            )
         if criterion is not None and labels is not None:
             raise ValueError(
                 "Both `labels` and `criterion` came; a criterion brings its own labels, leave out `labels`."
@@ -342,7 +348,7 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         mask_logits, mask_scores = None, None
-        if mask_pixel_values is not None or criterion is not None:
+        if (mask_pixel_values is not None and self.config.has_spatial_tokens) or criterion is not None:
             mask_logits, mask_scores = self._masks_of_batch(
                 input_ids, hidden, mask_pixel_values, mask_pixel_pictures, always=shared
             )

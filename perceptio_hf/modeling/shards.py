@@ -13,7 +13,9 @@ def check_shards(folder: str | os.PathLike, subfolder: str | None = None) -> Non
     Raises:
         ValueError: names the index, and what it names.
     """
-    for index in sorted(Path(folder, subfolder or "").glob("*.index.json")):
+    place = Path(folder, subfolder or "")
+    # A variant, fp16 say, is named behind: model.safetensors.index.fp16.json.
+    for index in sorted(file for kind in ("safetensors", "bin") for file in place.glob(f"*.{kind}.index*.json")):
         try:
             places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             outside = [name for name in places.values() if _leaves(name)]

@@ -272,6 +272,13 @@ class PerceptioProcessor(InternVLProcessor):
         if places != len(pictures):
             came = f"{len(pictures) or 'no'} images came"
             raise ValueError(f"The text has {places} places of pictures ({self.image_token}), but {came}.")
+        if isinstance(images, (list, tuple)) and len(images) == len(rows):
+            for number, (row, own) in enumerate(zip(rows, images, strict=True)):
+                if isinstance(own, (list, tuple)) and row.count(self.image_token) != len(_flatten(own)):
+                    raise ValueError(
+                        f"Row {number} of the text has {row.count(self.image_token)} places of pictures "
+                        f"({self.image_token}), but {len(_flatten(own)) or 'no'} images came for it."
+                    )
         if images is None:
             return super().__call__(text=text, **kwargs)
         if "crop_to_patches" not in (kwargs.get("images_kwargs") or {}):
@@ -280,6 +287,8 @@ class PerceptioProcessor(InternVLProcessor):
         if pictures and self.mask_image_size is not None:
             inputs["mask_pixel_values"] = torch.stack([self.mask_pixels(picture) for picture in pictures])
             inputs["original_sizes"] = torch.tensor([[picture.height, picture.width] for picture in pictures])
+            if isinstance(inputs["pixel_values"], np.ndarray):  # return_tensors="np"
+                inputs |= {name: inputs[name].numpy() for name in ("mask_pixel_values", "original_sizes")}
         return inputs
 
     def mask_pixels(self, picture) -> torch.Tensor:
@@ -340,7 +349,10 @@ class PerceptioProcessor(InternVLProcessor):
 
     def _marker(self, chat_template: str | None) -> Callable[[Sequence[str], bool], list[str]]:
         """Texts of a message, and whether the assistant says them -> the texts with the tokens in them marked."""
-        template = str(chat_template or self.chat_template)
+        template = chat_template or self.chat_template
+        if isinstance(self.chat_template, dict):  # then it may be the name of one
+            template = self.chat_template.get(chat_template or "default", template)
+        template = str(template)
         if self._guarded is None or self._guarded[0] != (template, len(self.tokenizer)):
             pictures = [self.start_image_token, self.end_image_token, self.image_token, self.video_token]
             structure = structure_ids(self.tokenizer, template, pictures)

@@ -146,10 +146,12 @@ def draw_points(image: np.ndarray, points: Sequence[tuple[int, int]], letters: S
     height, width = image.shape[:2]
     scale = max(1, round(min(height, width) / 150))
     radius = 3 * scale
-    ys, xs = np.ogrid[:height, :width]
+    reach = radius + scale  # of a circle: the picture may have a hundred million pixels
     for x, y in points:
-        distance = np.hypot(ys - y, xs - x)
-        picture[np.abs(distance - radius) <= max(0.5, 0.6 * scale)] = _RED
+        left, top = max(0, x - reach), max(0, y - reach)
+        around = picture[top : y + reach + 1, left : x + reach + 1]
+        ys, xs = np.ogrid[top : top + around.shape[0], left : left + around.shape[1]]
+        around[np.abs(np.hypot(ys - y, xs - x) - radius) <= max(0.5, 0.6 * scale)] = _RED
     taken = [(x - radius, y - radius, x + radius + 1, y + radius + 1) for x, y in points]
     for (x, y), letter in zip(points, letters, strict=True):
         label = _label(letter, scale)

@@ -105,9 +105,11 @@ def test_depth_and_words_grow_while_they_are_written(monkeypatch, tmp_path):
 
     monkeypatch.setattr(pages, "_EVERY", 0.0)
     page = pages.Page(Assistant(*checkpoints.load(perceptio_hf.tiny_checkpoint(), "cpu"), "tiny"), tmp_path)
-    begun = page.read_picture({"chosen": page.examples[0]["path"], "name": "scene.png"})
-    waiting = page.wait(begun, "Where?")
+    begun, *cleared = page.read_picture({"chosen": page.examples[0]["path"], "name": "scene.png"})
+    assert "appears here" in cleared[0]
+    frozen, waiting = page.wait(begun, "Where?")
     assert "Where?" in waiting and "pp-caret" in waiting, "until its turn comes"
+    assert frozen == {**begun, "busy": True} and "pp-caret" not in str(page.wait(frozen, "Again?"))
     assert "pp-caret" not in str(page.wait(begun, " ")) + str(page.wait({}, "Where?"))
     steps = list(page.ask(begun, "Show me the yellow object.", "seg+depth"))
     views = [step[0] for step in steps if "picture" in step[0]]
@@ -118,10 +120,11 @@ def test_depth_and_words_grow_while_they_are_written(monkeypatch, tmp_path):
     assert len(set(words)) > 1 and all(late.startswith(early) for early, late in itertools.pairwise(words))
     assert [view["busy"] for view in views] == [True] * (len(views) - 1) + [False]
     assert views[-1]["masks"] and views[-1]["veil"] and steps[-1][3]["interactive"]
-    broken = page.read_picture({**views[-1], "chosen": str(tmp_path / "gone.png"), "name": "mine.png"})
+    broken, *_ = page.read_picture({**views[-1], "chosen": str(tmp_path / "gone.png"), "name": "mine.png"})
     assert broken["picture"] == begun["picture"] and "mine.png" in broken["error"]
     (last,) = page.ask({**begun, "points": [[9999, 0]]}, "Where?", "none")
     assert "outside" in last[0]["error"] and not last[0]["busy"]
+    assert "Choose a picture" in page.set_points({"picture": "a text"})["error"], "a browser may send anything"
 
 
 def post(url: str, data: dict) -> dict:

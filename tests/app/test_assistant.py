@@ -69,6 +69,10 @@ def test_points_are_drawn_as_hardblink_draws_them():
     red = np.argwhere((np.asarray(mark(large, [(20, 30)], (90, 60))) == (255, 0, 0)).all(-1))
     assert np.allclose(red.mean(0), (305, 205), atol=1)
     assert mark(Image.new("RGB", (5, 9)), [(0, 0)], (5, 9)).size == (35, 63), "too small to draw on"
+    narrow = Image.new("RGB", (100_000, 1))  # a file of some hundred bytes; at 32 rows it would have 102 million pixels
+    with pytest.raises(ValueError, match="too narrow for points: 100000 x 1 pixels"):
+        Question(narrow, points=[(0, 0), (5, 0)])
+    assert Question(narrow, "What is it?") and Question(Image.new("RGB", (5000, 4000)), points=[(0, 0), (5, 0)])
 
 
 def test_an_answer_comes_bit_by_bit_at_the_size_of_the_picture(assistant):

@@ -248,6 +248,42 @@ def test_points_set_faster_than_the_line_stay(browser, address, scene):
         assert page.inner_text(".pp-hint").startswith("3 points")
 
 
+def test_a_question_that_waits_keeps_its_picture_and_points(browser, address, scene):
+    """Others may be asking: until its turn comes nothing can be changed that its answer would not be about."""
+    with opened(browser, address) as page:
+        choose(page, scene)
+        page.wait_for_function(READY)
+        held, slow = [], True
+        page.route("**/queue/join*", lambda route: held.append(route) if slow else route.continue_())
+        page.fill("#question textarea", EXAMPLES[0].question)
+        page.check("#spatial label:has-text('Masks + depth') input")
+        page.click("button#ask")
+        page.wait_for_function("document.querySelector('.pp').dataset.state == 'busy'")
+        click(page, 0.5, 0.5)
+        page.click(".pp-example >> nth=2")
+        page.wait_for_timeout(300)
+        assert page.inner_text(".pp-hint").startswith("Click on the picture")
+        slow = False
+        for route in held:
+            route.continue_()
+        answered(page)
+        assert page.locator(".pp-masks li").count() >= 1
+        assert page.inner_text(".pp-asked") == EXAMPLES[0].question
+
+
+def test_nothing_is_said_about_a_new_picture(browser, address, scene):
+    with opened(browser, address) as page:
+        for begin in (lambda: choose(page, scene), lambda: page.click(".pp-example >> nth=1")):
+            choose(page, scene)
+            page.wait_for_function(READY)
+            assert ask(page, EXAMPLES[0].question) and page.is_enabled("#depth")
+            begin()
+            page.wait_for_function("!document.querySelector('.pp-asked')")
+            page.wait_for_function("document.querySelector('#depth').disabled")
+            assert page.inner_text("#answer") == "The answer appears here."
+            assert page.locator(".pp-masks li").count() == 0
+
+
 def click(page, x: float, y: float) -> None:
     """At a place of the picture, shares of its width and height."""
     box = page.locator(".pp-left").bounding_box()

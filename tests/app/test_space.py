@@ -38,6 +38,15 @@ def test_a_space_holds_the_model_or_names_it(tiny_folder, tmp_path):
     assert '"--model", "me/perceptio-1b"' in (tmp_path / "hub" / "app.py").read_text()
 
 
+def test_a_space_takes_no_options_of_serving(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("GRADIO_SERVER_PORT", "9001")  # there for every command
+    serving = ["--dtype", "bfloat16", "--port", "9000", "--share"]
+    assert main.run(["app", "--space", str(tmp_path / "space"), *serving]) == 2
+    assert "--dtype and --port and --share are about serving here" in capsys.readouterr().err
+    assert not (tmp_path / "space").exists()
+    assert main.run(["app", "--space", str(tmp_path / "space")]) == 0
+
+
 def test_a_space_below_a_training_takes_what_runs_the_model_and_no_more(tiny_folder, tmp_path):
     run = shutil.copytree(tiny_folder, tmp_path / "run")
     for name in ("optimizer.pt", "training_args.bin", ".env"):

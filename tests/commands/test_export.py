@@ -38,6 +38,10 @@ def test_the_checkpoint_itself_is_never_replaced(tiny_folder, tmp_path, capsys, 
     assert export(saved, saved, "--overwrite", "--no-verify") == 2
     assert "saved is to be read; name another folder" in capsys.readouterr().err
     assert json.loads((saved / "config.json").read_text())["model_type"] == "perceptio"
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(saved)}))
+    assert export(tmp_path / "adapter", saved, "--overwrite", "--no-verify") == 2  # nor what an adapter needs
+    assert "saved is to be read; name another folder" in capsys.readouterr().err
     monkeypatch.setenv("HOME", str(tmp_path))
     assert export("~/saved", "~/saved", "--overwrite") == 2
     assert export("~/saved", "~/out", "--no-verify") == 0 and (tmp_path / "out" / "config.json").is_file()

@@ -267,6 +267,14 @@ def test_errors_come_before_generation(model, processor, monkeypatch):
         generate(model, {"input_ids": ids})
     with pytest.raises(ValueError, match="do not begin with input_ids"):
         model.decode_spatial(inputs.input_ids[:, 1:], **inputs)
+    with pytest.raises(ValueError, match=r"max_length counts the prompt's \d+ too"):
+        generate(model, inputs, spatial="none", max_new_tokens=None, max_length=5)
+    for name in ("mask_pixel_values", "original_sizes"):
+        more = {**inputs, name: torch.cat([inputs[name], inputs[name]])}
+        with pytest.raises(ValueError, match=f"{name} has 2 rows, but the prompts show 1 pictures"):
+            generate(model, more, spatial="seg")
+        with pytest.raises(ValueError, match=f"{name} has 2 rows, but the prompts show 1 pictures"):
+            model.decode_spatial(inputs.input_ids, **more)
 
 
 def test_the_shortest_forced_response_fits_exactly(model, processor):
@@ -356,6 +364,17 @@ def test_a_second_question_encodes_no_picture_again(model, processor, monkeypatc
             pass
 
 
+def test_contexts_that_overlap_leave_nothing_behind(model):
+    """Two threads of a server: the first to come is the first to go."""
+    one, two = model.keep_mask_features(), model.keep_mask_features(2)
+    for step in (one.__enter__, two.__enter__):
+        step()
+    one.__exit__(None, None, None)
+    assert model._mask_features[-1].pictures == 2
+    two.__exit__(None, None, None)
+    assert model._mask_features == ()
+
+
 def test_kept_features_have_a_bound(model, processor, monkeypatch):
     """Those of the pictures that were used last; also where one call needs more than are kept."""
     encoder, seen = model.mask_model.vision_encoder, []
@@ -368,5 +387,5 @@ def test_kept_features_have_a_bound(model, processor, monkeypatch):
             seen.clear()
             masks, _ = model.predict_masks(states[: len(pictures)], pixels, pictures)
             assert sum(seen) == encoded, pictures
-            assert len(model._mask_features._kept) <= 2
+            assert len(model._mask_features[-1]._kept) <= 2
     torch.testing.assert_close(masks, model.predict_masks(states, pixels, [0, 1, 2, 3])[0])

@@ -253,5 +253,11 @@ def test_a_model_without_spatial_tokens_is_an_internvl(processor):
     model = PerceptioForConditionalGeneration(config).eval()
     inputs = encode(processor, chat(picture()))
     assert model.generate(**inputs, max_new_tokens=3, pad_token_id=0).shape[0] == 1
+    plain = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    with torch.no_grad():
+        sizes = inputs.pop("original_sizes")
+        assert torch.equal(model(**inputs).logits, model(**plain).logits) and len(sizes) == 1
+    with pytest.raises(ValueError, match="mask_pixel_values came without input_ids"):
+        model(inputs_embeds=torch.zeros(1, 2, 8), mask_pixel_values=inputs["mask_pixel_values"])
     with pytest.raises(ValueError, match="no spatial tokens"):
         model.generate(**inputs, spatial="depth")

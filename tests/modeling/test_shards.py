@@ -28,6 +28,23 @@ def test_an_index_that_leaves_its_folder(tmp_path, name):
             check_shards(*arguments)
 
 
+@pytest.mark.parametrize("other", ["model.safetensors.index.fp16.json", "pytorch_model.bin.index.json"])
+def test_every_name_of_an_index_is_looked_at(tmp_path, other):
+    index(tmp_path, OUTSIDE[0])
+    (tmp_path / "model.safetensors.index.json").rename(tmp_path / other)
+    with pytest.raises(ValueError, match="outside its own folder"):
+        check_shards(tmp_path)
+
+
+def test_indices_of_other_things_are_not_ours(tiny_folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / "retrieval.index.json").write_text("[]")
+    model = PerceptioForConditionalGeneration.from_pretrained(folder)
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    monkeypatch.chdir(tmp_path)  # where no model is named, nothing is loaded from here
+    PerceptioForConditionalGeneration.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+
+
 def test_what_stays_inside(tmp_path):
     for name in ("model-2.safetensors", "shards/model-2.safetensors", "model..2.safetensors"):
         index(tmp_path, name)

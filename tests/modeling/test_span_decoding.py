@@ -278,6 +278,34 @@ def test_the_cache_that_comes_back_goes_on(model, request, which, decoding, monk
 
 
 @pytest.mark.parametrize("decoding", ["parallel", "sequential"])
+def test_the_cache_of_rows_that_ended_apart(model, mixed, decoding, monkeypatch):
+    """Of every row it holds all tokens, the end marker of one that ended before others too."""
+    monkeypatch.setitem(spatial_loop._PLACES, "cpu", 1000)
+    options = {"spatial": "depth", "spatial_decoding": decoding}
+    prompt = mixed.input_ids.shape[1]
+    free = generate(model, mixed, **options, eos_token_id=-1).sequences[:, prompt:].tolist()
+    ends = {token: [(*row, token).index(token) for row in free] for token in set(itertools.chain(*free))}
+    # The row without a picture, which writes words only, ends while the others are far ahead.
+    end = next(token for token in free[2] if min(ends[token][:2]) > 20 > ends[token][2] > 5)
+    out = generate(model, mixed, **options, eos_token_id=end)
+    mask = torch.zeros_like(out.sequences)
+    mask[:, :prompt] = mixed.attention_mask
+    for row, place in zip(mask, ends[end], strict=True):
+        row[prompt : prompt + place + 1] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        inputs = {"input_ids": out.sequences, "attention_mask": mask, "position_ids": positions}
+        fresh = getattr(model(**inputs, pixel_values=mixed.pixel_values, use_cache=True), CACHE)
+    found = getattr(out, CACHE)
+    assert int(found.get_seq_length()) == out.sequences.shape[1] - 1
+    known = mask[:, :-1].bool()
+    for layer, expected in zip(found.layers, fresh.layers, strict=True):
+        for name in ("keys", "values"):
+            ours, theirs = getattr(layer, name).transpose(1, 2), getattr(expected, name).transpose(1, 2)[:, :-1]
+            torch.testing.assert_close(ours[known], theirs[known], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("decoding", ["parallel", "sequential"])
 def test_one_graph_and_no_recompilation(model, processor, decoding):
     config = CompileConfig(backend="eager", fullgraph=True)
     config._compile_all_devices = True

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -114,6 +115,11 @@ def test_a_training_that_was_stopped_goes_on(files, tmp_path, monkeypatch):
         train_codebook(CONFIG, files, steps=300, options=PLAIN, saving=saving(), progress=lambda *_: stop(1.0, 0.0))
     with pytest.raises(ValueError, match="codes were not begun with, and the steps or minutes"):
         train_codebook(CONFIG, files, steps=1, options=PLAIN, saving=saving())
+    (tmp_path / "state.pt").unlink()
+    late = replace(PLAIN, continuous_share=0.99)  # of thirty steps the last begins at .967
+    with pytest.raises(ValueError, match="trained for 30 steps, its codes were not begun with"):
+        train_codebook(CONFIG, files, steps=30, options=late, saving=saving())
+    train_codebook(CONFIG, files, steps=200, options=late, saving=saving())  # goes on
     (tmp_path / "state.pt").unlink()
     straight = train_codebook(CONFIG, files, steps=30, options=PLAIN)
     with pytest.raises(Stop):

@@ -173,8 +173,16 @@ function draw() { // only what has changed: a view comes with every word
 }
 
 watch("value", () => {
-  // On a slow line what was asked for before the last change may come after it.
-  if (view().edit < edits) return void (props.value = latest);
+  // On a slow line what was asked for before the last change may come after it. An answer counts all the same where it
+  // is one about this picture.
+  if (view().edit < edits) {
+    const { busy, error, masks, depth, veil, picture } = view();
+    if (busy || latest.busy) {
+      const same = picture?.path === latest.picture?.path;
+      latest = { ...latest, busy, ...(same ? { error, masks, depth, veil } : {}) };
+    }
+    return void (props.value = latest);
+  }
   $(".pp-busy").hidden = true;
   draw();
 });

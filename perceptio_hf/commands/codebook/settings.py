@@ -1,6 +1,5 @@
 """The options of `perceptio codebook train`, from the command line and a YAML file."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +47,3 @@ def read_settings(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     if settings["steps"] is None and settings["minutes"] is None:
         settings["minutes"] = 5.0
     return settings
-
-
-def build_options(cls: type, fields: Any, name: str) -> Any:
-    """`cls(**fields)`, with an error that names the section of the YAML file."""
-    import dataclasses
-
-    known = [field.name for field in dataclasses.fields(cls)]
-    unknown = sorted(set(fields) - set(known)) if isinstance(fields, dict) else ["no mapping"]
-    if unknown:
-        raise ValueError(f"`{name}` holds {', '.join(map(str, unknown))}, which is not a field of {cls.__name__}.")
-    try:
-        return cls(**{name: _number(value) for name, value in fields.items()})
-    except Exception as error:  # ValueError of ours, TypeError, or the type checks of huggingface_hub
-        raise ValueError(f"`{name}`: {error}") from error
-
-
-def _number(value: Any) -> Any:
-    """YAML reads 1e-4, without a point, as a text."""
-    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value.strip()) else value

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .settings import build_options, read_settings
+from .settings import read_settings
 from .sources import AsJson, Pattern, Unit, UnitOption, depth_source, figures_text, known
 
 if TYPE_CHECKING:
@@ -76,12 +76,13 @@ def train(
 
     from perceptio_hf import DepthVQVAEConfig
     from perceptio_hf.commands.checkpoints import quieten
+    from perceptio_hf.data.keys import build
     from perceptio_hf.evaluation.report.codec_sheet import measure_maps
     from perceptio_hf.training.codec import CodebookOptions
 
     quieten()
-    codec_config = build_options(DepthVQVAEConfig, settings["codec"], "codec")
-    options = build_options(CodebookOptions, settings["options"], "options")
+    codec_config = build(DepthVQVAEConfig, settings["codec"], "codec")
+    options = build(CodebookOptions, settings["options"], "options")
     accelerator = _accelerator(device)
     is_main = accelerator.is_main_process
     whole = _source(settings, codec_config.image_size, str(accelerator.device), out)

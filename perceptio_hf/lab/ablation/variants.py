@@ -11,7 +11,7 @@ from another checkpoint, which has learnt to see for longer.
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from perceptio_hf.data.keys import build
 from perceptio_hf.files import new_folder, read_yaml, replacing, write_json
 from perceptio_hf.lab.lessons.answers import AnswerForm
 from perceptio_hf.lab.lessons.batches import SceneBatch, click_prompts, scene_batches
@@ -29,7 +30,7 @@ from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGene
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
 from perceptio_hf.training.losses import LossWeights, mask_loss, score_loss
 
-from .figures import METRICS, evaluate
+from .figures import METRICS, POINTS, evaluate
 
 _SPAN_ALIGNMENT = 4.0  # weight of taught attention while the base learns to write spans
 _SHOWN_EVERY = 10  # steps between two looks at the losses, which a GPU has to be waited for
@@ -106,15 +107,16 @@ class AblationRecipe:
         Raises:
             ValueError: for a file that is no mapping, a key that is unknown, or a value of another kind or not above 0.
         """
-        values = read_yaml(path)
-        known = {item.name: item.type for item in fields(cls)}
-        for key, value in values.items():
-            if key not in known:
-                raise ValueError(f"{path}: unknown key {key!r}; known are {', '.join(known)}.")
-            kinds = (int,) if known[key] is int else (int, float)
-            if not isinstance(value, kinds) or isinstance(value, bool) or value <= 0:
-                raise ValueError(f"{path}: {key} must be a number above 0 ({known[key].__name__}), got {value!r}.")
-        return cls(**values)
+        return build(cls, read_yaml(path), str(path))
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0.")
+        if self.replaced < max(POINTS):
+            raise ValueError(
+                f"replaced is {self.replaced}; of questions with {max(POINTS)} points it takes {max(POINTS)}."
+            )
 
 
 def train_base(
@@ -311,7 +313,7 @@ def _train(
             loss, parts = _loss(lesson, scenes.to(device), recipe)
         looked_at = step % _SHOWN_EVERY == 0 or step + 1 == steps  # weights that are lost stay so
         if looked_at and not torch.isfinite(loss):
-            raise RuntimeError(f"step {step}: the loss is {loss.item()}.")
+            raise ValueError(f"{name}, step {step}: the loss is {loss.item()}; lower the learning rate of the recipe.")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -18,7 +18,7 @@ stopped goes on where it was.
 import json
 from collections import defaultdict, deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from perceptio_hf.data.depth_maps import DepthMap
+from perceptio_hf.data.keys import build
 from perceptio_hf.files import new_folder, read_yaml, replacing, write_text
 from perceptio_hf.modeling.configuration_depth_vqvae import DepthVQVAEConfig
 from perceptio_hf.modeling.modeling_depth_vqvae import DepthVQVAE
@@ -108,13 +109,28 @@ class TinyRecipe:
         """
         values = read_yaml(path)
         values.pop("recipe", None)  # what kind of recipe this is, for the command
-        known = {item.name: item.type for item in fields(cls)}
-        for key, value in values.items():
-            if key not in known:
-                raise ValueError(f"{path}: unknown key {key!r}; known are {', '.join(known)}.")
-            if known[key] is int and (not isinstance(value, int) or value < 0):
-                raise ValueError(f"{path}: {key} must be a whole number of 0 or more, got {value!r}.")
-        return cls(**values)
+        return build(cls, values, str(path))
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name in ("seed", "span_noise"):
+                if value < 0 or (name == "span_noise" and value > 1):
+                    raise ValueError(
+                        f"{name} is {value}; expected {'0 to 1' if name == 'span_noise' else '0 or more'}."
+                    )
+            elif not isinstance(value, dict) and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0.")
+        self.codec_parts()
+
+    def codec_parts(self) -> tuple[DepthVQVAEConfig, CodebookOptions]:
+        """Shape of the codec, and how it is trained."""
+        config = build(DepthVQVAEConfig, self.codec, "codec")
+        if config.num_tokens != IMAGE_SEQ_LENGTH:
+            raise ValueError(
+                f"The recipe's codec has {config.num_tokens} codes per depth map; the tiny model needs one for each of "
+                f"its {IMAGE_SEQ_LENGTH} image tokens: image_size / downsample must be {int(IMAGE_SEQ_LENGTH**0.5)}."
+            )
+        return config, build(CodebookOptions, self.codec_options, "codec_options")
 
 
 def train_tiny(
@@ -131,7 +147,8 @@ def train_tiny(
         device: where the model is trained; on a GPU by one process, with many workers.
 
     Raises:
-        ValueError: if `out` holds another recipe's stages, or `processes` do not divide the batches or share a GPU.
+        ValueError: if `out` holds another recipe's stages, or `processes` do not divide the batches or share a GPU; a
+            training that diverges.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -145,7 +162,13 @@ def train_tiny(
     torch.set_num_threads(1)
     _prepare(recipe, out)
     (out / _RENDEZVOUS).unlink(missing_ok=True)  # of a run that was stopped
-    torch.multiprocessing.spawn(_train_stages, args=(processes, recipe, out, workers, device), nprocs=processes)
+    try:
+        torch.multiprocessing.spawn(_train_stages, args=(processes, recipe, out, workers, device), nprocs=processes)
+    except torch.multiprocessing.ProcessRaisedException as error:  # its text is the traceback of the process
+        kind, _, said = str(error).rstrip().rpartition("\n")[2].partition(": ")
+        if kind not in ("ValueError", "OSError"):
+            raise
+        raise ValueError(said) from error
     torch.set_num_threads(threads)
     return out / "checkpoint"
 
@@ -236,12 +259,7 @@ def _prepare(recipe: TinyRecipe, out: Path) -> None:
 def _codec_stage(recipe: TinyRecipe, out: Path) -> DepthVQVAE:
     folder = out / "codec"
     if not folder.exists():
-        config = DepthVQVAEConfig(**recipe.codec)
-        if config.num_tokens != IMAGE_SEQ_LENGTH:
-            raise ValueError(
-                f"The recipe's codec has {config.num_tokens} codes per depth map; the tiny model needs one for each of "
-                f"its {IMAGE_SEQ_LENGTH} image tokens: image_size / downsample must be {int(IMAGE_SEQ_LENGTH**0.5)}."
-            )
+        config, options = recipe.codec_parts()
         seeds = tqdm(range(recipe.codec_scenes), desc="rendering depth")
         maps = (DepthMap.from_metric(render_scene(seed, size=config.image_size).depth) for seed in seeds)
         bank = DepthBank.gather(maps, config)
@@ -251,7 +269,6 @@ def _codec_stage(recipe: TinyRecipe, out: Path) -> DepthVQVAE:
                 bar.set_postfix(reconstruction=f"{loss:.4f}")
                 bar.update(round(share * recipe.codec_steps) - bar.n)
 
-            options = CodebookOptions(**recipe.codec_options)
             codec = train_codebook(
                 config, bank, steps=recipe.codec_steps, seed=recipe.seed, options=options, progress=show
             )
@@ -344,7 +361,9 @@ class _Stages:
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         if not torch.isfinite(norm):
             values = {name: float(value) for name, value in parts.items()}
-            raise RuntimeError(f"{stage}, step {step}: the gradient's norm is {norm.item()}, the losses {values}.")
+            raise ValueError(
+                f"{stage}, step {step}: the gradient's norm is {norm.item()}, the losses {values}; lower {stage}_lr."
+            )
         optimizer.step()
         return {name: value.detach() for name, value in parts.items()}
 
@@ -383,6 +402,7 @@ class _Stages:
             "heads": self.cell_head.state_dict(),
             "step": step,
             "history": self.history,
+            "fitting": self.fitting,
         }
         if optimizer is not None:
             state["optimizer"] = optimizer.state_dict()
@@ -394,7 +414,7 @@ class _Stages:
         self.model.load_state_dict(state["model"])
         self.cell_head.load_state_dict(state["heads"])
         if optimizer is not None:
-            self.history = state["history"]
+            self.history, self.fitting = state["history"], state.get("fitting", [])
             if "optimizer" in state:
                 optimizer.load_state_dict(state["optimizer"])
         return state["step"]

@@ -119,7 +119,7 @@ class SpanDecoder:
         status = self._advance(outputs.last_hidden_state[:, -1:], logits, codes, self.length - 1, None)
         while status.active:
             status = self._pass(status)
-        self._read_last_segs()
+        self._read_last()
         self.ids = self.ids[:, : status.longest]
         return model_kwargs | {CACHE: self.cache}
 
@@ -187,16 +187,19 @@ class SpanDecoder:
         self.passes += 1
         return outputs
 
-    def _read_last_segs(self) -> None:
-        """The states of [SEG] that rows end in, which no pass has read. A cache that cannot be cut stays as it is."""
-        if self.odds is None or not self.shrinks:
+    def _read_last(self) -> None:
+        """The last tokens of rows, which no pass has read: the states of [SEG], and, where rows did not keep step, keys
+        and values of those that ended before others. A cache that cannot be cut stays as it is; its rows kept step."""
+        if not self.shrinks:
             return
         last = self.ids.gather(1, self.length[:, None] - 1)[:, 0]
-        self.active = (last == self.words.seg) & (self.length > self.prompt_length)
-        if not bool(self.active.any()):
+        self.active = (last == self.words.seg) & (self.length > self.prompt_length) & (self.odds is not None)
+        short = (self.length < self.length.amax()) & (self.width > 1)
+        if not bool((self.active | short).any()):
             return
-        start = torch.where(self.active, self.length - 1, self.columns - self.shift)
+        start = self.length - 1
         self._keep_segs(self._read(start, 1, False, logits_to_keep=self._nothing()).last_hidden_state, start)
+        move_last(self.cache, 1, (start + self.shift)[:, None])
         drop_last(self.cache, 1)
 
     def _nothing(self) -> torch.Tensor:

@@ -10,6 +10,7 @@ from perceptio_hf.tokens import SpatialSequence, read_sequence
 
 from .spatial_output import SpatialOutput
 from .spatial_recorder import ReplayedStates, StateReader
+from .spatial_request import check_rows
 
 logger = logging.get_logger(__name__)
 
@@ -53,7 +54,8 @@ class SpatialReadingMixin:
                 prompts.
 
         Raises:
-            ValueError: if `sequences` do not begin with `input_ids`, or show pictures without `pixel_values`.
+            ValueError: if `sequences` do not begin with `input_ids`, or show pictures without `pixel_values`, or
+                `mask_pixel_values` or `original_sizes` have not a row for each picture.
         """
         sequences = sequences.to(input_ids.device)
         batch, length = input_ids.shape
@@ -64,6 +66,8 @@ class SpatialReadingMixin:
                 f"shape {tuple(input_ids.shape)}. Pass prompt and response: torch.cat([input_ids, response], 1)."
             )
         prompts = Prompts(input_ids, pixel_values, attention_mask, mask_pixel_values, original_sizes)
+        shown = int(count_pictures(input_ids, self.spatial_vocabulary().image).sum())
+        check_rows(shown, {"mask_pixel_values": mask_pixel_values, "original_sizes": original_sizes})
         return SpatialOutput(sequences=sequences, **self._read_spatial(sequences, prompts, None))
 
     def _read_spatial(self, sequences: torch.Tensor, prompts: Prompts, states: StateReader | None) -> dict:

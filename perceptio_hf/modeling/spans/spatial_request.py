@@ -78,8 +78,14 @@ class SpatialRequest:
         new_tokens = _new_token_limit(prompt.shape[1], configs, kwargs, rows, words)
         return cls(words, spatial, rows, prompt.shape[1], new_tokens)
 
-    def check(self, *, needs_masks: bool) -> None:
-        """Raise a ValueError for what cannot be had; `needs_masks`: masks are to be made, and their pixels lack."""
+    def check(self, *, needs_masks: bool, **of_pictures: torch.Tensor | None) -> None:
+        """Raise a ValueError for what cannot be had.
+
+        Args:
+            needs_masks: masks are to be made, and their pixels lack.
+            of_pictures: what has a row for each picture of the prompts, by its name.
+        """
+        check_rows(sum(row.pictures_shown for row in self.rows) if self.rows else None, of_pictures)
         if self.spatial in _FORCED and not any(row.num_pictures for row in self.rows):
             raise ValueError(
                 f"spatial={self.spatial!r} needs a picture, but no prompt has one. (A further question with the cache "
@@ -98,6 +104,11 @@ class SpatialRequest:
             raise ValueError(
                 f"The prompt of row {number} ends in a depth span of {row.open_codes} codes; a span has "
                 f"{self.words.num_depth_tokens}."
+            )
+        if self.new_tokens < 1:
+            raise ValueError(
+                f"The limit leaves {self.new_tokens} tokens for a response: max_length counts the prompt's "
+                f"{self.prompt_length} too. Pass max_new_tokens instead."
             )
         needed = required_new_tokens(self.spatial, row.num_pictures, self.words.span_length)
         if row.open_codes is not None:
@@ -161,6 +172,16 @@ def _new_token_limit(
             return length - prompt_length
     pictures = max((row.pictures_shown for row in rows), default=0)
     return pictures * (words.span_length + 1) + _DEFAULT_ANSWER_TOKENS
+
+
+def check_rows(pictures: int | None, given: dict[str, torch.Tensor | None]) -> None:
+    """Raise a ValueError where what was `given` by name has not a row for each picture; None: they are not known."""
+    for name, value in given.items():
+        if value is not None and pictures is not None and len(value) != pictures:
+            raise ValueError(
+                f"{name} has {len(value)} rows, but the prompts show {pictures} pictures: pass what the processor "
+                "returns for all of them, model.generate(**inputs)."
+            )
 
 
 def check_mode(name: str, value: str, known: Sequence[str]) -> None:

@@ -133,17 +133,19 @@ class _Training:
     def run(self, progress: Callable[[float, float], None] | None) -> DepthVQVAE:
         self._load()
         share = self._share()
-        if share >= 1.0 and not self.quantise:
-            raise ValueError(
-                f"The codec has been trained for {self.clock.step} steps, its codes were not begun with, and the steps "
-                "or minutes that are given are over: give more, or --overwrite to start anew."
-            )
         pairs = self._pairs() if share < 1.0 else iter(())
         while share < 1.0:
             self._step(share, next(pairs), progress)
             share = self._share()
             if self.saving is not None and self.clock.now() - self.saved_at > 60 * self.saving.minutes:
                 self._save()
+        if not self.quantise:
+            if self.saving is not None:
+                self._save()
+            raise ValueError(
+                f"The codec has been trained for {self.clock.step} steps, its codes were not begun with, and the steps "
+                "or minutes that are given are over: give more, or --overwrite to start anew."
+            )
         codec = self.codec.eval().to(memory_format=torch.contiguous_format)
         reorder_codes_(codec, code_depths(codec, self.source, workers=self.workers).argsort())
         return codec

@@ -1,5 +1,6 @@
 """How a codec is trained, and for how long."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,12 +52,12 @@ class Clock:
         now: seconds, from any beginning.
 
     Raises:
-        ValueError: Not exactly one limit, or one that is not above 0.
+        ValueError: Not exactly one limit, or one that is not above 0, or without end.
     """
 
     def __init__(self, steps: int | None, minutes: float | None, now: Callable[[], float] = time.monotonic):
         limit = steps if minutes is None else minutes
-        if (steps is None) == (minutes is None) or limit <= 0:
+        if (steps is None) == (minutes is None) or not 0 < limit < math.inf:
             raise ValueError(f"give either `steps` or `minutes`, above 0; got steps={steps}, minutes={minutes}.")
         self.steps, self.minutes = steps, minutes
         self.step, self.now, self.start = 0, now, now()

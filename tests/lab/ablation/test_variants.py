@@ -128,12 +128,31 @@ def test_summary_and_report(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("stps: 1", "unknown key 'stps'"), ("- 1", "keys and values"), ("steps: 0", "above 0"), ("steps: 1.5", "above 0")],
+    [
+        ("stps: 1", "unknown key 'stps'; did you mean steps"),
+        ("- 1", "keys and values"),
+        ("steps: 0", "steps is 0; it must be above 0"),
+        ("steps: 1.5", "steps must be a whole number, got 1.5"),
+        ("learning_rate: fast", "learning_rate must be a number, got 'fast'"),
+        ("replaced: 4", "replaced is 4; it must be 5 or more"),
+    ],
 )
 def test_recipes_with_mistakes(tmp_path, text, message):
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         AblationRecipe.read(tmp_path / "recipe.yaml")
+
+
+def test_a_rate_may_be_written_as_yaml_reads_no_number(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("learning_rate: 1e-4")
+    assert AblationRecipe.read(tmp_path / "recipe.yaml").learning_rate == 1e-4
+
+
+def test_a_training_that_diverges_names_its_run(start, tmp_path):
+    recipe = replace(RECIPE, learning_rate=1e12)
+    base = train_base(recipe, start, tmp_path)
+    with pytest.raises(ValueError, match=r"seg_only 0, step \d+: the loss is (nan|inf); lower the learning rate"):
+        run_variant("seg_only", 0, recipe, base, tmp_path)
 
 
 def test_the_published_recipe_is_read():
