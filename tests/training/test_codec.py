@@ -386,5 +386,5 @@ def test_the_codec_trains_in_bfloat16_where_that_is_not_slower(bank, monkeypatch
 
     monkeypatch.setattr(F, "conv2d", look)
     options = CodebookOptions(precision=precision, kmeans_start=False)
-    train_codebook(DepthVQVAEConfig(**SMALL), bank, steps=1, options=options)
+    train_codebook(DepthVQVAEConfig(**SMALL), bank, steps=2, options=options)
     assert seen and (True in seen) is (precision == "bfloat16" or (precision == "auto" and known))

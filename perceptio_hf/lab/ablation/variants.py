@@ -115,7 +115,7 @@ class AblationRecipe:
                 raise ValueError(f"{name} is {value}; it must be above 0.")
         if self.replaced < max(POINTS):
             raise ValueError(
-                f"replaced is {self.replaced}; of questions with {max(POINTS)} points it takes {max(POINTS)}."
+                f"replaced is {self.replaced}; it must be {max(POINTS)} or more, one whole set."
             )
 
 

@@ -109,28 +109,30 @@ class TinyRecipe:
         """
         values = read_yaml(path)
         values.pop("recipe", None)  # what kind of recipe this is, for the command
-        return build(cls, values, str(path))
+        recipe = build(cls, values, str(path))
+        try:
+            recipe.codec_parts()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return recipe
 
     def __post_init__(self) -> None:
+        if self.seed < 0 or not 0 <= self.span_noise <= 1:
+            raise ValueError(f"seed is {self.seed} and span_noise {self.span_noise}; expected 0 or more, and 0 to 1.")
         for name, value in vars(self).items():
-            if name in ("seed", "span_noise"):
-                if value < 0 or (name == "span_noise" and value > 1):
-                    raise ValueError(
-                        f"{name} is {value}; expected {'0 to 1' if name == 'span_noise' else '0 or more'}."
-                    )
-            elif not isinstance(value, dict) and not value > 0:
+            if name not in ("seed", "span_noise") and not isinstance(value, dict) and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be above 0.")
-        self.codec_parts()
 
     def codec_parts(self) -> tuple[DepthVQVAEConfig, CodebookOptions]:
         """Shape of the codec, and how it is trained."""
         config = build(DepthVQVAEConfig, self.codec, "codec")
+        options = build(CodebookOptions, self.codec_options, "codec_options")
         if config.num_tokens != IMAGE_SEQ_LENGTH:
             raise ValueError(
                 f"The recipe's codec has {config.num_tokens} codes per depth map; the tiny model needs one for each of "
                 f"its {IMAGE_SEQ_LENGTH} image tokens: image_size / downsample must be {int(IMAGE_SEQ_LENGTH**0.5)}."
             )
-        return config, build(CodebookOptions, self.codec_options, "codec_options")
+        return config, options
 
 
 def train_tiny(

@@ -263,6 +263,14 @@ def test_schedule():
 
 
 @pytest.mark.slow
+def test_a_training_that_diverges_is_one_line(tmp_path):
+    rates = {"masks_lr": 1e30, "masks_batch": 2, "masks_steps": 4, "codec_steps": 10, "checkpoint_every": 2}
+    recipe = TinyRecipe(codec=CODEC, codec_scenes=20, corpus_scenes=30, **rates)
+    with pytest.raises(ValueError, match=r"\Amasks, step \d: the gradient's norm is nan, .*; lower masks_lr\.\Z"):
+        train_tiny(recipe, tmp_path / "run", processes=1, workers=0)
+
+
+@pytest.mark.slow
 def test_all_stages_run_resume_and_load(tmp_path):
     steps = {f"{stage}_steps": 2 for stage in STAGES} | {f"{stage}_batch": 2 for stage in STAGES}
     recipe = TinyRecipe(codec=CODEC, codec_scenes=20, codec_steps=10, corpus_scenes=30, checkpoint_every=2, **steps)
@@ -299,8 +307,13 @@ def fresh_model_of(recipe: TinyRecipe, out) -> dict[str, torch.Tensor]:
     [
         ("sed: 1", "unknown key 'sed'"),
         ("- 1", "keys and values"),
-        ("language_steps: -1", "0 or more"),
-        ("language_steps: many", "0 or more"),
+        ("language_steps: -1", "language_steps is -1; it must be above 0"),
+        ("language_steps: many", "language_steps must be a whole number, got 'many'"),
+        ("checkpoint_every: 0", "checkpoint_every is 0; it must be above 0"),
+        ("masks_lr: fast", "masks_lr must be a number, got 'fast'"),
+        ("span_noise: 2", "expected 0 or more, and 0 to 1"),
+        ("codec:\n  image_size: 96\n  downsample: 16", r"recipe.yaml: The recipe's codec has 36 codes per depth map"),
+        ("codec_options:\n  restart_every: 2.5", "codec_options: restart_every must be a whole number, got 2.5"),
         ("recipe: tiny\nlookup: 3", "unknown key 'lookup'"),
     ],
 )
@@ -308,6 +321,12 @@ def test_recipes_with_mistakes(tmp_path, text, message):
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         TinyRecipe.read(tmp_path / "recipe.yaml")
+
+
+def test_a_rate_may_be_written_as_yaml_reads_no_number(tmp_path):
+    codec = "\n".join(f"  {name}: {value}" for name, value in CODEC.items())
+    (tmp_path / "recipe.yaml").write_text(f"masks_lr: 1e-3\ncodec:\n{codec}\n")
+    assert TinyRecipe.read(tmp_path / "recipe.yaml").masks_lr == 1e-3
 
 
 def test_the_shipped_recipe_is_read():
