@@ -114,9 +114,7 @@ class AblationRecipe:
             if not value > 0:
                 raise ValueError(f"{name} is {value}; it must be above 0.")
         if self.replaced < max(POINTS):
-            raise ValueError(
-                f"replaced is {self.replaced}; it must be {max(POINTS)} or more, one whole set."
-            )
+            raise ValueError(f"replaced is {self.replaced}; it must be {max(POINTS)} or more, one whole set.")
 
 
 def train_base(
