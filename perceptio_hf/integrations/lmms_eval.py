@@ -152,9 +152,11 @@ class Perceptio(lmms):
             words += token not in spatial
             if words > limit:
                 break
-            if keep_spans or token not in spatial:
-                kept.append(token)
-        text = self.processor.without_end(self.tokenizer.decode(kept, skip_special_tokens=True)).strip()
+            kept.append(token)
+        if keep_spans:
+            text = self.processor.without_end(self.tokenizer.decode(kept, skip_special_tokens=True)).strip()
+        else:
+            text = self.processor.words(kept).strip()
         for stop in [until] if isinstance(until, str) else until:
             text = text.split(stop)[0] if stop else text
         return text.strip()

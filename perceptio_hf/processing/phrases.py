@@ -1,15 +1,16 @@
-"""Which words of a response each of its [SEG] was written for."""
+"""The words of a response, and which of them each [SEG] was written for."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from perceptio_hf.tokens import PICTURE_MARK
 
-_TAGS = re.compile(r"</?p>")  # Sa2VA and GLaMM write <p> the cat </p> [SEG]
+_TAGS = re.compile(r"( *)</?p>( *)")  # Sa2VA and GLaMM write <p> the cat </p> [SEG]
 _TAGGED = re.compile(r"<p>((?:(?!</?p>).)*)</p>\W*$", re.DOTALL)
 _CLAUSE_END = re.compile(r"[.!?;,:](?=\s|$)|\n|[。！？；，、：]")
 _FIRST = re.compile(r"^(?:\d+[.)]|and|or|then|also|&)\s+", re.IGNORECASE)
 _NO_NAME = re.compile(r"(?:(?:^|\W)(?:is|are|was|were)|['’]s|^(?:sure|yes|ok|okay|here|there))$", re.IGNORECASE)
+_NO_BLANKS = 0x2E80  # from here on stand scripts whose words have none between them
 _AROUND = " \t\r\"'`“”‘’()[]{}<>*_#-–—:"
 
 
@@ -31,8 +32,25 @@ def phrases_of(texts: Sequence[str]) -> list[str | None]:
 
 
 def without_tags(text: str) -> str:
-    """`text` without the tags around phrases."""
-    return _TAGS.sub("", text)
+    """`text` without the tags around phrases; where blanks stood on both sides of one, one is left."""
+    return _TAGS.sub(lambda tag: " " if tag[1] and tag[2] else tag[1] + tag[2], text)
+
+
+def joined(pieces: Iterable[str]) -> str:
+    """What stood between spatial tokens, without these: where both neighbours had a blank one is left, and words that
+    only a token kept apart, as in "It is [SEG].<DEPTH_START>...<DEPTH_END>The cat", get one."""
+    text = ""
+    for piece in pieces:
+        if text.endswith(" ") and piece.startswith(" "):
+            text, piece = text.rstrip(" ") + " ", piece.lstrip(" ")
+        elif text and piece and _may_end_a_word(text[-1]) and piece[0].isalnum() and ord(piece[0]) < _NO_BLANKS:
+            text += " "
+        text += piece
+    return text
+
+
+def _may_end_a_word(character: str) -> bool:
+    return (character.isalnum() and ord(character) < _NO_BLANKS) or character in ".,;:!?)]}\"'"
 
 
 def _phrase(text: str) -> str | None:

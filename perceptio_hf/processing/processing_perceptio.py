@@ -3,7 +3,7 @@
 import inspect
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from perceptio_hf.modeling.remote_code import write_code
 from perceptio_hf.tokens import SEG_TOKEN, picture_mark, spatial_tokens
 
 from .messages import mark_strings, prepare_chat
-from .phrases import phrases_of, without_tags
+from .phrases import joined, phrases_of, without_tags
 from .pictures import load_picture, row_strips
 from .plain_text import control_ids, drop_marks, mark_tokens, structure_ids
 
@@ -379,7 +379,7 @@ class PerceptioProcessor(InternVLProcessor):
         rows = range(len(outputs.well_formed))
         return [
             SpatialAnswer(
-                text=self._words(outputs.sequences[row, outputs.prompt_length :].tolist()),
+                text=self.words(outputs.sequences[row, outputs.prompt_length :].tolist()).strip(),
                 pictures=tuple(_geometries(outputs, row, threshold, self._phrases(outputs, row))),
                 well_formed=outputs.well_formed[row],
             )
@@ -390,12 +390,17 @@ class PerceptioProcessor(InternVLProcessor):
         """The words of a response up to `response_end`."""
         return text.partition(self.response_end)[0] if self.response_end else text
 
-    def _words(self, ids: list[int]) -> str:
-        kept = [token for token in ids if token not in self._spatial_ids]
-        text = without_tags(self.without_end(self.tokenizer.decode(kept, skip_special_tokens=True)))
-        if len(kept) < len(ids):  # "the cat [SEG] and" leaves both of the spaces around the token
-            text = re.sub(r"(?<=\S) {2,}(?=\S)", " ", text)
-        return text.strip()
+    def words(self, ids: Iterable[int]) -> str:
+        """The words of a response (ids) without spatial tokens, tags around phrases and what stands behind
+        `response_end`."""
+        pieces: list[list[int]] = [[]]
+        for token in ids:
+            if token in self._spatial_ids:
+                pieces.append([])
+            else:
+                pieces[-1].append(token)
+        texts = (self.tokenizer.decode(piece, skip_special_tokens=True) for piece in pieces if piece)
+        return self.without_end(joined(map(without_tags, texts)))
 
     def _phrases(self, outputs, row: int) -> list[str | None]:
         """One per [SEG] of a response, as far as it speaks of pictures."""

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from perceptio_hf.tokens import SpatialVocabulary, read_sequence
 
-from .phrases import phrases_of, without_tags
+from .phrases import phrases_of
 from .processing_perceptio import PerceptioProcessor, SpatialAnswer
 
 _HALF_TAG = re.compile(r"</?p?$")  # of "<p>" and "</p>", which are no words
@@ -177,12 +177,7 @@ class SpatialStreamer(BaseStreamer):
 
     def _tell_words(self, final: bool = False) -> None:
         """What can be read of the words, as far as no later token changes it."""
-        spatial = self.processor.seg_token_id, self.words.depth_start, self.words.depth_end
-        kept = [token for token in self.response if token not in self.words.code_index and token not in spatial]
-        text = without_tags(self.processor.without_end(self.processor.tokenizer.decode(kept, skip_special_tokens=True)))
-        if len(kept) < len(self.response):
-            text, self._sent = _single_spaces(text), _single_spaces(self._sent)
-        text = text.lstrip()
+        text = self.processor.words(self.response).lstrip()
         if not final:
             text = _without_half(_HALF_TAG.sub("", text.rstrip("�")), self.processor.response_end or "")
         text = text.rstrip()  # whether they stay is known when something follows
@@ -195,11 +190,6 @@ def _without_half(text: str, end: str) -> str:
     """`text` without what may become `end`, which is several tokens long."""
     lengths = range(min(len(text), len(end)), 0, -1)
     return text[: -next((length for length in lengths if text.endswith(end[:length])), 0) or None]
-
-
-def _single_spaces(text: str) -> str:
-    """ "the cat [SEG] and" leaves both of the spaces around the token."""
-    return re.sub(r"(?<=\S) {2,}(?=\S)", " ", text)
 
 
 def stream_answer(model, processor: PerceptioProcessor, inputs: BatchFeature, **options) -> Iterator[SpatialEvent]:

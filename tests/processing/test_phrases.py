@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import chat, encode, picture
 
-from perceptio_hf.processing.phrases import phrases_of
+from perceptio_hf.processing.phrases import joined, phrases_of
 
 CASES = {
     "the cat [SEG] and the dog [SEG]": ["the cat", "the dog"],
@@ -73,3 +73,22 @@ def test_without_mask_pixels_there_are_neither(model, processor):
     inputs.pop("mask_pixel_values")
     read = processor.post_process_spatial(model.decode_spatial(torch.cat([inputs.input_ids, ids], 1), **inputs))[0]
     assert len(read.masks) == 0 and read.phrases == []
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text"),
+    [
+        (["the cat ", " and the dog ", "."], "the cat and the dog ."),
+        (["Here it is.", "It is the ball."], "Here it is. It is the ball."),
+        (["the ball", "the cone", "."], "the ball the cone."),
+        (["It is ", "."], "It is ."),
+        (["x  =  1 ", ""], "x  =  1 "),
+        (["the dog", "'s ear"], "the dog's ear"),
+        (["a (", "mask)"], "a (mask)"),
+        (["第一只猫", "和狗"], "第一只猫和狗"),
+        (["Here:\n", "A"], "Here:\nA"),
+        ([], ""),
+    ],
+)
+def test_words_on_both_sides_of_a_token(pieces, text):
+    assert joined(pieces) == text

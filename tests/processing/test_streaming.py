@@ -17,6 +17,7 @@ from perceptio_hf.processing.streaming import (
     TextEvent,
     stream_answer,
 )
+from perceptio_hf.tokens import depth_span
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +58,28 @@ def test_words_come_as_they_are_written_and_never_change(processor, model, input
     streamer.end()
     told = list(streamer)
     words = "".join(event.text for event in told if isinstance(event, TextEvent))
-    assert words == processor._words(streamer.response)
+    assert words == processor.words(streamer.response).strip()
     assert "�" not in words and "p>" not in words and "日本" in words
     assert [event.phrase for event in told if isinstance(event, MaskEvent)] == ["the red ball", "das Öl"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("It is [SEG]." + depth_span(range(16)) + "The cat", "It is . The cat"),
+        ("the ball[SEG]the cone[SEG].", "the ball the cone."),
+        ("[SEG]x  =  1", "x  =  1"),
+        ("a <p>b</p> c", "a b c"),
+    ],
+)
+def test_what_a_token_kept_apart_stays_apart(processor, model, inputs, text, words):
+    streamer = SpatialStreamer(model, processor)
+    streamer.put(inputs["input_ids"])
+    for token in processor.tokenizer(text, add_special_tokens=False)["input_ids"]:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    told = "".join(event.text for event in streamer if isinstance(event, TextEvent))
+    assert told == words == processor.words(streamer.response).strip()
 
 
 def test_the_words_that_end_a_response_are_not_told(processor, model, inputs):
@@ -72,7 +92,7 @@ def test_the_words_that_end_a_response_are_not_told(processor, model, inputs):
         for token in processor.tokenizer(text, add_special_tokens=False)["input_ids"]:
             streamer.put(torch.tensor([token]))
         streamer.end()
-        assert "".join(event.text for event in streamer) == words == ours._words(streamer.response)
+        assert "".join(event.text for event in streamer) == words == ours.words(streamer.response)
 
 
 def test_a_mark_says_which_picture_events_speak_of(processor, model):
