@@ -59,7 +59,8 @@ def test_the_holder_is_named_and_a_killed_one_holds_nothing(tmp_path, holder):
 def test_two_commands_in_one_folder(tmp_path, holder, capsys):
     folder, config = tmp_path / "run", tmp_path / "recipe.yaml"
     sft = {"model_name_or_path": "tiny", "tasks": [{"world": "plain", "scenes": 1}], "max_steps": 1}
-    for command, recipe in (("train", sft), ("train", {"recipe": "tiny"}), ("eval", None)):
+    tiny = {"recipe": "tiny", "codec": {"image_size": 128, "downsample": 16}}
+    for command, recipe in (("train", sft), ("train", tiny), ("eval", None)):
         config.write_text(yaml.safe_dump(recipe))
         what = ["--config", str(config)] if recipe else ["world-plain", "--limit", "1"]
         assert run([command, *what, "--out", str(folder)]) == 2
