@@ -97,13 +97,18 @@ def new_folder(
         ValueError: `path` is a file, a folder that is not empty and may not be replaced, or one that is read.
         OSError: It may not be written there.
     """
-    path = Path(os.path.realpath(expanded(path)))
+    path, sources = Path(os.path.realpath(expanded(path))), list(sources)
     check_new_folder(path, overwrite, sources)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     fresh.mkdir()
     try:
         yield fresh
+        try:
+            check_new_folder(path, overwrite, sources)  # others may have written there meanwhile
+        except ValueError as error:
+            os.replace(fresh, kept := path.with_name(f"{path.name}-{os.getpid()}"))
+            raise ValueError(f"{error} What was made is in {kept}.") from None
         swap_in(fresh, path, old)
     except SafetensorError as error:  # its way to say that a disk is full; no OSError
         raise OSError(f"{path} could not be written: {error}; make room, or name a folder on another disk.") from error
@@ -136,6 +141,8 @@ def check_new_folder(
         return
     if not path.is_dir():
         raise ValueError(f"{path} is a file; name a folder to make.")
+    if os.path.ismount(path) or path.samefile(os.curdir):  # neither can be replaced by a finished folder
+        raise ValueError(f"{path} is {'a mount' if os.path.ismount(path) else 'where you are'}; name a folder in it.")
     for source in sources:  # before --overwrite is spoken of, which is no way out
         _check_apart(path, source)
     if not any(path.iterdir()):
@@ -155,6 +162,10 @@ def _check_apart(folder: Path, source: str | os.PathLike | None) -> None:
         if folder.samefile(above):  # which knows file systems where Model and model are one, and mounts
             where = "is to be read" if above == place else f"holds {source}, which is to be read"
             raise ValueError(f"{folder} {where}; name another folder for the result.")
+    if place.is_dir() and not folder.samefile(place):
+        for file in place.iterdir():  # such as the Hub's cache: links into another folder
+            if file.is_symlink() and file.is_file():
+                _check_apart(folder, os.path.realpath(file))
 
 
 def files_below(folder: str | os.PathLike) -> Iterator[Path]:

@@ -92,8 +92,8 @@ ABLATION = {
     "spans_steps": 1,
     "steps": 1,
     "batch": 2,
-    "closest": 4,
-    "replaced": 2,
+    "closest": 5,
+    "replaced": 5,
     "scenes": 2,
     "malformed": 2,
 }

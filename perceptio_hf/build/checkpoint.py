@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from perceptio_hf.conversion.keys import ConversionReport
 from perceptio_hf.conversion.saved_models import load_depth_codec
 from perceptio_hf.files import check_new_folder, new_folder
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
@@ -53,6 +54,7 @@ class BuildReport:
         depth_grid: codes along one side of a depth span's grid.
         depth_codes: entries of the codebook.
         like: the Perceptio that SAM2, codec, [SEG] projector and mask settings are from, None if there is none.
+        notes: what of the InternVL is not as it was read.
         check: what the verification saw, None if it was left out.
     """
 
@@ -69,6 +71,7 @@ class BuildReport:
     depth_grid: int
     depth_codes: int
     like: str | None = None
+    notes: tuple[str, ...] = ()
     check: Check | None = None
 
     def as_dict(self) -> dict:
@@ -128,7 +131,8 @@ def build(
     processor = PerceptioProcessor.from_components(internvl, **parts)
     check_tokens(load_tokenizer(internvl), processor.tokenizer)
     on_step("Reading InternVL")
-    stock = load_internvl(internvl, dtype=dtype)
+    read = ConversionReport(str(internvl))
+    stock = load_internvl(internvl, dtype=dtype, report=read)
     rows_before = stock.get_input_embeddings().num_embeddings
     check_processor(processor, stock.config, mask_model.config, codec.config)
     reference = None
@@ -139,7 +143,8 @@ def build(
     model = assemble(stock, mask_model, codec, processor, like=old, seed=seed)
     added = added_digests(reference, model) if reference else {}
     del stock, mask_model, codec, old
-    report = replace(_report(model, processor, out, rows_before), like=None if like is None else str(like))
+    report = _report(model, processor, out, rows_before)
+    report = replace(report, like=None if like is None else str(like), notes=tuple(read.notes))
     with new_folder(out, overwrite, sources) as partial:
         on_step("Writing")
         _save(model, processor, partial, max_shard_size)

@@ -9,23 +9,29 @@ import torch
 from torch import nn
 from transformers import InternVLConfig, InternVLForConditionalGeneration, Sam2Model
 
+from perceptio_hf.conversion.keys import ConversionReport
 from perceptio_hf.conversion.local_copy import local_copy
 from perceptio_hf.conversion.opengvlab import load_opengvlab
 from perceptio_hf.conversion.opengvlab_config import is_original_layout
 from perceptio_hf.conversion.sam2 import load_sam2
 from perceptio_hf.conversion.saved_models import WEIGHTS, check_kind, load_strictly
+from perceptio_hf.conversion.tensors import read_tensors
 
 _INTERNVL = InternVLConfig.model_type
 
 
 def load_internvl(
-    source: str | os.PathLike | InternVLForConditionalGeneration, *, dtype: str | torch.dtype = "auto"
+    source: str | os.PathLike | InternVLForConditionalGeneration,
+    *,
+    dtype: str | torch.dtype = "auto",
+    report: ConversionReport | None = None,
 ) -> InternVLForConditionalGeneration:
     """An InternVL in evaluation mode; a model that is given comes back as it is, or as a copy of another dtype.
 
     Args:
         source: folder or Hub name, in transformers' layout or the original one of OpenGVLab.
-        dtype: of a saved one's weights, a torch dtype or its name; "auto" keeps theirs.
+        dtype: of a saved one's weights, a torch dtype or its name; "auto" keeps theirs, or what config.json names.
+        report: its notes say what is not as it was read.
 
     Raises:
         ValueError: it cannot be found or read, is something else, is damaged, or contradicts its own configuration.
@@ -36,9 +42,11 @@ def load_internvl(
     else:
         folder = find_internvl(source)
         if is_original_layout(folder):
-            return load_opengvlab(folder, dtype=None if dtype == "auto" else dtype).model
+            return load_opengvlab(folder, dtype=None if dtype == "auto" else dtype, report=report).model
         model = load_strictly(InternVLForConditionalGeneration, folder, "an InternVL", dtype=dtype)
         _check_grid(model.config, folder)
+        if report is not None:
+            report.notes += _rounding(folder, model.dtype)
     _check_internvl(model)
     return model
 
@@ -100,6 +108,19 @@ def _as_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if known != "auto" and (not isinstance(known, torch.dtype) or not known.is_floating_point):
         raise ValueError(f"dtype is {dtype!r}; expected auto, float32, bfloat16 or float16.")
     return known
+
+
+def _rounding(folder: Path, dtype: torch.dtype) -> list[str]:
+    """What is lost where config.json, or who asks, names a coarser type than the weights are stored in."""
+    finer = [
+        (name, tensor.dtype)
+        for name, tensor in read_tensors(folder).items()
+        if tensor.is_floating_point() and torch.finfo(tensor.dtype).eps < torch.finfo(dtype).eps
+    ]
+    if not finer:
+        return []
+    name, stored = finer[0]
+    return [f"{len(finer)} tensors of the InternVL were rounded from {stored} to {dtype}, the first is {name}."]
 
 
 def _check_internvl(model: nn.Module) -> None:

@@ -116,6 +116,7 @@ def _described(report: "BuildReport") -> str:
             "    the InternVL knew all spatial tokens, but the [SEG] projector is new: if it was exported from a "
             "Perceptio, --like takes that one's"
         )
+    lines += [f"    note: {note}" for note in report.notes]
     check = report.check
     if check is None:
         lines.append("    not verified")

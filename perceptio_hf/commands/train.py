@@ -288,6 +288,8 @@ def _figures(recipe: "Recipe") -> "TrainerFigures | None":
     from perceptio_hf.training.recipe import check_best_metric
 
     arguments, settings = recipe.arguments, recipe.settings
+    if arguments.eval_tasks and settings.eval_strategy == "no" and settings.process_index == 0:
+        print("perceptio: eval_strategy is no, so eval_tasks are never evaluated.", file=sys.stderr)
     if not arguments.figures:
         check_best_metric(recipe, [])
         return None

@@ -136,8 +136,12 @@ def write_stock_processor(processor: "PerceptioProcessor", folder: str | os.Path
         folder / "processor_config.json",
         {"image_seq_length": processor.image_seq_length, "processor_class": _PROCESSOR_CLASS},
     )
-    if processor.chat_template is not None:
-        write_text(folder / "chat_template.jinja", processor.chat_template)
+    templates = processor.chat_template
+    for name, text in (templates if isinstance(templates, dict) else {"default": templates}).items():
+        place = folder / ("chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja")
+        if text is not None:
+            place.parent.mkdir(exist_ok=True)
+            write_text(place, text)
 
 
 def add_own_processor(processor: "PerceptioProcessor", folder: str | os.PathLike) -> None:

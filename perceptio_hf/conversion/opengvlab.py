@@ -85,6 +85,7 @@ _INTERNLM2 = [
     ),
 ]
 _IGNORED = {r".*\.rotary_emb\.inv_freq": "follows from the configuration"}
+_OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _HEADS = ("language_model.lm_head.weight", "language_model.output.weight")
 
 
@@ -175,9 +176,14 @@ def set_generation(
     from transformers import GenerationConfig
 
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
+        values = read_json(folder / "generation_config.json")
+        if not values.get("do_sample"):  # they would have no effect, and transformers does not save both
+            values = {name: value for name, value in values.items() if name not in _OF_SAMPLING}
+        model.generation_config = GenerationConfig.from_dict(values)
     ends = model.generation_config.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if not all(isinstance(end, int) for end in ends):
+        raise ValueError(f"{folder}/generation_config.json: eos_token_id is {ends}, expected whole numbers.")
     turn_end = tokenizer.convert_tokens_to_ids(TURN_END)
     model.generation_config.eos_token_id = sorted({*ends, turn_end})
     pad = tokenizer.pad_token_id

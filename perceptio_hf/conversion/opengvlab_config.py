@@ -106,15 +106,18 @@ def convert_config(config: Mapping[str, Any], image_token_id: int, tied: bool) -
     """
     from transformers import InternVLConfig
 
-    return InternVLConfig(
-        vision_config=_vision_config(config["vision_config"] | {"image_size": picture_side(config)}),
-        text_config=_text_config(config, tied),
-        image_token_id=image_token_id,
-        image_seq_length=tokens_per_tile(config),
-        downsample_ratio=_downsample_ratio(config),
-        vision_feature_layer=config.get("select_layer", -1),
-        tie_word_embeddings=tied,
-    )
+    try:
+        return InternVLConfig(
+            vision_config=_vision_config(config["vision_config"] | {"image_size": picture_side(config)}),
+            text_config=_text_config(config, tied),
+            image_token_id=image_token_id,
+            image_seq_length=tokens_per_tile(config),
+            downsample_ratio=_downsample_ratio(config),
+            vision_feature_layer=config.get("select_layer", -1),
+            tie_word_embeddings=tied,
+        )
+    except Exception as error:  # ValueError of ours, or the type checks of huggingface_hub
+        raise ValueError(f"config.json: {' '.join(str(error).split())}") from error
 
 
 def picture_side(config: Mapping[str, Any]) -> int:
@@ -141,6 +144,9 @@ def _check_expressible(config: Mapping[str, Any]) -> None:
         raise ValueError("pad2square is true; pictures that are padded to a square are not supported.")
     if config.get("dynamic_image_size") and not config.get("use_thumbnail"):
         raise ValueError("dynamic_image_size without use_thumbnail is not supported: tiles always come with one.")
+    layer, layers = config.get("select_layer", -1), vision["num_hidden_layers"]
+    if not isinstance(layer, int) or not -layers - 1 <= layer <= layers:
+        raise ValueError(f"select_layer is {layer!r}; the vision model has {layers} layers.")
     if vision["norm_type"] not in ("layer_norm", "rms_norm"):
         raise ValueError(f"vision_config.norm_type is {vision['norm_type']!r}, expected 'layer_norm' or 'rms_norm'.")
     if vision["qk_normalization"] and vision["layer_norm_eps"] != _QK_NORM_EPS:

@@ -188,7 +188,7 @@ def _load_sentencepiece(
 
     backend = bpe_tokenizer(read_sentencepiece_model(folder / "tokenizer.model"), added)
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
-    names = {name: _text(settings.get(name, default)) for name, default in names.items()}
+    names = {name: _text(settings.get(name) or default) for name, default in names.items()}
     bos = names["bos_token"]
     if settings.get("add_bos_token", True):
         backend.post_processor = processors.TemplateProcessing(

@@ -72,6 +72,10 @@ def check_kind(folder: Path, expected: tuple[str, ...], what: str) -> str:
 
 def load_strictly(model_class: type[_Model], folder: Path, what: str, *, dtype: str | torch.dtype = "auto") -> _Model:
     """`from_pretrained`, strictly: transformers would fill gaps with random numbers, and take NaN for weights."""
+    if (folder / "adapter_config.json").is_file():  # transformers would apply it, and say nothing
+        raise ValueError(f"{folder} holds an adapter beside its weights: merge it into its base first (docs/lora.md).")
+    if (folder / "generation_config.json").is_file():  # transformers takes a damaged one for none
+        read_json(folder / "generation_config.json")
     strictly = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # so that `check_loaded` names the tensor
     try:
         check_shards(folder)

@@ -86,7 +86,9 @@ def settings_of(config: PreTrainedConfig, without: Iterable[str] = ()) -> Iterat
     sections = [("", json.loads(json.dumps(config.to_dict(), default=str)))]
     for prefix, section in sections:
         for name, value in section.items():
+            if name.startswith("_") or {name, prefix + name} & left_out:
+                continue
             if isinstance(value, dict):
                 sections.append((f"{prefix}{name}.", value))
-            elif not name.startswith("_") and not {name, prefix + name} & left_out:
+            else:
                 yield prefix + name, value

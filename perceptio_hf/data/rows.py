@@ -159,6 +159,11 @@ def as_rows(dataset: "Dataset | IterableDataset", name: str = "the data set") ->
         ValueError: for a data set that is empty, lacks `messages` or has columns that no sample has, naming them.
     """
     columns = dataset.column_names
+    if (getattr(dataset, "format", None) or {}).get("type") == "custom":
+        raise ValueError(
+            f"{name} has a transform (set_transform), which is lost where data sets are put together or columns added: "
+            "apply it by map, or give a stream (to_iterable_dataset, then map), which draws it anew in every epoch."
+        )
     if columns is not None and dataset.features == sample_features():
         _check_not_empty(dataset, name)
         return dataset

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from perceptio_hf.conversion.tensors import read_json, read_tensors
 from perceptio_hf.files import expanded
@@ -26,7 +27,7 @@ _AUTO_MAPPED = ("config.json", "processor_config.json")
 # Files of a saved folder that belong to the model, beside its weights. Nothing else leaves the user's disk.
 _MODEL_FILES = (
     *_AUTO_MAPPED,
-    *("generation_config.json", "preprocessor_config.json", "chat_template.jinja", "*.py"),
+    *("generation_config.json", "preprocessor_config.json", "chat_template.jinja"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "tokenizer.model", "additional_chat_templates/*.jinja"),
     *("LICENSE", "LICENSE.*", "NOTICE", "NOTICE.*"),
@@ -93,9 +94,35 @@ def model_files(folder: Path) -> tuple[dict[str, Path | bytes], PerceptioForCond
     """
     files: dict[str, Path | bytes] = {name: folder / name for name in _weight_files(folder)}
     model, processor = _loaded(folder)
-    files |= {path.relative_to(folder).as_posix(): path for pattern in _MODEL_FILES for path in folder.glob(pattern)}
+    found = [path for pattern in _MODEL_FILES for path in folder.glob(pattern)] + _code(folder)
+    files |= {path.relative_to(folder).as_posix(): path for path in found if path.is_file()}
     files |= _missing_code(files, model, processor)
+    files["config.json"] = _without_places(files["config.json"])
     return files, model
+
+
+def _code(folder: Path) -> list[Path]:
+    """The modules that `auto_map` names and what these import of the folder; of others nobody knows what they are."""
+    modules = set()
+    for name in _AUTO_MAPPED:
+        for classes in (read_json(folder / name).get("auto_map") or {}).values():
+            for place in classes if isinstance(classes, list) else [classes]:
+                if isinstance(place, str) and "--" not in place:  # else it lies in another repository
+                    modules.add(folder / f"{place.partition('.')[0]}.py")
+    known = sorted(path for path in modules if path.is_file())
+    try:
+        return known + [Path(path) for module in known for path in get_relative_import_files(module)]
+    except OSError:  # one of them is not there; `_missing_code` brings all
+        return known
+
+
+def _without_places(config: Path | bytes) -> Path | bytes:
+    """config.json without the places on the user's disk that parts were read from, as earlier versions wrote them."""
+    values = json.loads(config if isinstance(config, bytes) else config.read_bytes())
+    sections = [section for section in values.values() if isinstance(section, dict) and "_name_or_path" in section]
+    for section in sections:
+        del section["_name_or_path"]
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode() if sections else config
 
 
 def write_files(files: Mapping[str, Path | bytes], folder: Path) -> None:
@@ -166,12 +193,13 @@ def _missing_code(
 
 
 def _kept_card(card: Path, repo: str, facts: CardFacts) -> Path | bytes:
+    content = card.read_bytes()
     try:
-        text = card.read_bytes().decode("utf-8")
+        text = content.decode("utf-8-sig")  # behind a byte order mark the Hub finds no metadata
     except UnicodeDecodeError:
         raise ValueError(f"{card} is not UTF-8 text.") from None
     revised = revised_card(text, repo, facts)
-    return card if revised == text else revised.encode()
+    return card if revised.encode() == content else revised.encode()
 
 
 def upload(

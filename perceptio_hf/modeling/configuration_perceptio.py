@@ -97,6 +97,14 @@ class PerceptioConfig(InternVLConfig):
             values["depth_config"] = without_foreign(DepthVQVAEConfig, values["depth_config"])
         return super().from_dict(values, **kwargs)
 
+    def to_dict(self) -> dict:
+        """As in transformers, without the places on somebody's disk that the parts were read from."""
+        values = super().to_dict()
+        for section in values.values():
+            if isinstance(section, dict):
+                section.pop("_name_or_path", None)
+        return values
+
     @property
     def _attn_implementation(self) -> str | None:
         return self._attn_implementation_internal

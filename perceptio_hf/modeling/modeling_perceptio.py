@@ -305,6 +305,12 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
             raise ValueError(
                 "Both `labels` and `criterion` came; a criterion brings its own labels, leave out `labels`."
             )
+        given = kwargs.get("depth_given_as_codes")  # of PerceptioDataCollator
+        if labels is not None and given is not None and not (bool(given.all()) and not len(kwargs["mask_targets"])):
+            raise ValueError(
+                "A batch of PerceptioDataCollator came with labels in which depth maps are not codes yet, and masks "
+                "that no loss here knows: train it with PerceptioSFTTrainer."
+            )
         if getattr(self, "_is_replica", False):
             raise ValueError(
                 "The model was put into nn.DataParallel, which cuts a batch of pictures and rows in the wrong places. "

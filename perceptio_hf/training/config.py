@@ -207,6 +207,12 @@ class PerceptioSFTConfig(_PartWeights, SFTConfig):
         with warnings.catch_warnings():  # the name TRL still gives to activation_checkpointing, whoever sets it
             warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
             super().__post_init__()
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            if (getattr(self, name, None) or {}).get("use_reentrant"):
+                raise ValueError(
+                    f"{name} has use_reentrant, which loses gradients: SAM2's mask decoder takes inputs by name, and "
+                    "reentrant checkpointing sees none of these. Leave it out."
+                )
         keep_precision(self)
         zero3.check_precision(self)
         self._keep_batches_whole()

@@ -13,6 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +107,30 @@ def save_merged(model: "PeftModel", processor: "PerceptioProcessor", folder: str
         model.merge_and_unload().save_pretrained(fresh)
         processor.save_pretrained(fresh)
     return Path(folder)
+
+
+def check_freezes(model: "PerceptioForConditionalGeneration", settings: Any) -> None:
+    """Of a model with adapters: PEFT's configuration decides what learns, so settings must not say otherwise.
+
+    Raises:
+        ValueError: for a `freeze_...` that was set, and that is not what the adapters do.
+    """
+    parts = {
+        "language_model": model.model.language_model,
+        "vision_tower": model.model.vision_tower,
+        "projector": model.model.multi_modal_projector,
+        "mask_decoder": model.mask_model.mask_decoder,
+    }
+    defaults = {field.name: field.default for field in fields(settings)}
+    for name, part in parts.items():
+        setting, learns = f"freeze_{name}", any(parameter.requires_grad for parameter in part.parameters())
+        frozen = getattr(settings, setting)
+        if frozen != defaults[setting] and frozen == learns:
+            raise ValueError(
+                f"{setting} is {str(frozen).lower()}, but with these adapters the {name.replace('_', ' ')} "
+                f"{'learns' if learns else 'does not learn'}: leave it out, and name the parts that are to learn as a "
+                "whole in lora_modules_to_save (modules_to_save)."
+            )
 
 
 def base_of_adapter(folder: str | os.PathLike) -> str | None:

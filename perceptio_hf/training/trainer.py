@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import SFTTrainer
 
-from perceptio_hf.data.form import REASONS
+from perceptio_hf.data.form import REASONS, SAMPLE_KEYS
 from perceptio_hf.data.rows import as_rows
 from perceptio_hf.files import in_use
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
@@ -36,7 +36,7 @@ from .config import PerceptioSFTConfig, warn_of_slow_bfloat16
 from .fsdp import check_adapters
 from .lengths import BY_LENGTH, LengthSampler, check_has_lengths, sample_lengths
 from .logging import draw_losses
-from .lora import check_has_no_adapter, exact_copies, put_back
+from .lora import check_freezes, check_has_no_adapter, exact_copies, put_back
 from .losses import PARTS, composite_loss
 from .silence import TellsNobody
 from .streams import SharedStream
@@ -103,7 +103,8 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         if model.config.picture_mark_token_ids is None and isinstance(processing_class, PerceptioProcessor):
             model.config.picture_mark_token_ids = processing_class.picture_mark_token_ids()  # older checkpoints
         self._look_layer = look_layer(model.config.text_config, args.look_layer) if args.look_weight else None
-        if peft_config is None and not is_peft_model(model):  # else PEFT decides; quantised layers cannot be asked to
+        adapts = peft_config is not None or is_peft_model(model)
+        if not adapts:  # else PEFT decides; quantised layers cannot be asked to
             choose_trainable(model, args)
         if data_collator is None:
             data_collator = PerceptioDataCollator(
@@ -130,6 +131,8 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
         put_back(self.model, exact)
         args.model_init_kwargs = init_kwargs
         check_trains(self.model)
+        if adapts:
+            check_freezes(self._perceptio, args)
         self._weights = args.loss_weights()
         self._vocabulary = self._perceptio.spatial_vocabulary()
         self._codec = self._perceptio.depth_model
@@ -308,6 +311,17 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
                 outputs = model(**inputs, use_cache=False)
         return (loss, outputs) if return_outputs else loss
 
+    def prediction_step(self, model, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys=None):
+        """As ever; labels hold the codes of the spans, for `compute_metrics` and `predict`."""
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+        if labels is not None:
+            labels = self.fill_spans(self._prepare_inputs(inputs))["labels"]
+        return loss, logits, labels
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """What `remove_unused_columns` leaves: the columns of a sample; TRL knows words and pictures only."""
+        self._signature_columns = list(SAMPLE_KEYS)
+
     @torch.no_grad()
     def fill_spans(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Write the codec's codes into spans that came with a depth map, and its depth behind those that came as codes.
@@ -429,7 +443,14 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float:
         """As ever; stops before a gradient that is not finite ruins the weights. fp16's scaler skips such steps."""
-        norm = super()._clip_grad_norm(model)
+        return self._finite(super()._clip_grad_norm(model))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
+        """As ever; where nothing is clipped it is asked in place of the above."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._finite(norm) if grad_norm is None else norm
+
+    def _finite(self, norm: Tensor | float) -> Tensor | float:
         if self.accelerator.scaler is None and not math.isfinite(float(norm)):
             raise DivergedError(
                 f"Step {self.state.global_step + 1}: the loss is finite, but the norm of its gradient is "

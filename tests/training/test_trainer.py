@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ import torch
 from datasets import Dataset
 from helpers import cached_repository, random_model
 from PIL import Image
+from transformers import Trainer, TrainingArguments
 
-from perceptio_hf import PerceptioSFTConfig, PerceptioSFTTrainer
+from perceptio_hf import PerceptioDataCollator, PerceptioSFTConfig, PerceptioSFTTrainer
+from perceptio_hf.training.lora import lora_config
 from perceptio_hf.training.losses import PARTS, composite_loss
 from perceptio_hf.training.losses.labels import loss_counts
 from perceptio_hf.training.rewards.recipe import KINDS as REWARDED_KINDS
@@ -277,6 +280,64 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(processor, tmp_path
     assert largest_difference(before, weights(trainer)) == 0
 
 
+def test_a_gradient_that_is_not_finite_is_seen_where_nothing_is_clipped(processor, tmp_path):
+    trainer = sft.trainer(tmp_path, processor=processor, max_grad_norm=0.0)
+    before = weights(trainer)
+    trainer.model.seg_projector.linear_out.weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(ValueError, match=r"Step 1: the loss is finite, but the norm of its gradient is nan"):
+        trainer.train()
+    assert largest_difference(before, weights(trainer)) == 0
+
+
+def test_labels_of_metrics_hold_the_codes(processor, tmp_path):
+    """Of a sample with a depth map the collator's labels only tell where its codes will stand."""
+    seen = []
+    trainer = PerceptioSFTTrainer(
+        random_model(processor),
+        sft.settings(tmp_path, per_device_eval_batch_size=4),
+        train_dataset=sft.samples(4),
+        eval_dataset=sft.samples(4),
+        processing_class=processor,
+        compute_metrics=lambda prediction: seen.append(prediction.label_ids) or {},
+    )
+    trainer.evaluate()
+    filled = trainer.fill_spans(trainer.data_collator([sft.sample(number) for number in range(4)]))["labels"]
+    assert torch.equal(torch.from_numpy(seen[0]), filled)
+    assert torch.equal(torch.from_numpy(trainer.predict(sft.samples(4)).label_ids), filled)
+
+
+def test_columns_of_a_sample_are_used(processor, tmp_path):
+    """`remove_unused_columns` may be set; TRL's own idea of what is used has no masks and no depth."""
+    trainer = sft.trainer(tmp_path, processor=processor, remove_unused_columns=True, max_steps=1)
+    trainer.train()
+    assert {"token", "mask_dice"} <= set(trainer.state.log_history[0])
+
+
+def test_other_trainers_do_not_learn_placeholders(processor, tmp_path):
+    model, collator = random_model(processor), PerceptioDataCollator(processor, depth_image_size=32)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, remove_unused_columns=False, use_cpu=True, report_to="none"
+    )
+    with pytest.raises(ValueError, match="train it with PerceptioSFTTrainer"):
+        Trainer(model, arguments, data_collator=collator, train_dataset=sft.samples(8)).train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"freeze_mask_decoder": True}, "freeze_mask_decoder is true, but with these adapters the mask decoder learns"),
+        ({"freeze_vision_tower": False}, "freeze_vision_tower is false, but .* the vision tower does not learn"),
+        ({"freeze_language_model": True}, "freeze_language_model is true, but .* the language model learns"),
+        ({"freeze_vision_tower": True, "freeze_projector": True}, None),
+    ],
+)
+def test_adapters_and_freezes_say_the_same(processor, tmp_path, changes, message):
+    model = random_model(processor)
+    values = {"train_dataset": sft.samples(4), "processing_class": processor, "peft_config": lora_config(model, r=2)}
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        PerceptioSFTTrainer(model, sft.settings(tmp_path, **changes), **values)
+
+
 def test_skipped_samples_are_counted(train, tmp_path, caplog):
     picture = tmp_path / "broken.png"
     picture.write_bytes(b"no picture")
@@ -405,6 +466,7 @@ def test_peft_adapters_train(processor, tmp_path, tie):
         ({"max_steps": 0}, "trains nothing: max_steps is 0"),
         ({"max_steps": -1, "num_train_epochs": 0}, "trains nothing"),
         ({"on_error": "ignore"}, "choose one of raise, skip"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant, which loses gradients"),
         ({"packing": True}, "packing is True, which is not for this trainer"),
         ({"loss_type": "dft"}, "loss_type is 'dft'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),

@@ -47,6 +47,8 @@ class LivingMasks(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Tensor:
         """As ever; before the first micro batch of step `seg_projector_start_step` the projector gets its start."""
         step = self.args.seg_projector_start_step
+        if 0 < self.state.max_steps <= step:  # which epochs make known only now
+            raise ValueError(f"seg_projector_start_step is {step}, but the training has {self.state.max_steps} steps.")
         if self.args.seg_projector_start and step == self.state.global_step > 0 and self._started_at != step:
             self._started_at = step
             self._start_seg_projector()

@@ -93,13 +93,14 @@ def trouble_with_masks(history: Sequence[Mapping[str, float]], patience: int, *,
 
     Args:
         history: `trainer.state.log_history`.
-        patience: steps in which the Dice loss must have fallen.
+        patience: steps in which the Dice loss must have fallen; more where there is no entry in so many.
         since: the step after which to look.
     """
     logged = [entry for entry in history if "mask_dice" in entry and entry["step"] > since]
     if len(logged) < 4 or logged[-1]["step"] - since < patience:
         return None
     last = logged[-1]["step"]
+    patience = max(patience, 4 * (last - logged[-2]["step"]))  # two entries on either side, however rarely is logged
     late = [entry["mask_dice"] for entry in logged if entry["step"] > last - patience / 2]
     early = [entry["mask_dice"] for entry in logged if last - patience < entry["step"] <= last - patience / 2]
     if not early or not late:

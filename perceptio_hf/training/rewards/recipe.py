@@ -135,6 +135,8 @@ def reward_trainer(
     arguments, settings = recipe.arguments, recipe.settings
     if arguments.eval_tasks and settings.eval_strategy == "no":
         raise ValueError("The recipe lists eval_tasks, but never evaluates: set eval_strategy: steps and eval_steps.")
+    if settings.remove_unused_columns:
+        raise ValueError("remove_unused_columns is true, which takes from rewards what they measure by: leave it out.")
     check_best_metric(recipe, parts=("reward", *(f"rewards/{name}/mean" for name in arguments.rewards), "loss"))
     rewards, settings.reward_weights = make_rewards(arguments.rewards, model, processor)
     held_out = evaluation_sets(arguments) or {}

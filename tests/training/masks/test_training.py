@@ -130,6 +130,13 @@ def test_the_start_can_come_later(processor, tmp_path):
         assert (resumed.projector_start is not None) == starts
 
 
+def test_a_start_that_never_comes_is_refused(processor, tmp_path):
+    """How many steps epochs have is known when the training begins."""
+    values = {"max_steps": -1, "num_train_epochs": 1, "seg_projector_start": 4, "seg_projector_start_step": 50}
+    with pytest.raises(ValueError, match="seg_projector_start_step is 50, but the training has 2 steps"):
+        sft.trainer(tmp_path, processor=processor, **values).train()
+
+
 def adapted(processor, out: Path, modules: tuple[str, ...], **changes) -> PerceptioSFTTrainer:
     model = random_model(processor)
     return PerceptioSFTTrainer(

@@ -77,6 +77,12 @@ def test_progress_is_silence():
     assert trouble_with_masks(history([0.8] * 20), 100, since=150) is None  # warned a moment ago
 
 
+def test_whoever_logs_rarely_is_warned_too():
+    rare = [{"step": 500 * place, "mask_dice": 0.9, EMPTY: 1.0} for place in range(1, 11)]
+    assert trouble_with_masks(rare[:3], 200) is None
+    assert "not got better in 2000 steps" in trouble_with_masks(rare, 200)
+
+
 def test_standstill_is_named_with_its_cause():
     words = trouble_with_masks(history([0.9, 0.85, *[0.81] * 20], seg_units_off=0.97, seg_alike=0.5), 100)
     assert "not got better in 100 steps: mask_dice is 0.810" in words
