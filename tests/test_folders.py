@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -114,8 +115,42 @@ def test_what_is_read_is_never_replaced(tmp_path, monkeypatch, target, source, o
 def test_what_is_read_elsewhere_is_no_hindrance(tmp_path, monkeypatch):
     saved(tmp_path / "out")
     saved(tmp_path / "out-2")
-    monkeypatch.chdir(tmp_path / "out")  # what "" would be taken for
+    (tmp_path / "out" / "part").mkdir()
+    monkeypatch.chdir(tmp_path / "out" / "part")  # what "" would be taken for
     check_new_folder(tmp_path / "out", True, ["", None, "owner/name", tmp_path, tmp_path / "out-2"])
+
+
+def test_what_links_lead_to_is_read_too(tmp_path):
+    """A snapshot of the Hub's cache, for example: its files are links into another folder."""
+    (saved(tmp_path / "old") / "blob").write_text("weights")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "model.safetensors").symlink_to(tmp_path / "old" / "blob")
+    with pytest.raises(ValueError, match=r"old holds \S+blob, which is to be read"):
+        check_new_folder(tmp_path / "old", True, [tmp_path / "snapshot"])
+    check_new_folder(tmp_path / "snapshot" / "new", True, [tmp_path / "snapshot"])
+
+
+def test_what_came_there_meanwhile_stays(tmp_path):
+    says = r"out exists and is not empty; .* What was made is in (\S+)\.$"
+    with pytest.raises(ValueError, match=says) as error, new_folder(tmp_path / "out") as folder:
+        (folder / "config.json").write_text("new")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.txt").write_text("precious")
+    kept = str(error.value).rpartition(" ")[2].rstrip(".")
+    assert files(tmp_path / "out") == ["thesis.txt"] and files(Path(kept)) == ["config.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["out", Path(kept).name])
+
+
+def test_folders_that_cannot_be_replaced(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="here is where you are; name a folder in it"):
+        check_new_folder(tmp_path / "here")
+    monkeypatch.chdir(tmp_path)
+    check_new_folder(tmp_path / "here")
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "here")
+    with pytest.raises(ValueError, match="here is a mount; name a folder in it"):
+        check_new_folder(tmp_path / "here")
 
 
 def test_a_file_in_the_way(tmp_path):

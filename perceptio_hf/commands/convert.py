@@ -92,7 +92,8 @@ def sa2va(
     depth_codec: Annotated[
         str | None,
         typer.Option(
-            help="Folder of a depth codec, or AURORA's file. Default: a fresh one, which has learnt nothing.",
+            help="Folder of a depth codec, AURORA's file, or `tiny`, the embedded one. Default: a fresh one, which has "
+            "learnt nothing.",
             show_default=False,
         ),
     ] = None,
@@ -101,8 +102,10 @@ def sa2va(
     as_json: AsJson = False,
 ) -> None:
     """A Sa2VA to a Perceptio with its answers and masks; depth remains to be learnt."""
+    from perceptio_hf import tiny_checkpoint
     from perceptio_hf.conversion.sa2va import convert_sa2va
 
+    depth_codec = tiny_checkpoint() if depth_codec == "tiny" else depth_codec
     with _busy():
         report = convert_sa2va(source, out, depth_codec=depth_codec, overwrite=overwrite, verify=verify)
     _show(report, out, as_json)

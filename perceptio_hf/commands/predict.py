@@ -306,8 +306,9 @@ def answer_questions(
     from perceptio_hf.evaluation.run.answering import encode_questions
 
     inputs = encode_questions(processor, pictures, questions).to(model.device)
-    limit = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-    outputs = model.generate(**inputs, spatial=spatial, do_sample=False, return_dict_in_generate=True, **limit)
+    settings = {"do_sample": False, "num_return_sequences": 1, "return_dict_in_generate": True}
+    settings |= {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    outputs = model.generate(**inputs, spatial=spatial, **settings)
     return processor.post_process_spatial(outputs)
 
 

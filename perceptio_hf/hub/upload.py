@@ -119,10 +119,11 @@ def _code(folder: Path) -> list[Path]:
 def _without_places(config: Path | bytes) -> Path | bytes:
     """config.json without the places on the user's disk that parts were read from, as earlier versions wrote them."""
     values = json.loads(config if isinstance(config, bytes) else config.read_bytes())
-    sections = [section for section in values.values() if isinstance(section, dict) and "_name_or_path" in section]
+    sections, found = [value for value in values.values() if isinstance(value, dict)], False
     for section in sections:
-        del section["_name_or_path"]
-    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode() if sections else config
+        found |= bool(section.pop("_name_or_path", None))
+        sections += [value for value in section.values() if isinstance(value, dict)]
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode() if found else config
 
 
 def write_files(files: Mapping[str, Path | bytes], folder: Path) -> None:

@@ -100,9 +100,10 @@ class PerceptioConfig(InternVLConfig):
     def to_dict(self) -> dict:
         """As in transformers, without the places on somebody's disk that the parts were read from."""
         values = super().to_dict()
-        for section in values.values():
-            if isinstance(section, dict):
-                section.pop("_name_or_path", None)
+        sections = [value for value in values.values() if isinstance(value, dict)]
+        for section in sections:
+            section.pop("_name_or_path", None)
+            sections += [value for value in section.values() if isinstance(value, dict)]
         return values
 
     @property

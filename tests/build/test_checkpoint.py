@@ -290,6 +290,42 @@ def test_keys_of_other_programs_are_left_out(sources, tmp_path):
     assert not foreign.keys() & json.loads((tmp_path / "out" / "config.json").read_text()).keys()
 
 
+def test_a_published_internvl_may_name_code(sources, tmp_path):
+    source = edited(sources / "internvl", tmp_path / "stock", auto_map={"AutoConfig": "x.Y"})
+    assert run(sources, tmp_path / "out", source).check.weights > 100
+
+
+def test_no_place_on_the_disk_is_written_down(sources, tmp_path):
+    source = Path(shutil.copytree(sources / "internvl", tmp_path / "stock"))
+    values = json.loads((source / "config.json").read_text())
+    values["text_config"]["_name_or_path"] = "/home/me/secret"
+    (source / "config.json").write_text(json.dumps(values))
+    run(sources, tmp_path / "out", source)
+    text = (tmp_path / "out" / "config.json").read_text()
+    assert "/home/me" not in text and str(sources) not in text and "name_or_path" not in text
+
+
+def test_rounding_is_said(sources, tmp_path):
+    """Weights in float32 of which config.json says that they are in bfloat16."""
+    source = edited(sources / "internvl", tmp_path / "stock", dtype="bfloat16")
+    (note,) = run(sources, tmp_path / "out", source).notes
+    assert "tensors of the InternVL were rounded from torch.float32 to torch.bfloat16" in note
+    assert run(sources, tmp_path / "kept", source, dtype="float32").notes == ()
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [("generation_config.json", "generation_config.json"), ("adapter_config.json", "holds an adapter")],
+)
+def test_what_transformers_would_pass_over(sources, tmp_path, file, says):
+    """It takes a damaged generation_config.json for none, and puts an adapter beside whole weights into them."""
+    source = Path(shutil.copytree(sources / "internvl", tmp_path / "stock"))
+    (source / file).write_text("{bad")
+    with pytest.raises(ValueError, match=says):
+        run(sources, tmp_path / "out", source)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("part", ["internvl", "sam2", "codec"])
 @pytest.mark.parametrize("damage", ["truncated", "header", "nan", "lost tensor", "no weights", "no config", "absent"])
 def test_damaged_parts(sources, tmp_path, part, damage):

@@ -220,6 +220,15 @@ def test_the_stock_processor_where_torchvision_is(model, processor, tmp_path):
             torch.testing.assert_close(theirs["pixel_values"], expected["pixel_values"], atol=4e-2, rtol=0)
 
 
+def test_several_chat_templates_go_along(model, processor, tmp_path):
+    processor.save_pretrained(tmp_path / "own")
+    processor, plain = PerceptioProcessor.from_pretrained(tmp_path / "own"), processor.chat_template
+    processor.chat_template = {"default": plain, "tool_use": plain + "{# tools #}"}
+    export_internvl(model, processor, tmp_path / "stock")
+    assert AutoTokenizer.from_pretrained(tmp_path / "stock").chat_template == processor.chat_template
+    assert (tmp_path / "stock" / "chat_template.jinja").read_text() == plain
+
+
 def test_another_model_is_refused(processor, tmp_path):
     with pytest.raises(ValueError, match="expected a PerceptioForConditionalGeneration"):
         export_internvl(torch.nn.Linear(1, 1), processor, tmp_path / "out")

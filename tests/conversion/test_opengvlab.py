@@ -177,6 +177,26 @@ def test_generation_ends_with_the_turn(tmp_path):
     turn_end = parts.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert set(model.generation_config.eos_token_id) == {7, 9, turn_end}
     assert model.generation_config.pad_token_id == parts.tokenizer.pad_token_id
+    settings = {"do_sample": False, "temperature": 0.2, "top_k": 3, "max_new_tokens": 9}  # not to be saved together
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    model, _ = load_opengvlab(folder)
+    assert model.generation_config.max_new_tokens == 9
+    model.save_pretrained(tmp_path / "saved")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": "2"}))
+    with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id is \['2'\], expected whole numbers"):
+        load_opengvlab(folder)
+
+
+@pytest.mark.parametrize("text", [None, "InternLM2ForCausalLM"])
+def test_tokens_that_are_null_are_absent(tmp_path, text):
+    """Qwen's own files have `bos_token: null`."""
+    config = original_config(text or "Qwen2ForCausalLM")
+    folder = write_checkpoint(tmp_path, config, random_tensors(config))
+    expected = load_opengvlab(folder).processor.tokenizer("Where?")["input_ids"]
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"bos_token": None, "unk_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load_opengvlab(folder).processor.tokenizer("Where?")["input_ids"] == expected
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +224,9 @@ def folder(tmp_path, good) -> Path:
         ({"pad2square": True}, "pad2square"),
         ({"use_thumbnail": False}, "use_thumbnail"),
         ({"template": "phi3-chat"}, "template in config.json is 'phi3-chat'"),
+        ({"select_layer": 9}, "select_layer is 9; the vision model has 3 layers"),
+        ({"select_layer": None}, "select_layer is None"),
+        ({"llm_config.initializer_range": "wide"}, "config.json: .*initializer_range"),
         ({"llm_config.architectures": ["Phi3ForCausalLM"]}, "llm_config.architectures is 'Phi3ForCausalLM'"),
         ({"vision_config.norm_type": "batch_norm"}, "norm_type is 'batch_norm'"),
         ({"vision_config.qk_normalization": True, "vision_config.layer_norm_eps": 1e-5}, "layer_norm_eps is 1e-05"),

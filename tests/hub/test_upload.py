@@ -137,6 +137,25 @@ def test_code_that_is_missing_is_added(folder, tmp_path):
     assert not (folder / "span_grammar.py").exists(), "the folder itself stays as it is"
 
 
+def test_code_of_others_and_places_on_the_disk_stay_here(folder, tmp_path):
+    (folder / "my_secrets.py").write_text("TOKEN = 'hf_abc'")
+    (folder / "LICENSE.d").mkdir()
+    settings = json.loads((folder / "config.json").read_text())
+    settings["depth_config"]["_name_or_path"] = "/home/me/codec"  # as earlier versions wrote it
+    (folder / "config.json").write_text(json.dumps(settings))
+    plan = plan_upload(folder, "me/fine")
+    assert {"my_secrets.py", "LICENSE.d"} <= set(plan.left_out) and "modeling_perceptio.py" in plan.files
+    plan.write(tmp_path / "dry")
+    assert not any(b"/home/me" in path.read_bytes() for path in (tmp_path / "dry").rglob("*") if path.is_file())
+    assert json.loads((tmp_path / "dry" / "config.json").read_text())["depth_config"]["image_size"]
+
+
+def test_a_card_behind_a_byte_order_mark_has_its_metadata(folder):
+    (folder / "README.md").write_bytes(b"\xef\xbb\xbf---\nlicense: mit\n---\nMine.\n")
+    card = plan_upload(folder, "me/fine").files["README.md"]
+    assert card.startswith(b"---") and card.count(b"license: mit") == 1
+
+
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
 def test_quantised_weights_go_up(tmp_path, bits):
     pytest.importorskip("bitsandbytes", reason="the extra quantize installs it")

@@ -94,9 +94,8 @@ def answer_questions(
     inputs = encode_questions(processor, pictures, questions).to(model.device)
     if not masks and spatial in ("auto", "none", "depth"):  # forced [SEG] insist on their pictures
         inputs.pop("mask_pixel_values", None)
-    out = model.generate(
-        **inputs, spatial=spatial, do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True
-    )
+    one = {"do_sample": False, "num_return_sequences": 1}  # whatever the checkpoint's own settings are
+    out = model.generate(**inputs, **one, spatial=spatial, max_new_tokens=max_new_tokens, return_dict_in_generate=True)
     answers = processor.post_process_spatial(out)
     return [
         Response(answer, _before_depth(row, out.prompt_length, words))

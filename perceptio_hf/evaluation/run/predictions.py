@@ -127,6 +127,7 @@ class Predictor:
                 **inputs.to(self.model.device),
                 spatial=spatial,
                 do_sample=False,
+                num_return_sequences=1,
                 return_dict_in_generate=True,
                 **self.limit,
             )
