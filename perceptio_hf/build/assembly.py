@@ -194,6 +194,12 @@ def check_processor(
         "image_token_id": internvl.image_token_id,
         "image_seq_length": tokens_per_tile(internvl),
     }
+    side, tile = processor.image_processor.size, list(internvl.vision_config.image_size)
+    if [side["height"], side["width"]] != tile:
+        raise ValueError(
+            f"The picture processor makes tiles of {side['height']} x {side['width']} pixels, but the vision tower "
+            f"takes {tile[0]} x {tile[1]}: are preprocessor_config.json and config.json of the same InternVL?"
+        )
     for name, value in expected.items():
         if getattr(processor, name) != value:
             raise ValueError(

@@ -50,7 +50,7 @@ def _of_recipe(recipe: dict[str, Any], folder: Path) -> TrainingRecord:
     if not isinstance(recipe.get("tasks"), list):  # of another program
         return TrainingRecord()
     source = str(recipe.get("model_name_or_path"))
-    base = source if is_hub_name(source, folder.parents) else None
+    base = source if is_hub_name(source, folder.parents) and not recipe.get("model_is_folder") else None
     begun = "the tiny checkpoint of the package" if source == "tiny" else base or "a local checkpoint"
     how = "with LoRA adapters" if recipe.get("lora_r") is not None else "as a whole"
     tasks = [_task(task) for task in recipe["tasks"] if isinstance(task, dict)]

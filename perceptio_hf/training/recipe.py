@@ -42,6 +42,7 @@ from .config import PerceptioSFTConfig
 from .losses import PARTS
 
 _RECIPE_FILE = "recipe.json"  # in the folder of a training
+_IS_FOLDER = "model_is_folder"  # when the training began: "models/start" may be a name on the Hub, seen from elsewhere
 _NOT_LEARNT = ("output_dir", "resume_from_checkpoint", "lora_merge")  # of a run, not of what it trains
 
 
@@ -196,7 +197,9 @@ def where_to_resume(recipe: Recipe, folder: Path) -> Path | None:
 def write_recipe(recipe: Recipe, folder: Path) -> None:
     """Note what is trained into a folder, which is made, for `where_to_resume`."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / _RECIPE_FILE, _lasting(recipe.values))
+    source = recipe.values.get("model_name_or_path")
+    begun = {_IS_FOLDER: isinstance(source, str) and Path(source).is_dir()}
+    write_json(folder / _RECIPE_FILE, _lasting(recipe.values) | begun)
 
 
 def _recipe_of(folder: Path) -> dict:
@@ -205,7 +208,7 @@ def _recipe_of(folder: Path) -> dict:
         values = json.loads((folder / _RECIPE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return values if isinstance(values, dict) else {}
+    return {key: value for key, value in values.items() if key != _IS_FOLDER} if isinstance(values, dict) else {}
 
 
 def _lasting(values: dict[str, Any]) -> dict[str, Any]:

@@ -448,7 +448,7 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         """As ever; where nothing is clipped it is asked in place of the above."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return self._finite(norm) if grad_norm is None else norm
+        return norm if grad_norm is not None or norm is None else self._finite(norm)  # DeepSpeed may know none
 
     def _finite(self, norm: Tensor | float) -> Tensor | float:
         if self.accelerator.scaler is None and not math.isfinite(float(norm)):

@@ -1,5 +1,6 @@
 """from_components: a Perceptio out of loaded or saved parts, and the processor that goes with it."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -246,6 +247,10 @@ def test_a_processor_of_other_parts(folder, parts, built):
         build(folder, parts[0], codec(image_size=16), processor=built[1])
     with pytest.raises(ValueError, match="image_token_id"):
         build(stock_internvl(400, image_token_id=3), *parts, processor=built[1])
+    other = copy.deepcopy(built[1])
+    other.image_processor.size = {"height": 64, "width": 64}
+    with pytest.raises(ValueError, match="makes tiles of 64 x 64 pixels, but the vision tower takes 32 x 32"):
+        build(folder, *parts, processor=other)
 
 
 def test_without_the_package_the_error_says_so(parts, monkeypatch):

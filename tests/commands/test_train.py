@@ -92,7 +92,8 @@ def test_trains_draws_and_goes_on(tmp_path, recipe, samples, capsys, fails):
     PerceptioProcessor.from_pretrained(out / "checkpoint")
     with Image.open(out / "losses.png") as picture:
         picture.verify()
-    assert json.loads((out / "recipe.json").read_text())["max_steps"] == 2
+    written = json.loads((out / "recipe.json").read_text())
+    assert written["max_steps"] == 2 and written["model_is_folder"] == Path(written["model_name_or_path"]).is_dir()
     assert not (out / "README.md").exists()  # TRL's card, of a text model
     first = load_file(out / "checkpoint" / "model.safetensors")
 

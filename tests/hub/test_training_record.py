@@ -42,6 +42,12 @@ def test_a_local_base_is_no_repository(tmp_path):
     assert record.base_model is None and "from a local checkpoint" in record.lines[0]
 
 
+def test_a_base_that_was_a_folder_is_none_elsewhere_either(tmp_path):
+    """Pushed from another machine: "models/start" reads like a name on the Hub."""
+    record = read_training(trained(tmp_path, SFT | {"model_is_folder": True}))
+    assert record.base_model is None and "from a local checkpoint" in record.lines[0]
+
+
 def test_places_on_the_disk_are_not_told(tmp_path):
     places = {
         "model_name_or_path": "/home/ann/secret/base",
