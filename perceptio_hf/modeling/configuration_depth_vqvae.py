@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import os
 from collections.abc import Iterable
 
@@ -173,6 +174,9 @@ class DepthVQVAEConfig(PreTrainedConfig):
             )
 
     def _check_ranges(self) -> None:
+        for name in ("value_low", "value_high", "depth_ratio", "commitment_weight", "gradient_weight"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"`{name}` is {getattr(self, name)}; expected a finite number.")
         if not self.value_low < self.value_high:
             raise ValueError(f"`value_low` {self.value_low} must be smaller than `value_high` {self.value_high}.")
         if self.depth_ratio < 1.0:

@@ -271,6 +271,8 @@ def test_bad_probabilities_are_refused(codec, shape):
         {"num_residual_blocks": -1},
         {"value_low": 1.0},
         {"depth_ratio": 0.5},
+        {"value_high": math.inf},
+        {"commitment_weight": math.nan},
         {"gradient_weight": -1.0},
     ],
 )
