@@ -162,7 +162,7 @@ def _check_apart(folder: Path, source: str | os.PathLike | None) -> None:
         if folder.samefile(above):  # which knows file systems where Model and model are one, and mounts
             where = "is to be read" if above == place else f"holds {source}, which is to be read"
             raise ValueError(f"{folder} {where}; name another folder for the result.")
-    if place.is_dir() and not folder.samefile(place):
+    if place.is_dir():
         for file in place.iterdir():  # such as the Hub's cache: links into another folder
             if file.is_symlink() and file.is_file():
                 _check_apart(folder, os.path.realpath(file))

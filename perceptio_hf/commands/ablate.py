@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .checkpoints import check_device, quieten
+from .checkpoints import check_device, or_tiny, quieten
 
 
 def ablate(
@@ -53,7 +53,6 @@ def ablate(
         raise ValueError(
             f"--sight {sight} holds no checkpoint; name the folder of one, or `tiny` for the embedded one."
         )
-    from perceptio_hf import tiny_checkpoint
     from perceptio_hf.files import find_recipe, in_use
     from perceptio_hf.lab.ablation.report import write_report
     from perceptio_hf.lab.ablation.variants import VARIANTS, AblationRecipe, summarise, train_base
@@ -65,7 +64,7 @@ def ablate(
     recipe = AblationRecipe.read(find_recipe(config))
     check_device(device)
     with in_use(out, "perceptio ablate"):
-        base = train_base(recipe, start, out, sight=tiny_checkpoint() if sight == "tiny" else sight, device=device)
+        base = train_base(recipe, start, out, sight=or_tiny(sight), device=device)
         scores: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
         runs = [(name, seed) for seed, name in itertools.product(range(seeds), names)]
         for (name, seed), figures in _run_all(runs, recipe, base, out, processes, device):

@@ -57,13 +57,12 @@ def build(
     It answers as the InternVL does; masks and depth mean nothing before training (`perceptio train`). OUT appears when
     it is complete and verified. Memory for about one copy of the weights is enough.
     """
-    from perceptio_hf import tiny_checkpoint
     from perceptio_hf.build.checkpoint import build as build_folder
 
-    from .checkpoints import quieten
+    from .checkpoints import or_tiny, quieten
 
     quieten()
-    codec, old = (tiny_checkpoint() if source == "tiny" else source for source in (depth_codec, like))
+    codec, old = map(or_tiny, (depth_codec, like))
     with _progress(verify) as on_step:
         report = build_folder(
             internvl,

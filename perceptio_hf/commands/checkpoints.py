@@ -4,7 +4,7 @@ import hashlib
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
@@ -23,6 +23,7 @@ Device = Annotated[
         help="Where the model runs: cpu, cuda, cuda:1, mps ... Default: the GPU if there is one.", show_default=False
     ),
 ]
+_Source = TypeVar("_Source")
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DType = Annotated[
     DTypeName,
@@ -56,6 +57,11 @@ def resolve(model: str | None) -> str:
     if model.count("/") != 1 or model.startswith((".", "/", "~")) or not all(model.split("/")):
         raise ValueError(f"There is no folder {model!r}; --model is a checkpoint's folder or its Hub name, owner/name.")
     return model
+
+
+def or_tiny(source: _Source) -> _Source | str:
+    """`source`; the embedded tiny checkpoint's folder where it is "tiny"."""
+    return tiny_checkpoint() if source == "tiny" else source
 
 
 def is_tiny(folder: str) -> bool:

@@ -102,12 +102,12 @@ def sa2va(
     as_json: AsJson = False,
 ) -> None:
     """A Sa2VA to a Perceptio with its answers and masks; depth remains to be learnt."""
-    from perceptio_hf import tiny_checkpoint
     from perceptio_hf.conversion.sa2va import convert_sa2va
 
-    depth_codec = tiny_checkpoint() if depth_codec == "tiny" else depth_codec
+    from .checkpoints import or_tiny
+
     with _busy():
-        report = convert_sa2va(source, out, depth_codec=depth_codec, overwrite=overwrite, verify=verify)
+        report = convert_sa2va(source, out, depth_codec=or_tiny(depth_codec), overwrite=overwrite, verify=verify)
     _show(report, out, as_json)
 
 

@@ -83,7 +83,6 @@ def label(
     kinds = check_kinds(questions, annotations)
     check_out(out)
 
-    from perceptio_hf import tiny_checkpoint
     from perceptio_hf.bulk.archives import TarMember
     from perceptio_hf.bulk.engines import open_engine
     from perceptio_hf.bulk.items import list_items
@@ -104,7 +103,7 @@ def label(
         checkpoints.check_device(device)
     teacher = os.path.abspath(os.path.expanduser(teacher)) if os.path.isdir(os.path.expanduser(teacher)) else teacher
     info = teacher_info(teacher, teacher_unit)
-    depth_codec = tiny_checkpoint() if depth_codec == "tiny" else depth_codec
+    depth_codec = checkpoints.or_tiny(depth_codec)
     codec = os.path.abspath(depth_codec) if os.path.exists(depth_codec) else depth_codec
     about = _about(info, codec, dtype, maps or bool(kinds))
     load = partial(load_labeller, info, codec, device, dtype)

@@ -271,9 +271,7 @@ def _trainer(recipe: "Recipe") -> "WholeCheckpoints":
 
 def _source(arguments: "RecipeArguments") -> tuple[str, dict[str, str]]:
     """The checkpoint that a recipe names, and its revision where it is a repository."""
-    from perceptio_hf import tiny_checkpoint
-
-    source = tiny_checkpoint() if arguments.model_name_or_path == "tiny" else arguments.model_name_or_path
+    source = checkpoints.or_tiny(arguments.model_name_or_path)
     if arguments.lora_r is not None and Path(source).is_dir():  # an adapter names its base, from wherever it is used
         source = os.path.abspath(source)
     return str(source), {} if Path(source).is_dir() else {"revision": arguments.model_revision}

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .rows import as_rows, import_datasets
+from .rows import as_rows, check_no_transform, import_datasets
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -75,6 +75,7 @@ def _named(dataset: "Dataset | IterableDataset", name: str) -> "Dataset | Iterab
     """The data set with `name` as the task of every sample."""
     features = dataset.features
     if hasattr(dataset, "select"):
+        check_no_transform(dataset, f"The data set of task {name!r}")
         # `add_column` copies a data set of which rows were left out, pictures that it holds among them, in each process
         # and at every start; so all rows are named, and those that were chosen stay chosen.
         kind = import_datasets().Dataset

@@ -156,17 +156,14 @@ def as_rows(dataset: "Dataset | IterableDataset", name: str = "the data set") ->
         name: for messages.
 
     Raises:
-        ValueError: for a data set that is empty, lacks `messages` or has columns that no sample has, naming them.
+        ValueError: for a data set that is empty, lacks `messages` or has columns that no sample has, naming them; or
+            one with a transform, where columns have to be made.
     """
     columns = dataset.column_names
-    if (getattr(dataset, "format", None) or {}).get("type") == "custom":
-        raise ValueError(
-            f"{name} has a transform (set_transform), which is lost where data sets are put together or columns added: "
-            "apply it by map, or give a stream (to_iterable_dataset, then map), which draws it anew in every epoch."
-        )
     if columns is not None and dataset.features == sample_features():
         _check_not_empty(dataset, name)
         return dataset
+    check_no_transform(dataset, name)
     dataset = undecoded(dataset)
     first = _check_not_empty(dataset, name)
     _check_columns(list(columns or first), name)
@@ -177,6 +174,15 @@ def as_rows(dataset: "Dataset | IterableDataset", name: str = "the data set") ->
         joined = import_datasets().concatenate_datasets([dataset.select_columns("images"), rest], axis=1)
         return joined.select_columns(list(sample_features()))
     return _mapped(dataset, set())
+
+
+def check_no_transform(dataset: "Dataset | IterableDataset", name: str) -> None:
+    """Raise ValueError where a transform, drawn anew whenever a row is read, would be lost or drawn once for ever."""
+    if (getattr(dataset, "format", None) or {}).get("type") == "custom":
+        raise ValueError(
+            f"{name} has a transform (set_transform), which is lost where data sets are put together or columns made: "
+            "apply it by map, or give a stream (to_iterable_dataset, then map), which draws it anew in every epoch."
+        )
 
 
 def _mapped(dataset: "Dataset | IterableDataset", without: set[str]) -> "Dataset | IterableDataset":

@@ -14,6 +14,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from perceptio_hf.conversion.tensors import read_json, read_tensors
 from perceptio_hf.files import expanded
+from perceptio_hf.modeling.configuration_perceptio import without_places
 from perceptio_hf.modeling.modeling_perceptio import PerceptioForConditionalGeneration
 from perceptio_hf.modeling.remote_code import write_code
 from perceptio_hf.processing.processing_perceptio import PerceptioProcessor
@@ -119,11 +120,8 @@ def _code(folder: Path) -> list[Path]:
 def _without_places(config: Path | bytes) -> Path | bytes:
     """config.json without the places on the user's disk that parts were read from, as earlier versions wrote them."""
     values = json.loads(config if isinstance(config, bytes) else config.read_bytes())
-    sections, found = [value for value in values.values() if isinstance(value, dict)], False
-    for section in sections:
-        found |= bool(section.pop("_name_or_path", None))
-        sections += [value for value in section.values() if isinstance(value, dict)]
-    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode() if found else config
+    kept = without_places(values)
+    return config if kept == values else (json.dumps(kept, indent=2, sort_keys=True) + "\n").encode()
 
 
 def write_files(files: Mapping[str, Path | bytes], folder: Path) -> None:

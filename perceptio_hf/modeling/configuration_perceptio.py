@@ -30,6 +30,16 @@ def attention_of_internvl(implementation: str | dict | None) -> str | dict | Non
     return dict.fromkeys(("", "text_config", "vision_config"), implementation)
 
 
+def without_places(values: dict) -> dict:
+    """What a config.json holds, without `_name_or_path` in its sections."""
+    return {
+        name: without_places({key: item for key, item in value.items() if key != "_name_or_path"})
+        if isinstance(value, dict)
+        else value
+        for name, value in values.items()
+    }
+
+
 @strict
 class PerceptioConfig(InternVLConfig):
     """Configuration of `PerceptioForConditionalGeneration`; every field of `InternVLConfig` keeps its meaning.
@@ -99,12 +109,7 @@ class PerceptioConfig(InternVLConfig):
 
     def to_dict(self) -> dict:
         """As in transformers, without the places on somebody's disk that the parts were read from."""
-        values = super().to_dict()
-        sections = [value for value in values.values() if isinstance(value, dict)]
-        for section in sections:
-            section.pop("_name_or_path", None)
-            sections += [value for value in section.values() if isinstance(value, dict)]
-        return values
+        return without_places(super().to_dict())
 
     @property
     def _attn_implementation(self) -> str | None:

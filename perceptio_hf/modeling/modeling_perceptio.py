@@ -306,7 +306,7 @@ class PerceptioForConditionalGeneration(SpatialGenerationMixin, MaskPredictionMi
                 "Both `labels` and `criterion` came; a criterion brings its own labels, leave out `labels`."
             )
         given = kwargs.get("depth_given_as_codes")  # of PerceptioDataCollator
-        if labels is not None and given is not None and not (bool(given.all()) and not len(kwargs["mask_targets"])):
+        if labels is not None and given is not None and (len(kwargs["mask_targets"]) or not bool(given.all())):
             raise ValueError(
                 "A batch of PerceptioDataCollator came with labels in which depth maps are not codes yet, and masks "
                 "that no loss here knows: train it with PerceptioSFTTrainer."

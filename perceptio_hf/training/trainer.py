@@ -441,17 +441,11 @@ class PerceptioSFTTrainer(TellsNobody, LivingMasks, WholeCheckpoints, SFTTrainer
             f"and weights of that part, or try a lower learning_rate{self._last_good()}"
         )
 
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor | float:
-        """As ever; stops before a gradient that is not finite ruins the weights. fp16's scaler skips such steps."""
-        return self._finite(super()._clip_grad_norm(model))
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
-        """As ever; where nothing is clipped it is asked in place of the above."""
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        """As ever, right before every step; stops before a gradient that is not finite ruins the weights. fp16's scaler
+        skips such steps, and DeepSpeed may know no norm."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return norm if grad_norm is not None or norm is None else self._finite(norm)  # DeepSpeed may know none
-
-    def _finite(self, norm: Tensor | float) -> Tensor | float:
-        if self.accelerator.scaler is None and not math.isfinite(float(norm)):
+        if norm is not None and self.accelerator.scaler is None and not math.isfinite(float(norm)):
             raise DivergedError(
                 f"Step {self.state.global_step + 1}: the loss is finite, but the norm of its gradient is "
                 f"{float(norm)}. Nothing was updated with it. Try a lower learning_rate{self._last_good()}"

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -227,20 +228,30 @@ def test_visitors_who_leave_in_the_middle_block_nobody(browser, address):
         answered(page)
 
 
+def slow_line(page) -> tuple[list, Callable[[], None]]:
+    """What the page asks of the server and does not get yet, and a function that lets it go."""
+    held, slow = [], [True]
+    page.route("**/queue/join*", lambda route: held.append(route) if slow else route.continue_())
+
+    def let_go() -> None:
+        slow.clear()
+        for route in held:
+            route.continue_()
+
+    return held, let_go
+
+
 def test_points_set_faster_than_the_line_stay(browser, address, scene):
     """The server answers about the first point when others are set already."""
     with opened(browser, address) as page:
         choose(page, scene)
         page.wait_for_function(READY)
-        held, slow = [], True
-        page.route("**/queue/join*", lambda route: held.append(route) if slow else route.continue_())
+        held, let_go = slow_line(page)
         for x in (0.2, 0.5, 0.8):
             click(page, x, 0.5)
         page.wait_for_timeout(100)
         assert held and page.inner_text(".pp-hint").startswith("3 points")
-        slow = False
-        for route in held:
-            route.continue_()
+        let_go()
         deadline = time.monotonic() + WAIT / 1000
         while not all(circled(page, x, 0.5) for x in (0.2, 0.5, 0.8)):
             assert time.monotonic() < deadline, "a point was lost"
@@ -253,8 +264,7 @@ def test_a_question_that_waits_keeps_its_picture_and_points(browser, address, sc
     with opened(browser, address) as page:
         choose(page, scene)
         page.wait_for_function(READY)
-        held, slow = [], True
-        page.route("**/queue/join*", lambda route: held.append(route) if slow else route.continue_())
+        _, let_go = slow_line(page)
         page.fill("#question textarea", EXAMPLES[0].question)
         page.check("#spatial label:has-text('Masks + depth') input")
         page.click("button#ask")
@@ -263,9 +273,7 @@ def test_a_question_that_waits_keeps_its_picture_and_points(browser, address, sc
         page.click(".pp-example >> nth=2")
         page.wait_for_timeout(300)
         assert page.inner_text(".pp-hint").startswith("Click on the picture")
-        slow = False
-        for route in held:
-            route.continue_()
+        let_go()
         answered(page)
         assert page.locator(".pp-masks li").count() >= 1
         assert page.inner_text(".pp-asked") == EXAMPLES[0].question

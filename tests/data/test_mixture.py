@@ -9,7 +9,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
 from perceptio_hf.data.mixture import mix_tasks
-from perceptio_hf.data.rows import dataset_of, sample_features, to_row
+from perceptio_hf.data.rows import as_rows, dataset_of, sample_features, to_row
 
 datasets.disable_progress_bars()
 SIZES = {"refer": 40, "depth": 15, "plain": 9}
@@ -75,6 +75,20 @@ def test_map_style_in_map_style_out():
     assert Counter(map(task_of, names(mixed)[:40]))["refer"] < 40  # mixed, not one after the other
     assert len(mixture(draws=33)) == 33 and Counter(mixture(draws=10)["task"]) == {"refer": 5, "depth": 3, "plain": 2}
     assert Counter(mix_tasks({task: table(task) for task in SIZES}, draws=9)["task"]) == dict.fromkeys(SIZES, 3)
+
+
+def test_a_transform_is_kept_or_refused():
+    """It is drawn whenever a row is read, which a mixture and made columns would end without a word."""
+
+    def loud(rows: dict) -> dict:
+        return rows | {"id": [name.upper() for name in rows["id"]]}
+
+    whole = table("plain").with_transform(loud)
+    assert as_rows(whole)[0]["id"] == "PLAIN0"
+    with pytest.raises(ValueError, match=r"The data set of task 'a' has a transform \(set_transform\), which is lost"):
+        mix_tasks({"a": whole, "b": table("refer")})
+    with pytest.raises(ValueError, match="has a transform"):
+        as_rows(table("plain").select_columns(["id", "messages"]).with_transform(loud))
 
 
 @pytest.mark.parametrize("streams", [("refer",), tuple(SIZES)])

@@ -63,8 +63,8 @@ def train(
     """Train a depth codec from scratch and save it in OUT.
 
     Maps that take more than 1 GB are read while training, in random order over all of them; memory does not grow with
-    their number. A map that cannot be used is left out and named, up to a tenth of them. A training that was stopped
-    goes on with the same command. For several GPUs: `accelerate launch -m perceptio_hf codebook train ...`.
+    their number. A map that cannot be used is left out and named, up to ten or a tenth of them. A training that was
+    stopped goes on with the same command. For several GPUs: `accelerate launch -m perceptio_hf codebook train ...`.
     """
     from perceptio_hf.files import check_new_folder, expanded, in_use, new_folder, write_json, write_picture
 

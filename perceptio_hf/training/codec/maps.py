@@ -38,7 +38,7 @@ class Unusable:
 
 class DepthSource(ABC):
     """Depth maps by number. One that cannot be used is left out with a warning, since a training that has run for hours
-    must not end for it; where more than a tenth are like this, something else is wrong.
+    must not end for it; where more than ten and than a tenth are like this, something else is wrong.
 
     Args:
         size: side of the codec's square, S.
